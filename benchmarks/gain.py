@@ -51,7 +51,7 @@ from regraft.models.placement import PlacedModel
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import edits_without_data, zeros
 from regraft.restoration.methods.gain.method import HELD_OUT, path_limit
-from regraft.restoration.methods.gain.path import StepRecord
+from regraft.restoration.methods.gain.path import Room, StepRecord
 from regraft.restoration.methods.gain.step import Problem, Prompts, held_out_losses, step
 from regraft.restoration.ranking import empty
 from regraft.restoration.teacher import DecisionLoss, final_states
@@ -96,7 +96,7 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
         seconds, _ = timed(device, lambda: bare(model, source, data))
         return _row(options, seconds, device)
     model, sides = taught(options, source, pruned, parts)
-    room = path_limit(zeros(pruned.checkpoint, pruned.architecture))
+    room = Room(path_limit(zeros(pruned.checkpoint, pruned.architecture)), "weights")
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

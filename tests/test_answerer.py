@@ -33,11 +33,12 @@ from regraft.disk.files import write_json
 from regraft.errors import RegraftError
 from regraft.evaluation import generate as generating
 from regraft.evaluation import greedy
-from regraft.evaluation.generate import Answerer, prefetch
+from regraft.evaluation.generate import Answerer, answering_tokens, prefetch
 from regraft.evaluation.keywords import REGRAFT_1, KeywordJudge
 from regraft.models.architecture import decoder_layers
 from regraft.models.load import open_source
 from regraft.models.vision import VisionOutput, replayed, vision_state
+from regraft.progress import Task
 from regraft.pruning.base import prune_settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -240,7 +241,34 @@ def test_finished_batches_are_kept(tmp_path: Path) -> None:
     first, second = (chunk.places for chunk in answerer._chunks)
     assert [texts[place] for place in first] == ["was", "there"]
     assert texts[second[0]] == answered(model, processor, [examples[second[0]]])[0]
-    assert seen == [2, 1]
+    works = [answering_tokens([examples[i] for i in places], TOKENS) for places in (first, second)]
+    assert seen == works and sum(works) == answering_tokens(examples, TOKENS)
+
+
+def test_what_an_answer_takes_goes_by_the_prompt_and_the_answer() -> None:
+    short, long = (Example("a", "x" * n, True, "") for n in (40, 400))
+    seen = replace(short, image=Path("a.png"))
+    assert answering_tokens([short], 8) == 10 + 8
+    assert answering_tokens([short, long], 8) == 10 + 100 + 2 * 8
+    assert answering_tokens([seen], 8) > answering_tokens([long], 8)
+
+
+def test_answers_that_were_there_are_not_told_as_done_just_now(tmp_path: Path) -> None:
+    model, processor = pico.build("llava")
+    examples = truth.examples("llava", tmp_path, 3)
+    answerer = Answerer(processor, examples, batch_size=2)
+    write_json(tmp_path / "work" / "answers_000000.json", ["was", "there"])
+    done: list[int] = []
+    fewer: list[int] = []
+    answerer.answers(
+        model,
+        max_new_tokens=TOKENS,
+        partial=tmp_path / "work",
+        advance=Task(done.append, fewer.append),
+    )
+    first, second = ([examples[i] for i in chunk.places] for chunk in answerer._chunks)
+    assert fewer == [-answering_tokens(first, TOKENS)]
+    assert done == [answering_tokens(second, TOKENS)]
 
 
 def test_model_and_output_are_left_alone(vlm_family: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -35,9 +36,9 @@ from regraft.recipes.file import read_recipe, write_recipe
 from regraft.recipes.recipe import Recipe
 from regraft.report.page import CURVES_CAPTION, render_html, render_markdown
 from regraft.report.pooling import study_of
-from regraft.report.rate_figures import curve_figure, trade_off_figure
+from regraft.report.rate_figures import _points, curve_figure, marker_size, trade_off_figure
 from regraft.report.run import Run, Variant
-from regraft.report.study import Outcome, Row, Study, Table
+from regraft.report.study import Outcome, Row, Spread, Study, Table
 from regraft.restoration.base import METHODS, settings_in
 from regraft.runs import comparing, recipe_runs
 from regraft.runs.bundle import write_bundle
@@ -509,6 +510,28 @@ def test_figures_name_and_number_every_model(pooled: Study) -> None:
         assert f">{number}<" in svg
     several = replace(pooled, tables=(pooled.tables[0], replace(pooled.tables[0], pruning="more")))
     assert trade_off_figure(several).count(">more<") == 1
+
+
+def test_a_circle_tells_the_restored_share(pooled: Study) -> None:
+    """By its area, on a log scale; a square is a model with nothing restored."""
+    table = pooled.tables[0]
+    shares = {row.name: row.restored.mean if row.restored else None for row in table.rows}
+    assert shares["hsr"] is not None and shares["dense"] is None
+    assert {one.name.split(" ")[0]: one.share for one in _points(table)} == shares
+    assert {one.share is None: one.marker for one in _points(table)} == {True: "s", False: "o"}
+    areas = [marker_size(share) ** 2 for share in (0.001, 0.01, 0.1, 1, 10)]
+    assert areas[0] == areas[1] == 64
+    assert [b - a for a, b in pairwise(areas[1:])] == pytest.approx([51.2] * 3)
+
+    def drawn(share: float | None) -> str:
+        restored = None if share is None else Spread(share, share, share)
+        rows = tuple(replace(row, restored=row.restored and restored) for row in table.rows)
+        return trade_off_figure(replace(pooled, tables=(replace(table, rows=rows),)))
+
+    legend = "per 10,000 restored"
+    assert drawn(None).count(legend) == 0
+    assert [f">{n:g} {legend}<" in drawn(0.5) for n in (0.01, 0.1, 1, 10)] == [1, 1, 1, 0]
+    assert len({drawn(share) for share in (None, 0.01, 0.02, 0.09)}) == 4, "areas look the same"
 
 
 def test_curves_ring_the_chosen_point(pooled: Study) -> None:

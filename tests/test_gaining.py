@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import truth
 from disk import shards, tree, write_jsonl
 from methods import method
 from regraft import stages
+from regraft.cli.realigning import _below_budget
 from regraft.data.collate import response_batch
 from regraft.data.example import Example, Reading, hold_out
 from regraft.data.sources import DataSource
@@ -29,7 +31,7 @@ from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.patch.apply import patched
 from regraft.patch.format import load_patch
 from regraft.patch.pair import restorable
-from regraft.progress import Silent
+from regraft.progress import Silent, Task
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
 from regraft.recipes.recipe import Recipe
@@ -38,7 +40,13 @@ from regraft.restoration.base import MethodSettings
 from regraft.restoration.methods.gain import method as gaining
 from regraft.restoration.methods.gain import objective as gain
 from regraft.restoration.methods.gain import step as gain_step
-from regraft.restoration.methods.gain.path import REASONS, Losses, path_to_json
+from regraft.restoration.methods.gain.path import (
+    LIMITS,
+    REASONS,
+    Losses,
+    path_to_json,
+    read_path,
+)
 from regraft.restoration.ranking import KEPT, Ranking, empty, load_ranking, patch_of
 from regraft.runs import pipeline
 from regraft.settings.compute import ComputeSettings
@@ -211,9 +219,9 @@ def test_what_every_step_did(swap, benches, tmp_path):
     """It restored the best number that it tried; the first step that does not help is the last."""
     ranking = benches("mllama").rank(tmp_path / "ranking", GAIN.model_copy(update={"swap": swap}))
     steps, end = ranking.about["steps"], ranking.about["end"]
-    assert len(steps) >= 3 and end in ("held-out", "limit")
+    assert len(steps) >= 3 and end in ("held-out", "steps")
     before, loss = 0, Losses(**ranking.about["start"]).sum
-    falls = []
+    falls, taken_before = [], 0
     for step in steps:
         tries, now = step["tries"], Losses(**step["held_out"]).sum
         taken = step["restored"] - before
@@ -223,6 +231,8 @@ def test_what_every_step_did(swap, benches, tmp_path):
         assert (score > 0).all() and (score.diff() <= 0).all()
         assert taken <= tries[0][0] <= step["candidates"]
         predicted = float(score.double().sum())
+        assert step["limit"] == limit_by_hand(taken, taken_before, step)
+        taken_before = taken
         assert taken == 1 or predicted <= Losses(**step["gradient"]).sum / 2, "beyond first order"
         falls.append((loss - now) / loss)
         before, loss = step["restored"], now
@@ -232,7 +242,20 @@ def test_what_every_step_did(swap, benches, tmp_path):
     assert falls[-1] < least if end == "held-out" else len(steps) == gaining.MOST_STEPS
 
 
-@pytest.mark.parametrize("end", ["candidates", "limit"])
+def limit_by_hand(taken: int, before: int, step: Mapping[str, Any]) -> str:
+    """From the figures of a step alone; of a path that is far below its limit of weights."""
+    numbers = [number for number, _ in step["tries"]]
+    if taken == 0:
+        return "nothing" if step["candidates"] else "candidates"
+    if taken < numbers[0]:
+        fewest = len(numbers) == gain.MOST_TRIES or numbers[-1] == 1
+        return "fewest" if fewest and taken == numbers[-1] else "held-out"
+    if taken < step["candidates"]:
+        return "first-order"
+    return "doubling" if taken == 2 * before else "candidates"
+
+
+@pytest.mark.parametrize("end", ["candidates", "weights"])
 def test_other_ends(end, benches, tmp_path, monkeypatch):
     notes: list[str] = []
 
@@ -251,6 +274,77 @@ def test_other_ends(end, benches, tmp_path, monkeypatch):
         (step,) = found.about["steps"]
         assert step["tries"] == [] and step["held_out"] == found.about["start"]
     assert any(REASONS[end] in note for note in notes)
+    (described,) = (note for note in notes if "weights tried" in note)
+    (step,) = found.about["steps"]
+    assert step["limit"] == end and described.endswith(LIMITS[end])
+    patch = stages.write_patch(
+        benches("llama").dense,
+        benches("llama").pruned(),
+        tmp_path / "patch",
+        GAIN,
+        ranking_file=tmp_path / "ranking",
+    )
+    assert read_path(patch.about) == read_path(found.about)
+    settings = GAIN.model_copy(update={"count": 3, "budget": None})
+    told = f"{patch.restored} of 3 weights allowed by the budget: {REASONS[end]}"
+    assert _below_budget(patch, settings) == told
+    enough = settings.model_copy(update={"count": 2})
+    assert (_below_budget(patch, enough) == "") == (end == "weights")
+
+
+class Told(Silent):
+    """Every task as a list: what was announced, then units done, and those beyond in a tuple."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[str, list[Any]] = {}
+
+    @contextmanager
+    def task(self, what: str, total: int, unit: str = "") -> Iterator[Task]:
+        heard = self.tasks.setdefault(what, [total])
+        yield Task(heard.append, lambda more: heard.append((more,)))
+
+
+def test_progress_moves_while_numbers_are_tried(benches, tmp_path, monkeypatch):
+    """With each number tried; as much is done as is announced, or told of before it is done."""
+    bench, told, tries = benches("llama"), Told(), []
+    true = gain_step.line_search
+
+    def heard(value: Callable[[int], float], now: float, most: int) -> Any:
+        (*_, (_, units)) = told.tasks.items()
+        seen = [len(units)]
+
+        def watched(number: int) -> float:
+            loss = value(number)
+            seen.append(len(units))
+            return loss
+
+        found = true(watched, now, most)
+        tries.append(seen)
+        return found
+
+    monkeypatch.setattr(gain_step, "line_search", heard)
+    about = bench.rank(tmp_path / "ranking", progress=told).about
+    steps = [units for what, units in told.tasks.items() if what.startswith("Step")]
+    layers, before = bench.dense.architecture.layers, []
+    assert len(steps) == len(tries) == len(about["steps"]) >= 2
+    for (announced, *units), seen, step in zip(steps, tries, about["steps"], strict=True):
+        number = len(step["tries"])
+        assert len(seen) == number + 1
+        assert all(after > earlier for earlier, after in pairwise(seen)), "it stands still"
+        done = sum(one for one in units if isinstance(one, int))
+        more = sum(one[0] for one in units if isinstance(one, tuple))
+        expected = round(sum(before) / len(before)) if before else 2
+        a_try = 4 * len(layers)  # two held-out prompts of each kind
+        assert announced == 4 * 4 * len(layers) + expected * a_try
+        assert done == 4 * 4 * len(layers) + number * a_try
+        assert more == max(0, number - expected) * a_try
+        so_far, total = 0, announced
+        for one in units:
+            so_far, total = (
+                (so_far + one, total) if isinstance(one, int) else (so_far, total + one[0])
+            )
+            assert so_far <= total, "more is done than there is"
+        before.append(number)
 
 
 def test_how_long_a_path_may_be():

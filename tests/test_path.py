@@ -25,11 +25,17 @@ from regraft.report.weight_figures import (
 from regraft.report.write import report_to_json
 from regraft.restoration.methods.gain.objective import Try
 from regraft.restoration.methods.gain.path import (
+    LIMITS,
+    MOST_STEPS,
+    REASONS,
     GainPath,
     Losses,
+    Room,
     StepRecord,
+    limit_of,
     path_to_json,
     read_path,
+    short_of,
 )
 from test_compare import RUNS
 from test_report import REPORT, Outline, svg_texts
@@ -44,6 +50,7 @@ ABOUT: dict[str, Any] = {  # as a ranking has it, of a method with other entries
             "held_out": {"safety": 0.25, "utility": 0.125},
             "candidates": 40_000,
             "tries": [[5000, 0.875], [2500, 0.5], [1250, 0.375], [625, 0.4375]],
+            "limit": "held-out",
         },
         {
             "restored": 1250,
@@ -51,22 +58,24 @@ ABOUT: dict[str, Any] = {  # as a ranking has it, of a method with other entries
             "held_out": {"safety": 0.25, "utility": 0.125},
             "candidates": 30_000,
             "tries": [[2500, 0.625]],
+            "limit": "nothing",
         },
     ],
     "end": "held-out",
 }
 PATH = read_path(ABOUT)
 assert PATH is not None
-SHARED = SharedPath("wanda-50", ("gain-0.01", "gain"), PATH)
+SHARED = SharedPath("wanda-50", ("gain-0.01", "gain"), PATH, {"gain-0.01": 1250, "gain": 40_000})
 
 losses = st.builds(Losses, *[st.floats(0, 100)] * 2)
 tries = st.lists(st.builds(Try, st.integers(1, 10**9), st.floats(0, 100)), max_size=4).map(tuple)
-passed = st.builds(StepRecord, st.integers(0, 10**9), losses, losses, st.integers(0, 10**9), tries)
+counts = st.integers(0, 10**9)
+passed = st.builds(StepRecord, counts, losses, losses, counts, tries, st.sampled_from(list(LIMITS)))
 paths = st.builds(
     GainPath,
     losses,
     st.lists(passed, max_size=4).map(tuple),
-    st.sampled_from([None, "limit", "held-out", "candidates"]),
+    st.sampled_from([None, *REASONS]),
 )
 
 
@@ -90,11 +99,75 @@ def test_a_path_is_written_as_rankings_have_it() -> None:
         {"start": {"safety": 1.0}},
         {"steps": [{"restored": 3}]},
         {"steps": [ABOUT["steps"][0] | {"tries": [[1]]}]},
+        {"steps": [ABOUT["steps"][0] | {"limit": "boredom"}]},
     ],
 )
 def test_something_else_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(RegraftError, match="does not hold the path"):
         read_path(ABOUT | change)
+
+
+@pytest.mark.parametrize(
+    ("taken", "most", "candidates", "room", "limit"),
+    [
+        (79, 79, 10_000, Room(10_000, "weights"), "first-order"),
+        (1, 1, 10_000, Room(10_000, "weights"), "first-order"),
+        (158, 158, 158, Room(158, "doubling"), "doubling"),
+        (158, 158, 158, Room(158, "weights"), "weights"),
+        (158, 158, 158, Room(316, "doubling"), "candidates"),
+        (79, 316, 316, Room(316, "doubling"), "held-out"),
+        (4, 316, 316, Room(316, "doubling"), "fewest"),
+        (1, 9, 316, Room(316, "doubling"), "fewest"),
+        (0, 316, 316, Room(316, "doubling"), "nothing"),
+        (0, 0, 0, Room(316, "doubling"), "candidates"),
+    ],
+)
+def test_what_limits_a_step(taken, most, candidates, room, limit) -> None:
+    assert limit_of(taken, most, candidates, room) == limit
+
+
+def without_limits(about: dict[str, Any]) -> dict[str, Any]:
+    """As rankings had it that did not say what limited a step."""
+    steps = [{k: v for k, v in one.items() if k != "limit"} for one in about["steps"]]
+    return about | {"steps": steps}
+
+
+def test_what_limited_a_step_is_worked_out_where_a_file_does_not_say_it() -> None:
+    """A path of the real model: its numbers of weights and tries."""
+    tries = [[79, 39], [158, 79], [316, 158, 79, 39], [158, 79, 39, 19], [78, 39, 19]]
+    restored, candidates = [79, 237, 316, 355, 394], [161_149, 158, 316, 158, 78]
+    losses = {"safety": 1.0, "utility": 1.0}
+    steps = [
+        {
+            "restored": after,
+            "gradient": losses,
+            "held_out": losses,
+            "candidates": count,
+            "tries": [[number, 1.0] for number in numbers],
+        }
+        for after, count, numbers in zip(restored, candidates, tries, strict=True)
+    ]
+    path = read_path(ABOUT | {"steps": steps, "end": "limit"})
+    assert path is not None and path.end == "steps"
+    found = [one.limit for one in path.steps]
+    assert found == ["first-order", "doubling", "held-out", "held-out", "held-out"]
+    assert len(found) == MOST_STEPS
+    fewer = read_path(ABOUT | {"steps": steps[:2], "end": "limit"})
+    assert fewer is not None and fewer.end == "weights"
+    assert read_path(without_limits(ABOUT)) == PATH
+
+
+@pytest.mark.parametrize(("restored", "allowed"), [(1250, 1250), (1250, 1000), (1250, None)])
+def test_a_path_that_fills_its_budget_is_not_short_of_it(restored, allowed) -> None:
+    assert short_of(PATH, restored, allowed) == ""
+
+
+def test_a_path_that_ends_below_its_budget_says_so() -> None:
+    assert short_of(PATH, 1250, 3222) == (
+        "1,250 of 3,222 weights allowed by the budget: more weights hardly lower the loss on "
+        "held-out prompts"
+    )
+    assert short_of(replace(PATH, end=None), 1250, 3222) == ""
 
 
 def test_points_of_the_figure() -> None:
@@ -126,21 +199,24 @@ def test_ticks_are_round_and_few() -> None:
 
 
 def test_a_row_a_step_and_why_it_ended() -> None:
-    assert [tuple(cell.text for cell in row) for row in path_grid("a", PATH).rows] == [
-        ("pruned", "–", "–", "0", "–", "0.750"),
-        ("1", "5,000, 2,500, 1,250, 625", "1,250", "1,250", "0.625", "0.375"),
-        ("2", "2,500", "0", "1,250", "0.250", "0.375"),
+    fewer, none = LIMITS["held-out"], LIMITS["nothing"]
+    assert [tuple(cell.text for cell in row) for row in path_grid("a", SHARED).rows] == [
+        ("pruned", "–", "–", "–", "0", "–", "0.750"),
+        ("1", "5,000, 2,500, 1,250, 625", "1,250", fewer, "1,250", "0.625", "0.375"),
+        ("2", "2,500", "0", none, "1,250", "0.250", "0.375"),
     ]
-    assert ending(PATH) == (
+    assert ending(SHARED) == (
         "The path ended after 2 steps with 1,250 weights restored: more weights hardly lower the "
-        "loss on held-out prompts."
+        "loss on held-out prompts. gain restored 1,250 of the 40,000 weights that its budget "
+        "allows."
     )
     first = replace(PATH, steps=(replace(PATH.steps[0], restored=1),), end="candidates")
-    assert ending(first) == (
+    assert ending(replace(SHARED, path=first, allowed={})) == (
         "The path ended after 1 step with 1 weight restored: no other pruned weight is predicted "
         "to help."
     )
-    assert ending(replace(first, end=None)).startswith("The path has not ended")
+    unended = replace(SHARED, path=replace(first, end=None))
+    assert ending(unended).startswith("The path has not ended")
 
 
 def shown(*paths: SharedPath) -> Run:
@@ -156,9 +232,11 @@ def test_the_report_shows_a_shared_path_once() -> None:
     assert [a["aria-label"] for tag, a in outline.tags if tag == "svg"].count("Paths of gain") == 1
     assert page.count("The path ended after 2 steps") == text.count("The path ended after") == 1
     assert "**wanda-50: gain-0.01, gain**. The path ended" in text
-    assert "| 1 | 5,000, 2,500, 1,250, 625 | 1,250 | 1,250 | 0.625 | 0.375 |" in text.splitlines()
+    row = f"| 1 | 5,000, 2,500, 1,250, 625 | 1,250 | {LIMITS['held-out']} | 1,250 | 0.625 | 0.375 |"
+    assert row in text.splitlines()
     (kept,) = report_to_json(study)["runs"][0]["paths"]
     assert kept["methods"] == ["gain-0.01", "gain"] and read_path(kept) == PATH
+    assert kept["allowed"] == SHARED.allowed
     for rendered in (render_html(study_of([REPORT])), render_markdown(study_of([REPORT]))):
         assert "Paths of gain" not in rendered
 
@@ -169,6 +247,6 @@ def test_a_comparison_has_a_line_a_seed() -> None:
         replace(run, paths=(one,)) for run, one in zip(RUNS, (SHARED, later, SHARED), strict=True)
     ]
     study = study_of(runs)
-    assert study.paths == (("wanda-50: gain-0.01, gain", (PATH, later.path, PATH)),)
+    assert study.paths == (("wanda-50: gain-0.01, gain", (SHARED, later, SHARED)),)
     page = render_html(study)
     assert 'aria-label="Paths of gain"' in page and "two lines a seed" in page

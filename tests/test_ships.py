@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from regraft.heads.ships import (
     principal_angles,
     ships,
 )
-from regraft.heads.states import rounded_again
+from regraft.heads.states import rounded_again, steps
 from regraft.models.replay import logits_of
 
 HALF_PI = math.pi / 2
@@ -138,6 +139,10 @@ def naive_kl(base, ablated):
 # All heads of a model
 
 
+def every_head(architecture: Any) -> dict[int, range]:
+    return {layer.index: range(layer.heads) for layer in architecture.layers}
+
+
 def naive_scores(model, processor, architecture, examples, r_max, target, eps):
     """One unbatched forward, pixels to logits, a head and sample: two arrays [layers, heads]."""
     rows = [prompt_batch(processor, [example]).inputs for example in examples]
@@ -184,7 +189,8 @@ def test_scores_equal_one_forward_per_head(family, pico_dir, tmp_path):
     expected = naive_scores(model, processor, architecture, examples, 2, "all", 1e-5)
     assert_scores(found, expected, 2e-5, family)
     layers = len(architecture.layers)
-    assert ticks == [0, *range(layers, 0, -1)] * len(cut)
+    costs = [one.heads * (layers - one.index) for one in architecture.layers]  # one of each: a row
+    assert ticks == [rows * cost for rows in (2, 1) for cost in costs]
     assert found.ships.dtype == found.kl.dtype == torch.float64
     assert found.ships.std() > 1e-2 and found.kl.std() > 1e-2, "heads must differ"
 
@@ -246,7 +252,7 @@ def test_finished_layers_are_not_run_again(pico_dir, tmp_path):
 
     def kill(step):
         ticks.append(step)
-        if len(ticks) == (1 + layers) + 1 + 2:  # two layers into the second batch
+        if len(ticks) == layers + 2:  # two layers into the second batch
             raise KeyboardInterrupt
 
     killed = tmp_path / "killed"
@@ -263,7 +269,8 @@ def test_finished_layers_are_not_run_again(pico_dir, tmp_path):
     again = score_heads(no_model, architecture, cut, partial, how, advance=ticks.append)
     for other in (again, resumed):
         assert torch.equal(other.ships, first.ships) and torch.equal(other.kl, first.kl)
-    assert ticks[-3:] == [layers * (layers + 1) // 2] * 3
+    rows = [len(batch.ids) for batch in cut]
+    assert ticks[-3:] == [n * steps(architecture, every_head(architecture)) for n in rows]
     assert contents(partial) == content
 
 
@@ -392,9 +399,10 @@ def test_screening_scores_the_best_exactly(family, pico_dir, tmp_path):
         found = score_heads(
             model, architecture, cut, tmp_path / "screened", how, advance=ticks.append
         )
-    assert sum(ticks) == len(architecture.layers) * (len(architecture.layers) + 1)
     best = {head for one in found.estimate for head in ordered(one)[:4]}
     assert set(map(tuple, found.exact.nonzero().tolist())) == best and 4 <= len(best) <= 8
+    again = sum(len(architecture.layers) - layer for layer, _ in best)
+    assert sum(ticks) == 3 * (steps(architecture, every_head(architecture)) + again)
     for scores, estimate, truly in zip(
         (found.ships, found.kl), found.estimate, (exact.ships, exact.kl), strict=True
     ):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -12,17 +13,18 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Column, Table
 from rich.text import Text
 
+from regraft import progress as telling
 from regraft.evaluation.results import Estimate
 from regraft.evaluation.tradeoff import NOTE, Point, Searched, Tried, Tuned
-from regraft.progress import Advance
 from regraft.report.formatting import DASH, Grid, percent, rate
 
 if TYPE_CHECKING:
@@ -49,43 +51,58 @@ class ConsoleWatch:
         """Nothing to show."""
 
     @contextmanager
-    def task(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:
+    def task(self, what: str, total: int, unit: str = "") -> Iterator[telling.Task]:
         show = self._bar if self.console.is_terminal else self._lines
         with show(what, max(total, 1), unit) as advance:
             yield advance
 
     @contextmanager
-    def _bar(self, what: str, total: int, unit: str) -> Iterator[Advance]:
+    def _bar(self, what: str, total: int, unit: str) -> Iterator[telling.Task]:
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            _Left(),
         )
+        pace = telling.Pace(total)
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(what, total=total)
-            yield lambda steps: progress.update(task, advance=steps)
-            progress.update(task, completed=total)
+            task = progress.add_task(what, total=total, pace=pace)
+
+            def shown(change: telling.Advance, units: int) -> None:
+                change(units)
+                progress.update(task, completed=pace.done, total=pace.total)
+
+            yield telling.Task(partial(shown, pace.advance), partial(shown, pace.expect))
+            progress.update(task, completed=pace.total)
 
     @contextmanager
-    def _lines(self, what: str, total: int, unit: str) -> Iterator[Advance]:
-        start = last = time.monotonic()
-        done = 0
+    def _lines(self, what: str, total: int, unit: str) -> Iterator[telling.Task]:
+        pace, last = telling.Pace(total), 0.0
 
-        def advance(steps: int) -> None:
-            nonlocal done, last
-            done += steps
-            now = time.monotonic()
-            if now - last >= _SECONDS_BETWEEN_LINES and 0 < done < total:
+        def advance(units: int) -> None:
+            nonlocal last
+            pace.advance(units)
+            now, left = pace.elapsed, pace.left
+            if now - last >= _SECONDS_BETWEEN_LINES and left is not None and pace.done < pace.total:
                 last = now
-                left = (now - start) * (total - done) / done
-                self.note(f"  {what}: {100 * done / total:.0f} %, about {left:.0f} s left")
+                share = pace.done / pace.total
+                self.note(f"  {what}: {100 * share:.0f} %, about {left:.0f} s left")
 
         self.note(f"{what} ..." if unit in ("", "bytes") else f"{what}: {total} {unit} ...")
-        yield advance
-        self.note(f"  done in {time.monotonic() - start:.1f} s")
+        yield telling.Task(advance, pace.expect)
+        self.note(f"  done in {pace.elapsed:.1f} s")
+
+
+class _Left(ProgressColumn):
+    """The time left by our own estimate: rich's forgets everything where the total changes."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        left = task.fields["pace"].left
+        return Text("-:--:--" if left is None else str(timedelta(seconds=round(left))))
 
 
 def say(console: Console, text: str, style: str | None = None, *, soft_wrap: bool = False) -> None:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from regraft import distributed
 from regraft.disk.files import discard_leftover, read_json, write_json
 from regraft.disk.parsing import from_json
-from regraft.progress import Advance, Progress
+from regraft.progress import Progress, Task, expect
 
 T = TypeVar("T")
 _Positive = Annotated[int, Field(ge=1)]
@@ -102,7 +103,7 @@ class Metered:
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @contextmanager
-    def task(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:
+    def task(self, what: str, total: int, unit: str = "") -> Iterator[Task]:
         """A task of the progress inside, that calls `advanced` as well."""
         with self._inner.task(what, total, unit) as advance:
 
@@ -110,7 +111,7 @@ class Metered:
                 advance(done)
                 self.advanced()
 
-            yield advance_both
+            yield Task(advance_both, partial(expect, advance))
 
     def note(self, text: str) -> None:
         """See `Progress`."""

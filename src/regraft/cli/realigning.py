@@ -19,6 +19,7 @@ from regraft.patch.format import Patch
 from regraft.patch.pair import is_changed
 from regraft.restoration.base import METHODS, Budgeted, MethodSettings
 from regraft.restoration.methods.fine_tune.adam import TRAINED_VALUES, is_trained
+from regraft.restoration.methods.gain.path import read_path, short_of
 from regraft.settings.base import EXPERT
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
@@ -98,7 +99,7 @@ def realign(
             curve = stages.ArtifactPaths.beside(out).curve
             show_search(progress.console, stages.read_curve(curve))
             progress.note(f"All points: {curve}")
-        _describe(progress, out, patch)
+        _describe(progress, out, patch, settings)
 
 
 def _broken(name: str, error: Exception) -> Callable[..., None]:
@@ -116,7 +117,7 @@ def _broken(name: str, error: Exception) -> Callable[..., None]:
     return command
 
 
-def _describe(progress: ConsoleWatch, out: Path, patch: Patch) -> None:
+def _describe(progress: ConsoleWatch, out: Path, patch: Patch, settings: MethodSettings) -> None:
     pruned = patch.about["pruned"]
     exchanged = f" and {patch.removed:,} kept ones go in exchange" if patch.removed else ""
     progress.note(
@@ -124,6 +125,8 @@ def _describe(progress: ConsoleWatch, out: Path, patch: Patch) -> None:
         f"{10_000 * patch.restored / pruned:.3f} per 10,000 of {pruned:,} "
         f"{'changed weights' if is_changed(patch) else 'zeros'}."
     )
+    if below := _below_budget(patch, settings):
+        progress.note(f"{out}: {below}.")
     if is_trained(patch):
         progress.note(f"{out}: {TRAINED_VALUES}")
     if "n_m" in patch.about:
@@ -134,6 +137,14 @@ def _describe(progress: ConsoleWatch, out: Path, patch: Patch) -> None:
             if patch.about["violated_groups"]
             else f"All {patch.about['groups']:,} {patch.about['n_m']} groups are kept."
         )
+
+
+def _below_budget(patch: Patch, settings: MethodSettings) -> str:
+    """Why gain stopped below its budget; "" where it did not, or a search chose the number."""
+    path = read_path(patch.about)
+    if path is None or patch.about.get("count") is not None:
+        return ""
+    return short_of(path, patch.restored, settings.how_many(patch.about["pruned"]))
 
 
 app = App(

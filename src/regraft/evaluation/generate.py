@@ -27,9 +27,10 @@ from regraft.evaluation.summary import is_compared
 from regraft.models.generation import takes_padding
 from regraft.models.load import placed
 from regraft.models.vision import VisionOutput, recorded, replayed, vision_state, without_pixels
-from regraft.progress import Advance
+from regraft.progress import Advance, expect
 
 MEMO_BYTES = 4 << 30
+_IMAGE_TOKENS = 256
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -107,7 +108,7 @@ class Answerer:
             partial: Scratch folder of this very evaluation, seen by all processes. Each finished
                 batch is a file in it; after a kill those found there are kept, whichever and
                 however many processes wrote them.
-            advance: Called with the number of prompts just answered.
+            advance: Called with the `answering_tokens` of the prompts just answered.
 
         Returns:
             One answer an example, special tokens and surrounding white space removed.
@@ -119,9 +120,12 @@ class Answerer:
         def made(chunks: Sequence[_Chunk]) -> Iterator[tuple[int, list[str]]]:
             for place, (chunk, images) in enumerate(prefetch(self._images, chunks)):
                 yield place, self._answer(model, chunk, max_new_tokens, images)
-                advance(len(chunk))
+                advance(answering_tokens(self._examples(chunk), max_new_tokens))
 
-        found = resumable_map(self._chunks, made, partial, "answers", advance)
+        def kept(chunk: _Chunk) -> None:
+            expect(advance, -answering_tokens(self._examples(chunk), max_new_tokens))
+
+        found = resumable_map(self._chunks, made, partial, "answers", kept)
         answered = {
             place: text
             for chunk, texts in zip(self._chunks, found, strict=True)
@@ -170,6 +174,17 @@ class Answerer:
         if self.kept_bytes + kept.bytes <= self._memo_bytes:
             self._kept[chunk] = kept
             self.kept_bytes += kept.bytes
+
+
+def answering_tokens(examples: Sequence[Example], max_new_tokens: int) -> int:
+    """What answering takes, in tokens: those of the prompts, about, and of whole answers.
+
+    Text counts a token for four bytes, and an image for 256 tokens, so that nothing is encoded.
+    """
+    prompts = (
+        len(one.instruction.encode()) // 4 + (_IMAGE_TOKENS if one.image else 0) for one in examples
+    )
+    return sum(prompts) + max_new_tokens * len(examples)
 
 
 def generate(

@@ -29,7 +29,7 @@ from regraft.evaluation.results import Estimate, TextResult
 from regraft.evaluation.resumable_map import resumable_map
 from regraft.models.load import placed
 from regraft.models.replay import logits_of, replay, text_inputs
-from regraft.progress import Advance
+from regraft.progress import Advance, expect
 
 Nll = tuple[float, int]  # summed over the response's tokens, in nats; their number
 _RESPONSE_POSITIONS = 256  # whose logits are in memory at a time
@@ -74,7 +74,7 @@ def response_nlls(
             yield place, nlls
             advance(len(chunk))
 
-    found = resumable_map(chunks, made, partial, "nll", advance)
+    found = resumable_map(chunks, made, partial, "nll", lambda chunk: expect(advance, -len(chunk)))
     of_id = {
         example.id: (float(total), int(count))
         for chunk, nlls in zip(chunks, found, strict=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from regraft import distributed
 from regraft.disk.files import read_json, write_json
-from regraft.progress import Advance
 
-Piece = TypeVar("Piece", bound=Sized)
+Piece = TypeVar("Piece")
 
 
 def resumable_map(
@@ -18,7 +17,7 @@ def resumable_map(
     make: Callable[[Sequence[Piece]], Iterable[tuple[int, Any]]],
     scratch: Path | None,
     name: str,
-    kept: Advance = lambda _: None,
+    kept: Callable[[Piece], None] = lambda _: None,
 ) -> list[Any]:
     """The result of every piece of work, in order, the same in every process.
 
@@ -29,13 +28,13 @@ def resumable_map(
         scratch: A folder of this very work, seen by all processes; results found there are kept,
             whichever and however many processes made them. None keeps nothing.
         name: Of the files in it.
-        kept: Called with the length of every piece of this process that was found there.
+        kept: Called with every piece of this process that was found there.
     """
     files = [scratch / f"{name}_{i:06d}.json" if scratch else None for i in range(len(pieces))]
     missing = []
     for i in distributed.share(range(len(pieces))):
         if (file := files[i]) is not None and file.exists():
-            kept(len(pieces[i]))
+            kept(pieces[i])
         else:
             missing.append(i)
     made: dict[int, Any] = {}

@@ -19,7 +19,7 @@ from regraft.errors import PassingError
 from regraft.evaluation.chat_server import ChatServer, Reply, user_message
 from regraft.evaluation.complaints import FILTERED
 from regraft.evaluation.resumable_map import resumable_map
-from regraft.progress import Advance
+from regraft.progress import Advance, expect
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -60,7 +60,9 @@ def served_answers(
             yield done
             advance(1)
 
-    found = resumable_map(list(batches(examples, 1)), made, partial, "served", advance)
+    found = resumable_map(
+        list(batches(examples, 1)), made, partial, "served", lambda _: expect(advance, -1)
+    )
     return [Reply(**one) for one in found]
 
 

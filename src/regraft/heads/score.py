@@ -16,9 +16,9 @@ from regraft.disk.artifact import read_artifact, require_finite, write_artifact
 from regraft.disk.files import digest
 from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings, first_feature_angles, most_rank, ships
-from regraft.heads.states import States, ablate_heads
+from regraft.heads.states import States, ablate_heads, steps
 from regraft.models.architecture import Architecture
-from regraft.progress import Advance
+from regraft.progress import Advance, expect
 
 FORMAT = "regraft-heads-2"
 Criterion = Literal["ships", "kl", "released"]
@@ -138,7 +138,8 @@ def score_heads(
         partial: Folder for finished layers, which are not run again after a kill. They serve for
             another `r_max` and other `candidates` too, if nothing else differs.
         about: Recorded with the scores.
-        advance: See `ablate_heads`; twice over all batches where screened.
+        advance: See `ablate_heads`; with the candidates' exact scores where screened, of which only
+            then is known what they take.
 
     Raises:
         RegraftError: r_max exceeds the number of samples or features, or states overflow.
@@ -164,6 +165,7 @@ def score_heads(
     estimate = measured("estimate", every, settings).scores[:2]
     best = candidates(estimate, settings.candidates)
     exactly = settings.model_copy(update={"mode": "exact"})
+    expect(advance, samples * steps(architecture, best))
     exact = measured(f"candidates-{digest(repr(best))[:16]}", best, exactly)
     is_exact = ~exact.scores[0].isnan()
     scores = torch.where(is_exact, exact.scores[:2], estimate)

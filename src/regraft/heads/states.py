@@ -29,7 +29,7 @@ from regraft.models.load import placed
 from regraft.models.placement import free_bytes
 from regraft.models.replay import Replay, last_positions, logits_of, replay, text_inputs
 from regraft.models.window import most_attended, window_at, window_replay
-from regraft.progress import Advance
+from regraft.progress import Advance, expect
 
 CPU_TOKENS = 16384  # in one pass where no device memory sets the bound
 MOST_TOKENS = 262144  # more in one pass makes no pass faster
@@ -91,8 +91,8 @@ def ablate_heads(
         how: What is done to a head. "screened" follows the consequences through `window` positions
             of a prompt only, with the keys and values of all others as they were.
         heads: Layer -> its heads to ablate; other layers are not run.
-        advance: Called for each layer of each batch with the layers that its heads' ablation
-            runs again, itself and all behind: what it costs. `steps` of them a batch.
+        advance: Called for each layer of each batch with what its heads' ablation runs again,
+            `steps` of it a prompt.
 
     Raises:
         RegraftError: states overflow in the model's dtype.
@@ -104,8 +104,8 @@ def ablate_heads(
             for layer in architecture.layers
             if heads.get(layer.index) and not _layer_file(place, layer.index).exists()
         }
-        last = len(architecture.layers)
-        advance(steps(architecture) - sum(last - index for index in missing))
+        there = {index: some for index, some in heads.items() if index not in missing}
+        expect(advance, -len(batch.ids) * steps(architecture, there))
         if missing or not _base_file(place).exists():
             _run_batch(model, architecture, placed(batch, model), place, how, missing, advance)
     distributed.barrier()
@@ -136,12 +136,12 @@ def _run_batch(
                 states |= run.jittered(index, hidden, seed)
         _require_finite(states, index)
         _save(_layer_file(folder, index), states)
-        advance(len(architecture.layers) - index)
+        advance(len(batch.ids) * steps(architecture, {index: some}))
 
 
-def steps(architecture: Architecture) -> int:
-    """Layers run in ablating one head of each layer: the sum of 1 to the number of layers."""
-    return sum(range(len(architecture.layers) + 1))
+def steps(architecture: Architecture, heads: Mapping[int, Sequence[int]]) -> int:
+    """Layers that run again for a prompt: of each ablated head its own and all behind."""
+    return sum(len(some) * (len(architecture.layers) - index) for index, some in heads.items())
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,10 @@ def require_gradients(dtype: torch.dtype) -> None:
         )
 
 
+_BACKWARD = 3  # forward passes' work: the layer once more, and the gradients of its two factors
+BOTH_WAYS = 1 + _BACKWARD
+
+
 def layer_gradients(
     layerwise: LayerwisePass,
     architecture: Architecture,
@@ -92,8 +96,8 @@ def layer_gradients(
         scratch: A folder for layer inputs (samples x tokens x layers x hidden size); emptied as
             the backward pass goes.
         wanted: Which linears to take the gradient of.
-        advance: Called with the number of samples each time a layer has seen a batch, forward
-            and backward.
+        advance: Called each time a layer has seen a batch, with the number of samples forward, and
+            backward with as many times more as that takes: `BOTH_WAYS` samples a layer in all.
         add: What to add up of each batch, `signed` for the plain gradient.
         loss: Of one sample.
 
@@ -120,7 +124,7 @@ def layer_gradients(
                 with _added(linears, layerwise.model.place(batch), add, sums):
                     gradients[i] = _back(layerwise, i, layer.index, hidden, gradients[i], kept[i])
                 path.unlink()
-                advance(len(batch.ids))
+                advance(_BACKWARD * len(batch.ids))
         yield layer, _means(sums, layer, total)
 
 

@@ -25,7 +25,7 @@ from regraft.models.checkpoint import Checkpoint
 from regraft.models.checkpoint_copy import Edit
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
-from regraft.progress import Advance
+from regraft.progress import Advance, expect
 from regraft.pruning.base import (
     NO_STATISTIC,
     PRUNERS,
@@ -35,7 +35,7 @@ from regraft.pruning.base import (
     Pruner,
     PruneSettings,
 )
-from regraft.pruning.gradients import layer_gradients
+from regraft.pruning.gradients import BOTH_WAYS, layer_gradients
 from regraft.pruning.inputs import Sums
 from regraft.pruning.masks import Patterns
 from regraft.pruning.results import LayerResults, PrunedWeight, edits_by_tensor
@@ -110,13 +110,13 @@ class _Pruning:
                     found.gather()
                     pruned = self.prune(layer, found)
                 else:
-                    self.advance(layerwise.samples)
+                    expect(self.advance, -layerwise.samples)
                 for linear, module in linears.items():
                     pruned[linear.key].put(linear.weight(module))
                 if layer.index + 1 < layerwise.layers:
                     layerwise.advance(layer.index, self.advance)
                 else:  # nobody reads the last layer's outputs
-                    self.advance(layerwise.samples)
+                    expect(self.advance, -layerwise.samples)
 
     def one_shot(self) -> None:
         """All layers on the dense model; where all are done already, nothing runs."""
@@ -232,8 +232,10 @@ def each_layer(
 
 
 def passes(settings: PruneSettings) -> int:
-    """How often each layer sees the calibration data: sequential pruning runs it pruned, too."""
-    return 2 if PRUNERS.get(settings.method).by_gradients or settings.sequential else 1
+    """What each layer costs, in forward passes: sequential pruning runs it pruned, too."""
+    if PRUNERS.get(settings.method).by_gradients:
+        return BOTH_WAYS
+    return 2 if settings.sequential else 1
 
 
 def edits_without_data(settings: PruneSettings, patterns: Patterns) -> dict[str, Edit]:

@@ -20,9 +20,8 @@ from regraft.evaluation.significance import holm, paired_exact
 from regraft.report.addresses import short_names
 from regraft.report.answers import Events, RowAnswers, RowModels, read_answers, rows_of_methods
 from regraft.report.published import Published, beside
-from regraft.report.run import Run
+from regraft.report.run import Run, SharedPath
 from regraft.report.study import SIGNIFICANCE, Measured, Outcome, Row, Spread, Study, Table, Tested
-from regraft.restoration.methods.gain.path import GainPath
 
 Tests = Mapping[str, Mapping[str, Tested]]  # row -> base
 
@@ -82,13 +81,13 @@ def _with_published(table: Table, published: Published) -> Table:
     return replace(table, rows=tuple(map(found, table.rows)))
 
 
-def _paths(runs: Sequence[Run]) -> tuple[tuple[str, tuple[GainPath, ...]], ...]:
+def _paths(runs: Sequence[Run]) -> tuple[tuple[str, tuple[SharedPath, ...]], ...]:
     """Those of each method by gain, one a seed."""
-    found: dict[str, list[GainPath]] = {}
+    found: dict[str, list[SharedPath]] = {}
     for run in runs:
         for one in run.paths:
             title = f"{run.name}: {one.title}" if run.name else one.title
-            found.setdefault(title, []).append(one.path)
+            found.setdefault(title, []).append(one)
     return tuple((title, tuple(paths)) for title, paths in found.items())
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from typing import Any, TypeVar
@@ -19,25 +21,44 @@ from regraft.report.tables import look_of, name_of
 _COLOURS = dict(zip(("dense", "pruned", "realigned", "control"), SERIES, strict=True))
 _COLOURS |= {f"of-{number}": colour for number, colour in enumerate(SERIES, start=1)}
 Item = TypeVar("Item")
-_Point = tuple[int, str, str, Estimate, Estimate]  # number, name, colour, ASR, over-refusal
+_LEAST = 0.01  # restored per 10,000: what has the smallest circle
+_DECADES = tuple(_LEAST * 10**decade for decade in range(5))  # of which the legend shows some
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One model of a panel; `share` is what was restored per 10,000, None where nothing was."""
+
+    number: int
+    name: str
+    colour: str
+    asr: Estimate
+    over_refusal: Estimate
+    share: float | None
+
+    @property
+    def marker(self) -> str:
+        return "s" if self.share is None else "o"
 
 
 def trade_off_figure(study: Study) -> str:
     """Over-refusal (across) against ASR (up), one panel a pruning.
 
-    Models are numbered in the order of their table, in its colours. Empty text where no model has
-    both rates.
+    Models are numbered in the order of their table, in its colours. A circle's area is the share of
+    weights that was restored, on a log scale; models with nothing restored are squares. Empty text
+    where no model has both rates.
     """
     drawn = {table.name: points for table in study.tables if (points := [*_points(table)])}
     if not drawn:
         return ""
     every = [point for points in drawn.values() for point in points]
-    names = dict.fromkeys((number, name, colour) for number, name, colour, *_ in every)
+    names = dict.fromkeys((one.number, one.name, one.colour, one.marker) for one in every)
     handles = [
-        Line2D([], [], color=colour, marker="o", ls="", ms=5.5, label=f"{number}  {name}")
-        for number, name, colour in sorted(names)
+        Line2D([], [], color=colour, marker=marker, ls="", ms=5.5, label=f"{number}  {name}")
+        for number, name, colour, marker in sorted(names)
     ]
-    rates = [(asr, over) for *_, asr, over in every]
+    handles += _sizes([one.share for one in every if one.share is not None])
+    rates = [(one.asr, one.over_refusal) for one in every]
     across = "over-refusal, % (lower is better)"
     return _planes("Over-refusal against ASR", drawn, _cross, rates, across, handles)
 
@@ -63,22 +84,46 @@ def _planes(
     return panels_svg(title, panels, across, handles)
 
 
-def _points(table: Table) -> Iterator[_Point]:
+def _points(table: Table) -> Iterator[_Model]:
     for number, row in enumerate(table.rows, start=1):
         if row.asr and row.over_refusal:
             name = "pruned" if row.role == "pruned" else name_of(row)
             colour = _COLOURS.get(look_of(row, number), SERIES[-1])
-            yield number, name, colour, row.asr, row.over_refusal
+            share = row.restored.mean if row.restored else None
+            yield _Model(number, name, colour, row.asr, row.over_refusal, share)
 
 
-def _cross(axes: Axes, point: _Point) -> None:
+def marker_size(share: float) -> float:
+    """The diameter in points: the area grows by the same for every tenfold of the share."""
+    return 8 * math.sqrt(1 + 0.8 * math.log10(max(share, _LEAST) / _LEAST))
+
+
+def _sizes(shares: Sequence[float]) -> list[Line2D]:
+    """Circles of round shares up to the largest there is, or one more."""
+    if not shares:
+        return []
+    smaller = sum(one < max(shares) for one in _DECADES)
+    shown = _DECADES[: smaller + 1]
+    look: dict[str, Any] = {"color": INK, "marker": "o", "mfc": "none", "mew": 0.6, "ls": ""}
+    return [
+        Line2D([], [], **look, ms=marker_size(one), label=f"{one:g} per 10,000 restored")
+        for one in shown
+    ]
+
+
+def _cross(axes: Axes, model: _Model) -> None:
     """Both intervals, and the model's number where they cross."""
-    number, _, colour, asr, over = point
+    colour, asr, over = model.colour, model.asr, model.over_refusal
     x, y = 100 * over.value, 100 * asr.value
     axes.plot([100 * over.low, 100 * over.high], [y, y], color=colour, lw=0.7, alpha=0.4)
     axes.plot([x, x], [100 * asr.low, 100 * asr.high], color=colour, lw=0.7, alpha=0.4)
-    axes.plot(x, y, "o", ms=9, color=colour, mec=PAPER, mew=0.6, zorder=3, clip_on=False)
-    axes.annotate(str(number), (x, y), color=PAPER, ha="center", va="center", size=6.5, zorder=4)
+    size = 8 if model.share is None else marker_size(model.share)
+    behind = 3 - size / 100  # no large circle hides a small one
+    look: dict[str, Any] = {"marker": model.marker, "color": colour, "mec": PAPER, "mew": 0.6}
+    axes.plot(x, y, **look, ms=size, zorder=behind, clip_on=False)
+    axes.annotate(
+        str(model.number), (x, y), color=PAPER, ha="center", va="center", size=6.5, zorder=4
+    )
 
 
 def curve_figure(tables: Sequence[Table]) -> str:

@@ -102,11 +102,16 @@ class DataAccount:
 
 @dataclass(frozen=True)
 class SharedPath:
-    """A path and the methods of a pruning that take the first part of it."""
+    """A path and the methods of a pruning that take the first part of it.
+
+    `allowed` is how many weights the budget of each method allows, by its name; none of one that
+    has no budget or searched for a number.
+    """
 
     pruning: str
     methods: tuple[str, ...]
     path: GainPath
+    allowed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def title(self) -> str:

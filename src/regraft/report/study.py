@@ -19,7 +19,7 @@ from regraft.evaluation.results import Estimate, TextResult
 from regraft.evaluation.tradeoff import Searched
 from regraft.report.published import Beside, Published, PublishedRow
 from regraft.report.run import Run, SharedPath, Variant
-from regraft.restoration.methods.gain.path import GainPath, path_to_json
+from regraft.restoration.methods.gain.path import path_to_json
 
 SIGNIFICANCE = 0.05
 Role = Literal["dense", "pruned", "method", "other"]
@@ -209,7 +209,7 @@ class Study:
     tables: tuple[Table, ...]
     suites: Mapping[str, str]
     against: tuple[str, ...] = ()
-    paths: tuple[tuple[str, tuple[GainPath, ...]], ...] = ()
+    paths: tuple[tuple[str, tuple[SharedPath, ...]], ...] = ()
     published: Published | None = None
     missing: tuple[PublishedRow, ...] = ()
     correlation: Correlation | None = None
@@ -242,8 +242,6 @@ def plain(value: Any) -> Any:
         return {**_fields(value, _LEFT_OUT), "per_ten_thousand": value.per_ten_thousand}
     if isinstance(value, SharedPath):
         return {**_fields(value, ("path",)), **path_to_json(value.path)}
-    if isinstance(value, GainPath):
-        return path_to_json(value)
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if is_dataclass(value) and not isinstance(value, type):

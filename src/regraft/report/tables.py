@@ -21,9 +21,9 @@ from regraft.report.formatting import (
     tested_cell,
 )
 from regraft.report.published import Beside
-from regraft.report.run import Run
+from regraft.report.run import Run, SharedPath
 from regraft.report.study import Correlation, Measured, Row, Study
-from regraft.restoration.methods.gain.path import REASONS, GainPath
+from regraft.restoration.methods.gain.path import LIMITS, REASONS
 
 CellOf = Callable[[Row], Cell]
 Interval = tuple[float, float]
@@ -224,26 +224,29 @@ def categories(study: Study) -> tuple[Grid, ...]:
 def paths(study: Study) -> tuple[Grid, ...]:
     """One table a path of gain: the pruned model, then a row a step."""
     return tuple(
-        path_grid(f"{title}, seed {seed}" if len(study.seeds) > 1 else title, path)
+        path_grid(f"{title}, seed {seed}" if len(study.seeds) > 1 else title, shared)
         for title, of_seed in study.paths
-        for seed, path in zip(study.seeds, of_seed, strict=False)
+        for seed, shared in zip(study.seeds, of_seed, strict=False)
     )
 
 
-def path_grid(title: str, path: GainPath) -> Grid:
+def path_grid(title: str, shared: SharedPath) -> Grid:
     """Losses are sums of safety and utility, in nats."""
-    rows = [("pruned", "", "", "0", "", f"{path.start.sum:.3f}")]
+    path = shared.path
+    rows = [("pruned", "", "", "", "0", "", f"{path.start.sum:.3f}")]
     for number, (step, taken) in enumerate(zip(path.steps, path.taken, strict=True), start=1):
         tried = ", ".join(f"{one.number:,}" for one in step.tries)
         losses = f"{step.gradient.sum:.3f}", f"{step.held_out.sum:.3f}"
-        rows.append((str(number), tried, f"{taken:,}", f"{step.restored:,}", *losses))
-    counted = ("Step", "Weights tried", "Taken", "Restored in all")
+        limit = LIMITS[step.limit] if step.limit else ""
+        rows.append((str(number), tried, f"{taken:,}", limit, f"{step.restored:,}", *losses))
+    counted = ("Step", "Weights tried", "Taken", "Limited by", "Restored in all")
     headings = (*counted, "Loss on gradient prompts before", "Held-out loss after")
-    return Grid.of(title, headings, rows, ending(path))
+    return Grid.of(title, headings, rows, ending(shared))
 
 
-def ending(path: GainPath) -> str:
-    """ "The path ended after 3 steps with 1,043 weights restored: ..." """
+def ending(shared: SharedPath) -> str:
+    """ "The path ended after 3 steps with 1,043 weights restored: ...", and below which budgets."""
+    path = shared.path
     steps, weights = len(path.steps), path.restored
     found = (
         f"after {steps} step{'' if steps == 1 else 's'} with {weights:,} "
@@ -251,7 +254,12 @@ def ending(path: GainPath) -> str:
     )
     if path.end is None:
         return f"The path has not ended, {found}."
-    return f"The path ended {found}: {REASONS[path.end]}."
+    below = (
+        f" {name} restored {weights:,} of the {allowed:,} weights that its budget allows."
+        for name, allowed in shared.allowed.items()
+        if weights < allowed
+    )
+    return f"The path ended {found}: {REASONS[path.end]}.{''.join(below)}"
 
 
 def ships(found: Correlation) -> Grid:

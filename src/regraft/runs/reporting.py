@@ -245,13 +245,21 @@ class _Artifacts:
     def paths(self) -> Iterator[SharedPath]:
         """Of each ranking by gain that is there, with the variants that take a part of it."""
         for pruning in self.recipe.prune:
-            sharing: dict[str, list[str]] = {}
+            sharing: dict[str, list[VariantSettings]] = {}
             for one in self.recipe.variants_of(pruning):
-                sharing.setdefault(self.recipe.ranking_name(one), []).append(one.name)
+                sharing.setdefault(self.recipe.ranking_name(one), []).append(one)
             for name, methods in sharing.items():
                 file = self.run_dir.ranking(pruning.name, name)
-                if file.exists() and (path := read_path(load_ranking(file).about)) is not None:
-                    yield SharedPath(pruning.name, tuple(methods), path)
+                about = load_ranking(file).about if file.exists() else {}
+                if (path := read_path(about)) is not None:
+                    names = tuple(one.name for one in methods)
+                    allowed = {
+                        one.name: most
+                        for one in methods
+                        if one.search is None
+                        and (most := one.how_many(about["pruned"])) is not None
+                    }
+                    yield SharedPath(pruning.name, names, path, allowed)
 
 
 def _variant(name: str, evaluation: Evaluation, **fields: Any) -> Variant:

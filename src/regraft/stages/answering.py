@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from regraft.evaluation.generate import generate
 from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.loading import load
+from regraft.progress import Task, expect
 from regraft.restoration.teacher import TOKEN_WEIGHTS
 from regraft.stages.provenance import describe, fingerprints, is_done, working
 from regraft.stages.reading import (
@@ -171,9 +173,10 @@ def _answer(setup: Setup, loader: Loader, wanted: _Wanted, work: Path) -> list[R
     kept, answers = 0, list[Response]()
     examples, batch_size = wanted.prompts.examples, setup.compute.batch_size
     size = batch_size * distributed.world()
-    most = min(wanted.kept, len(examples))
-    with setup.progress.task("Writing responses", most, "answers") as done:
+    asked, expected = 0, min(wanted.kept, len(examples))
+    with setup.progress.task("Writing responses", expected, "prompts") as done:
         for i, chunk in enumerate(batches(examples, size)):
+            there: list[int] = []  # of a run that was stopped
             texts = generate(
                 model,
                 processor,
@@ -181,13 +184,23 @@ def _answer(setup: Setup, loader: Loader, wanted: _Wanted, work: Path) -> list[R
                 work / f"part_{i:05d}_of_{size}",  # another number of processes cuts other parts
                 max_new_tokens=wanted.tokens,
                 batch_size=batch_size,
+                advance=Task(lambda _: None, there.append),
             )
             for example, text in zip(chunk, texts, strict=True):
                 answers.append(wanted.judge(example, text))
                 kept += answers[-1].kept
-                done(int(answers[-1].kept))
                 if kept == wanted.kept:
                     return answers
+            asked += len(chunk)
+            left = len(examples) - asked
+            if kept:  # as many more prompts as it takes if as many of them are kept as so far
+                left = min(left, math.ceil((wanted.kept - kept) * asked / kept))
+            expect(done, asked + left - expected)
+            expected = asked + left
+            if there:
+                expect(done, -len(chunk))
+            else:
+                done(len(chunk))
     return answers
 
 

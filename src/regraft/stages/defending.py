@@ -22,7 +22,7 @@ from regraft.defence.artifact import (
 )
 from regraft.defence.direction import Trial, choose, mean_states, middle_layers
 from regraft.errors import RegraftError
-from regraft.evaluation.generate import generate
+from regraft.evaluation.generate import answering_tokens, generate
 from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.evaluation.metrics import wilson
@@ -161,8 +161,11 @@ class _Search:
         if validation is None:
             return self._direction(layers[0], strengths[0])
         grid = [(layer, strength) for layer in layers for strength in strengths]
-        prompts = (1 + len(grid)) * len(validation.examples)
-        with self.target.progress.task("Choosing layer and strength", prompts, "prompts") as done:
+        tokens = (1 + len(grid)) * answering_tokens(
+            validation.examples, self.settings.max_new_tokens
+        )
+        what = "Choosing layer and strength", tokens, "tokens, about"
+        with self.target.progress.task(*what) as done:
             plain, *trials = (
                 self._try(layer, strength, validation.examples, done)
                 for layer, strength in [(layers[0], 0.0), *grid]

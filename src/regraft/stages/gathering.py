@@ -13,6 +13,7 @@ from regraft.disk.files import require_space, size_of
 from regraft.loading import check_shares, cut, hidden_state_bytes, load_layerwise
 from regraft.models.layerwise import LayerwisePass
 from regraft.pruning.base import PRUNERS, Pruner
+from regraft.pruning.gradients import BOTH_WAYS
 from regraft.pruning.statistics import (
     ImportanceStatistics,
     gather,
@@ -66,7 +67,7 @@ def _gather(
         kind: distributed.share(cut(reading.examples, setup.compute))
         for kind, reading in readings.items()
     }
-    passes = 2 if pruner.by_gradients else 1
+    passes = BOTH_WAYS if pruner.by_gradients else 1
     own = sum(len(chunk) for chunks in shares.values() for chunk in chunks)
     total = passes * own * len(architecture.layers)
     with progress.task("Gathering statistics", total, "samples x layers") as done:

@@ -28,7 +28,7 @@ from regraft.evaluation.verdicts import (
     own_verdicts,
     read_verdicts,
 )
-from regraft.progress import Progress
+from regraft.progress import Progress, expect
 from regraft.settings.compute import ComputeSettings
 from regraft.stages.evaluating import read_evaluation
 from regraft.stages.provenance import describe, is_done, working
@@ -86,7 +86,9 @@ class _Judging:
 
         task = self.progress.task(f"Judging by {judge.name}", len(exchanges), "answers")
         with task as done:
-            pieces = resumable_map(chunks, made, work, "verdicts", done)
+            pieces = resumable_map(
+                chunks, made, work, "verdicts", lambda one: expect(done, -len(one))
+            )
         return judge.name, [Verdict(**one) for piece in pieces for one in piece]
 
     def write(

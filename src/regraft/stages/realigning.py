@@ -23,8 +23,8 @@ from regraft.stages.provenance import (
 )
 from regraft.stages.ranking import require_made_of
 
-# of the ranking, in its patches
-_TOLD = ("heads", "pruned", "kind", "n_m", "groups", "values", "passes")
+# of the ranking, in its patches; the last three are the path of gain
+_TOLD = ("heads", "pruned", "kind", "n_m", "groups", "values", "passes", "start", "steps", "end")
 
 
 def write_patch(

@@ -46,9 +46,10 @@ def write_head_scores(
         with working(out, about) as work:
             model, processor = load(dense, compute, progress)
             prompts = collate(processor, prompt_batch, data.examples, compute)
-            passes = 2 if settings.mode == "screened" else 1
-            total = passes * len(prompts) * steps(dense.architecture)
-            with progress.task("Scoring heads", total, "batches x layers to run again") as done:
+            every = {layer.index: range(layer.heads) for layer in dense.architecture.layers}
+            total = len(data.examples) * steps(dense.architecture, every)
+            what = "Scoring heads", total, "prompts x heads x layers to run again"
+            with progress.task(*what) as done:
                 scores = score_heads(
                     model,
                     dense.architecture,

@@ -19,6 +19,7 @@ from regraft.data.sources import DataSource
 from regraft.defence.artifact import Defence, Direction, acting, asked, check_fits, load_defence
 from regraft.disk.files import digest, file_digest
 from regraft.errors import RegraftError
+from regraft.evaluation.generate import answering_tokens
 from regraft.evaluation.perplexity import (
     Nll,
     Teacher,
@@ -192,8 +193,9 @@ class Target(AnyTarget):
             answerer = self.cache.answerer(
                 made_of, processor, prompts, self.compute.batch_size, judge
             )
-            what = f"Answering {prompts.name}", len(prompts.examples), "prompts"
-            with self.progress.task(*what) as done:
+            tokens = answering_tokens(prompts.examples, settings.max_new_tokens)
+            what = f"Answering {len(prompts.examples)} prompts of {prompts.name}"
+            with self.progress.task(what, tokens, "tokens, about") as done:
                 texts = answerer.answers(
                     network, max_new_tokens=settings.max_new_tokens, partial=work, advance=done
                 )

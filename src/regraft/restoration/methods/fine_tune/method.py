@@ -19,6 +19,7 @@ from regraft.disk.files import atomic_file
 from regraft.errors import RegraftError
 from regraft.loading import check_shares
 from regraft.models.load import Source
+from regraft.pruning.gradients import BOTH_WAYS
 from regraft.restoration.base import Context, Counted, Method, Needs, with_default_budget
 from regraft.restoration.draws import random_ranking
 from regraft.restoration.methods.fine_tune.adam import TRAINED, SparseAdam, train
@@ -144,7 +145,7 @@ def _trained(
         optimizer.load(state)
         losses = state["losses"].tolist()
     own = sum(one.work for several in embedded.values() for one in several)
-    total = 2 * own * (settings.passes - len(losses))
+    total = BOTH_WAYS * own * (settings.passes - len(losses))
     with context.progress.task("Fine-tuning", total, "samples x layers") as done:
         while len(losses) < settings.passes:
             shuffled = list(batches)

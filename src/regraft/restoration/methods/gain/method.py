@@ -25,13 +25,16 @@ from regraft.errors import RegraftError
 from regraft.loading import check_shares, hidden_state_bytes
 from regraft.models.load import Source
 from regraft.progress import Progress
+from regraft.pruning.gradients import BOTH_WAYS
 from regraft.restoration.base import DEFAULT_BUDGET, AlwaysBudgeted, Context, Method, Needs
-from regraft.restoration.methods.gain.objective import MOST_TRIES
 from regraft.restoration.methods.gain.path import (
+    LIMITS,
+    MOST_STEPS,
     REASONS,
     End,
     GainPath,
     Losses,
+    Room,
     StepRecord,
     path_to_json,
     read_path,
@@ -48,7 +51,6 @@ from regraft.restoration.teacher import with_teacher
 from regraft.settings.compute import ComputeSettings
 
 HELD_OUT = 0.25  # of the prompts of each kind
-MOST_STEPS = 5  # cost about ten forward and backward passes over all prompts, answers included
 LEAST_FALL = 0.01  # of the held-out loss, relative: with a smaller one a step is the last
 
 
@@ -138,8 +140,10 @@ class Gain(Method[GainSettings]):
         while (end := _end(path, most)) is None:
             _require_space(problem)
             now, number = path.held_out, len(path.steps) + 1
-            with progress.task(f"Step {number} of gain", *_work(problem, 2, MOST_TRIES)) as done:
-                found, figures = step(problem, _room(path, most), ranking, now, done)
+            tries = path.expected_tries
+            work = _work(problem, BOTH_WAYS, tries)
+            with progress.task(f"Step {number} of gain", *work) as done:
+                found, figures = step(problem, _room(path, most), ranking, now, done, tries)
             path = replace(path, steps=(*path.steps, figures))
             ranking = replace(joined([ranking, found]), about=path_to_json(path))
             progress.note(_described(figures, now))
@@ -176,13 +180,14 @@ def _require_space(problem: Problem) -> None:
     require_space(problem.scratch.parent, needed - there)
 
 
-def _room(path: GainPath, most: int) -> int:
+def _room(path: GainPath, most: int) -> Room:
     """How many weights the next step may restore.
 
     At most twice as many as the step before, so that the line search is not spent on numbers that
     were too many already.
     """
-    return min(most - path.restored, 2 * path.taken[-1]) if path.steps else most
+    left = Room(most - path.restored, "weights")
+    return min(Room(2 * path.taken[-1], "doubling"), left) if path.steps else left
 
 
 def path_limit(restorable: int) -> int:
@@ -203,7 +208,9 @@ def _end(path: GainPath, most: int) -> End | None:
     least = LEAST_FALL * max(before.sum, 0)  # rounding may take a sum of 0 below it
     if before.sum - path.held_out.sum <= least:
         return "held-out"
-    return "limit" if path.restored >= most or len(path.steps) == MOST_STEPS else None
+    if path.restored >= most:
+        return "weights"
+    return "steps" if len(path.steps) == MOST_STEPS else None
 
 
 def _described(last: StepRecord, before: Losses) -> str:
@@ -211,12 +218,12 @@ def _described(last: StepRecord, before: Losses) -> str:
     return (
         f"loss on gradient prompts {last.gradient.sum:.3f} nats before the step; held-out loss "
         f"{before.sum:.3f} -> {last.held_out.sum:.3f} (weights tried: {tried or 'none'}); "
-        f"{last.restored:,} restored"
+        f"{last.restored:,} restored{f'; {LIMITS[last.limit]}' if last.limit else ''}"
     )
 
 
 def _work(problem: Problem, passes: int, tries: int) -> tuple[int, str]:
-    """How much there is to do, at most: passes over calibration prompts and held-out ones."""
+    """How much there is to do: passes over gradient prompts, and over held-out ones."""
     own = sum(passes * side.gradient.work + tries * side.held_out.work for side in problem.sides)
     return own, "samples x layers"
 

@@ -81,7 +81,7 @@ def line_search(
     """
     best, lowest = 0, now
     tries: list[Try] = []
-    for tried in (most >> i for i in range(min(MOST_TRIES, most.bit_length()))):
+    for tried in numbers_tried(most):
         found = value(tried)
         if math.isfinite(found):
             tries.append(Try(tried, found))
@@ -90,6 +90,11 @@ def line_search(
         elif best:
             break
     return best, tuple(tries)
+
+
+def numbers_tried(most: int) -> tuple[int, ...]:
+    """What a line search tries at most: `most`, half as many, and so on, down to one or n/64."""
+    return tuple(most >> i for i in range(min(MOST_TRIES, most.bit_length())))
 
 
 def removal_cost(gradient: Tensor, fisher: Tensor, current: Tensor) -> Tensor:

@@ -1,22 +1,46 @@
-"""The path of gain: losses before and after each step, the numbers tried, and why it ended."""
+"""The path of gain: losses, numbers tried, what limited each step and why the path ended."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
 from regraft.errors import RegraftError
-from regraft.restoration.methods.gain.objective import Try
+from regraft.restoration.methods.gain.objective import Try, numbers_tried
 
-End = Literal["limit", "held-out", "candidates"]
+End = Literal["steps", "weights", "held-out", "candidates"]
 REASONS: Mapping[End, str] = {
-    "limit": "a path takes no more steps or weights",
+    "steps": "a path takes no more steps",
+    "weights": "a path takes no more weights",
     "held-out": "more weights hardly lower the loss on held-out prompts",
     "candidates": "no other pruned weight is predicted to help",
 }
+# Why a step restored no more weights, or no fewer.
+StepLimit = Literal[
+    "first-order", "doubling", "weights", "candidates", "held-out", "fewest", "nothing"
+]
+LIMITS: Mapping[StepLimit, str] = {
+    "first-order": "more are predicted to do more than halve the loss",
+    "doubling": "twice as many as the step before",
+    "weights": "a path takes no more weights",
+    "candidates": "no other weight is predicted to help",
+    "held-out": "fewer were better on held-out prompts",
+    "fewest": "fewer were better, and no fewer are tried",
+    "nothing": "no number that was tried helped on held-out prompts",
+}
+
+
+MOST_STEPS = 5  # cost about ten forward and backward passes over all prompts, answers included
+
+
+class Room(NamedTuple):
+    """How many weights a step may restore, and which of two limits that is."""
+
+    weights: int
+    by: Literal["doubling", "weights"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +68,8 @@ class StepRecord:
             prompts, counted up to as many as the step may restore.
         tries: Numbers of weights that were tried, besides those restored before, with the sum of
             the held-out losses.
+        limit: Why it restored as many as it did; None only of a file that does not say so and has
+            not been through `read_path`.
     """
 
     restored: int
@@ -51,6 +77,7 @@ class StepRecord:
     held_out: Losses
     candidates: int
     tries: tuple[Try, ...]
+    limit: StepLimit | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +109,42 @@ class GainPath:
         after = [step.restored for step in self.steps]
         return tuple(now - before for before, now in zip([0, *after], after, strict=False))
 
+    @property
+    def expected_tries(self) -> int:
+        """How many numbers the next line search may try, going by those before; two at first."""
+        tried = [len(step.tries) for step in self.steps]
+        return max(1, round(sum(tried) / len(tried))) if tried else 2
+
+
+def limit_of(taken: int, most: int, candidates: int, room: Room) -> StepLimit:
+    """Why a step restored as many weights as it did.
+
+    Args:
+        taken: So many.
+        most: The largest number tried, 0 without candidates.
+        candidates: Weights that were predicted to help, counted up to the room.
+        room: How many the step was allowed.
+    """
+    if not candidates:
+        return "candidates"
+    if not taken:
+        return "nothing"
+    if taken < most:
+        return "fewest" if taken == numbers_tried(most)[-1] else "held-out"
+    if most < candidates:
+        return "first-order"
+    return room.by if candidates == room.weights else "candidates"
+
+
+def short_of(path: GainPath, restored: int, allowed: int | None) -> str:
+    """ "394 of 3,222 weights allowed by the budget: ..." where a path ended below its budget.
+
+    Empty text otherwise. `allowed` is None where no budget says how many.
+    """
+    if path.end is None or allowed is None or restored >= allowed:
+        return ""
+    return f"{restored:,} of {allowed:,} weights allowed by the budget: {REASONS[path.end]}"
+
 
 _JSON = TypeAdapter(GainPath)
 
@@ -101,9 +164,32 @@ def read_path(about: Mapping[str, Any]) -> GainPath | None:
     if "steps" not in about:
         return None
     try:
-        return _JSON.validate_python(about)
+        return _with_limits(_JSON.validate_python(_with_one_end(about)))
     except ValidationError as error:
         raise RegraftError(
             f"A ranking by gain does not hold the path that it was found along ({error}). Remove "
             "the ranking to have it made again."
         ) from error
+
+
+def _with_one_end(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the limit that a path reached, where its file only says that it reached one."""
+    if about.get("end") != "limit":
+        return about
+    return {**about, "end": "steps" if len(about["steps"]) == MOST_STEPS else "weights"}
+
+
+def _with_limits(path: GainPath) -> GainPath:
+    """With what limited each step, worked out from its numbers where its file does not say it."""
+    before = (0, *path.taken)
+    steps = (
+        step if step.limit else replace(step, limit=_worked_out(step, *numbers))
+        for step, *numbers in zip(path.steps, path.taken, before, strict=False)
+    )
+    return replace(path, steps=tuple(steps))
+
+
+def _worked_out(step: StepRecord, taken: int, before: int) -> StepLimit:
+    most = max((one.number for one in step.tries), default=0)
+    room = Room(step.candidates, "doubling" if step.candidates == 2 * before else "weights")
+    return limit_of(taken, most, step.candidates, room)

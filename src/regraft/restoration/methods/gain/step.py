@@ -16,7 +16,7 @@ from regraft.models.load import Source
 from regraft.models.placement import PlacedModel
 from regraft.patch.groups import grouping_of
 from regraft.patch.pair import Kind, restorable
-from regraft.progress import Advance
+from regraft.progress import Advance, expect
 from regraft.pruning.gradients import Loss, layer_gradients, signed, signed_and_squared
 from regraft.restoration.methods.gain.objective import (
     first_order_limit,
@@ -27,7 +27,7 @@ from regraft.restoration.methods.gain.objective import (
     swaps_in_rows,
     worth_of,
 )
-from regraft.restoration.methods.gain.path import Losses, StepRecord
+from regraft.restoration.methods.gain.path import Losses, Room, StepRecord, limit_of
 from regraft.restoration.ranking import Best, Edits, Ranking
 from regraft.restoration.teacher import DecisionLoss, Recorded, losses_together, mean_of
 
@@ -96,34 +96,44 @@ class Problem:
 
 
 def step(
-    problem: Problem, room: int, so_far: Ranking, held_out: Losses, advance: Advance
+    problem: Problem,
+    room: Room,
+    so_far: Ranking,
+    held_out: Losses,
+    advance: Advance,
+    expected: int = 1,
 ) -> tuple[Ranking, StepRecord]:
     """Restore the weights that help most now; in the model too.
 
     Args:
         problem: The model, with `so_far` restored, and the prompts.
-        room: How many weights at most.
+        room: How many weights at most, and why.
         so_far: What steps before restored.
         held_out: The held-out losses now.
-        advance: Called with the number of samples that a layer has seen, forward or backward.
+        advance: Called with the number of samples that a layer has seen, as `layer_gradients` and
+            `held_out_losses` do.
+        expected: As many numbers of weights were announced to be tried; more are told of.
 
     Returns:
         (what it restored, best first, empty where nothing lowers the held-out loss; the figures)
     """
-    found, losses = _candidates(problem, room, so_far, advance)
+    found, losses = _candidates(problem, room.weights, so_far, advance)
     chosen = found.first(first_order_limit(found.score, losses.sum)) if len(found) else found
     weights = weights_of(problem.model.network, problem.dense.architecture)
     edits = Edits(chosen, weights, problem.dense)
     seen = {0: held_out}
 
     def value(count: int) -> float:
+        if len(seen) > expected:
+            expect(advance, sum(side.held_out.work for side in problem.sides))
         edits.put(count)
         seen[count] = held_out_losses(problem.sides, advance)
         return seen[count].sum
 
     taken, tries = line_search(value, held_out.sum, len(chosen))
     edits.put(taken)
-    figures = StepRecord(len(so_far) + taken, losses, seen[taken], len(found), tries)
+    limit = limit_of(taken, len(chosen), len(found), room)
+    figures = StepRecord(len(so_far) + taken, losses, seen[taken], len(found), tries, limit)
     return chosen.first(taken), figures
 
 
