@@ -1107,8 +1107,10 @@ def test_the_estimate_of_a_run_counts_what_each_stage_takes(
     dense = open_source(world.model)
     heads = sum(layer.heads for layer in dense.architecture.layers)
 
-    def passes(**fields: Any) -> float:
-        """What realigning takes in a run, in forward passes over a prompt of each kind."""
+    def passes(answers: int = 0, **fields: Any) -> float:
+        """What realigning takes in a run, in forward passes over a prompt of one kind, less that of
+        so many answers to each.
+        """
         made = read_recipe(world.recipe(**fields))
         planned = pipeline.plan_run(made, world.root / "run")
         alone = pipeline.plan_run(read_recipe(world.recipe(realign=[])), world.root / "run")
@@ -1116,7 +1118,8 @@ def test_the_estimate_of_a_run_counts_what_each_stage_takes(
         assert one is not None
         tokens = planned.setup.cache.prompt_tokens(dense, one.examples)
         flops = (planned.seconds() - alone.seconds()) * 1e9
-        answered = len(one.examples) * (tokens + made.evaluate.max_new_tokens)
+        answered = len(one.examples) + answers * made.calibration.samples
+        answered *= tokens + made.evaluate.max_new_tokens
         spent = flops / (2 * dense.architecture.parameters) - answered
         return spent / (tokens * made.calibration.samples)
 
@@ -1125,7 +1128,8 @@ def test_the_estimate_of_a_run_counts_what_each_stage_takes(
     screened = {"mode": "screened", "candidates": 1, "r_max": 2}
     fewer = passes(realign=[{"method": "hsr", "budget": 50, "top_heads": 1}], heads=screened)
     assert fewer == pytest.approx(heads / 12 + 1 / 2 + 2)
-    assert passes(realign=[{"method": "gain", "budget": 50}]) > 2 * 30
+    ours = passes(answers=2, realign=[{"method": "gain", "budget": 50}])
+    assert ours == pytest.approx(2 * 30), "both kinds"
 
 
 def test_what_needs_no_backward_pass_needs_no_space_for_one(world: World) -> None:

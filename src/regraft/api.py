@@ -134,10 +134,11 @@ def realign(
     check_search(search is not None, own, max_new_tokens)
     check_inputs(own, scoring, given.heads, given.statistics)
     (answers,) = _settings({"max_new_tokens": max_new_tokens, "full_answers": False}, EvalSettings)
-    before, after = _opened(dense, compute), _opened(pruned, compute)
     choice, learnt = None, data.with_responses()
     if search is not None:
         (choice,) = _settings(search, SearchSettings)
+    before, after = _opened(dense, compute), _opened(pruned, compute)
+    if choice is not None:
         choice, learnt = with_held_out(choice, before.folder, learnt)
         if learnt.data != data.data:
             progress.note(

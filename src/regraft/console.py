@@ -195,7 +195,7 @@ def show_preview(console: Console, folder: Path, run: PlannedRun) -> None:
         console,
         f"{missing} of {len(run.steps)} steps are left: about "
         f"{max(1, round(run.seconds() / 60)):,} min (a guess from FLOPs and this device's speed, "
-        f"often off by a factor of three), {run.most / 2**30:.1f} GiB on disk, "
+        f"often off by a factor of three, without searches), {run.most / 2**30:.1f} GiB on disk, "
         f"{run.weights / 2**30:.1f} GiB for the weights of one model. Nothing was written.",
         soft_wrap=True,
     )

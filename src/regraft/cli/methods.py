@@ -21,7 +21,7 @@ def as_command(
     kind: type[Settings],
     text: str,
     without: Collection[str] = (),
-    special: Mapping[str, Mapping[str, Any]] = {},
+    changed: Mapping[str, Mapping[str, Any]] = {},
 ) -> Callable[..., None]:
     """`run` as the command of one method: with its settings, and no flag that it does not read.
 
@@ -31,13 +31,13 @@ def as_command(
         kind: The class of its settings.
         text: The help.
         without: Other parameters of `run` that mean nothing here.
-        special: What is otherwise about a parameter here, by its name.
+        changed: What a parameter has here instead, its annotation or default, by its name.
     """
     hidden = Annotated[Literal[name], Parameter(show=False, parse=False)]  # type: ignore[valid-type]
     own = _create_model(kind.__name__, __base__=kind, method=(hidden, name))
-    special = {"settings": {"annotation": Annotated[own, Flat], "default": None}, **special}
+    changed = {"settings": {"annotation": Annotated[own, Flat], "default": None}, **changed}
     parameters = [
-        one.replace(**special.get(one.name, {}))
+        one.replace(**changed.get(one.name, {}))
         for one in inspect.signature(run, eval_str=True).parameters.values()
         if one.name not in {"name", *without}
     ]

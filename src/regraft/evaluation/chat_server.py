@@ -6,13 +6,14 @@ import base64
 import html
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from http.client import HTTPException
 from typing import Any, Self, TypeVar
 
@@ -256,15 +257,22 @@ def user_message(text: str, image: tuple[str, bytes] | None = None) -> dict[str,
 def without_key(text: str) -> str:
     """A server's words without the key, if it says it, and without what no file takes."""
     if len(key := _given_key()) >= _SHORTEST_KEY:
-        # as it is, and as JSON, a page and an address spell it
-        spelled = (key, json.dumps(key)[1:-1], html.escape(key), *_quoted(key))
-        for spelling in spelled:
-            text = text.replace(spelling, f"[{KEY_VARIABLE}]")
+        text = _spelled(key).sub(f"[{KEY_VARIABLE}]", text)
     return text.encode("utf-8", "replace").decode()  # JSON may spell halves of surrogate pairs
 
 
-def _quoted(key: str) -> Sequence[str]:
-    return [urllib.parse.quote(key, safe=safe) for safe in ("/", "")]
+@cache
+def _spelled(key: str) -> re.Pattern[str]:
+    """The key, each letter as it is or as addresses, pages and JSON may spell it."""
+
+    def letter(one: str) -> str:
+        code, plain = ord(one), re.escape(one)
+        if one.isalnum() or one in "-_.":
+            return plain
+        coded = rf"(?i:%{code:02x}|\\u{code:04x}|&#x0*{code:x};|&#0*{code};)"
+        return rf"(?:\\?{plain}|{re.escape(html.escape(one))}|{coded})"
+
+    return re.compile("".join(map(letter, key)))
 
 
 def _reply(completion: Any, greedy: bool) -> Reply:

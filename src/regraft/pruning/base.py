@@ -65,7 +65,10 @@ class PruneSettings(Settings):
         except RegraftError as error:
             raise ValueError(str(error)) from error
         if self.n_m is not None and self.first_set("sparsity"):
-            raise ValueError(f"`n_m` {self.n_m} takes the place of `sparsity` {self.sparsity:g}")
+            raise ValueError(
+                f"`n_m` {self.n_m} takes the place of `sparsity` "
+                f"{self.sparsity:g}; leave one of them out"
+            )
         if self.n_m is not None and self.first_set("scope"):
             raise ValueError(
                 f"`scope` changes nothing where `n_m` is {self.n_m}: groups are in rows"

@@ -13,6 +13,7 @@ from regraft.disk.files import digest
 from regraft.evaluation.perplexity import read_documents
 from regraft.models.load import Source, check_split, open_source
 from regraft.pruning.base import PRUNERS
+from regraft.pruning.prune import passes
 from regraft.recipes.parts import NamedDefenceSettings, PruningSettings, VariantSettings
 from regraft.recipes.recipe import Recipe
 from regraft.restoration.base import needs_of
@@ -22,7 +23,7 @@ from regraft.settings.defending import RefusalDirectionSettings
 from regraft.settings.searching import SearchSettings
 from regraft.stages.checks import check_direction_layer, check_gradients
 from regraft.stages.reading import read_validation
-from regraft.stages.steps import BOTH_WAYS, PromptUse, Step
+from regraft.stages.steps import PromptUse, Step
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class Planner:
             out,
             make,
             check,
-            learns=setup.calibration.samples,
-            passes=BOTH_WAYS if by_gradients else 2,  # each layer before and after it is pruned
+            learns=len(kinds) * setup.calibration.samples,
+            passes=passes(pruning),
             bytes=setup.dense.checkpoint.bytes,
             bytes_beside=bytes_beside,
         )

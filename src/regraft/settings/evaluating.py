@@ -74,7 +74,9 @@ class EvalSettings(Settings):
         if self.keywords and not all(map(str.strip, self.keywords)):
             raise ValueError("keywords: a blank one stands in every answer")
         if self.keywords and self.first_set("judge"):
-            raise ValueError(f"`keywords` take the place of the judge {self.judge}")
+            raise ValueError(
+                f"`keywords` take the place of the judge {self.judge}; leave one of them out"
+            )
         return self
 
     def text_judge(self) -> TextJudge:

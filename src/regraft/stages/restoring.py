@@ -17,6 +17,7 @@ from regraft.models.load import Source, check_split
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import check_pair
 from regraft.pruning.base import PRUNERS
+from regraft.pruning.gradients import BOTH_WAYS
 from regraft.restoration.base import MethodSettings, Needs, method_of, needs_of, own_settings
 from regraft.restoration.ranking import load_ranking
 from regraft.settings.scoring import StatisticsSettings
@@ -35,7 +36,7 @@ from regraft.stages.realigning import check_made_by, write_patch
 from regraft.stages.scoring import write_head_scores
 from regraft.stages.searching import Search, remarks
 from regraft.stages.setup import ArtifactPaths, Inputs, Setup
-from regraft.stages.steps import BOTH_WAYS, PromptUse, Step, StepGuard, check_all, unguarded
+from regraft.stages.steps import PromptUse, Step, StepGuard, check_all, unguarded
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,6 @@ class PromptUse:
         return found
 
 
-BOTH_WAYS = 4  # a backward pass runs each layer once more: so many forward passes
-
-
 @dataclass(frozen=True)
 class Step:
     """One artifact of a run."""

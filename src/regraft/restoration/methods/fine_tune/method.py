@@ -74,7 +74,7 @@ class FineTune(Method[FineTuneSettings]):
     def needs(self, settings: FineTuneSettings) -> Needs:
         """The dense model's own answers, and the ranking whose positions are trained."""
         positions = None if settings.drawn else settings.positions
-        return Needs(answers=True, positions=positions, passes=3 * settings.passes)
+        return Needs(answers=True, positions=positions, passes=BOTH_WAYS * settings.passes)
 
     def check(
         self,
