@@ -441,8 +441,6 @@ def test_a_pruning_that_is_only_evaluated_has_no_methods_to_test() -> None:
             ("hrs",),
             "against hrs: there is no such method; expected one of hsr, random, worse",
         ),
-        ([RUNS[0], run(1, {**SHARES, "new": (0.1, 0.1)})], (), "Only .* seed 1 has .* 'new'"),
-        ([run(0, {**SHARES, "new": (0.1, 0.1)}), RUNS[1]], (), "seed 1 has no model 'new'"),
         ([RUNS[0], run(1, prompts=100)], (), "cannot be compared: prompt"),
     ],
 )

@@ -202,24 +202,16 @@ def test_without_answers_there_is_no_report() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"judge": "other"}, "judge 'regraft-keywords-1' and 'other'"),
-        ({"suite": "other"}, "suite"),
+        ({"judge": "other"}, "judged by regraft-keywords-1, the other by other"),
         ({"answers": REALIGNED.result.answers[1:]}, "prompt 'h0'"),
         ({"answers": REALIGNED.result.answers * 2}, "'h0' is there more than once"),
     ],
-    ids=["judge", "suite", "missing prompt", "prompt twice"],
+    ids=["judge", "missing prompt", "prompt twice"],
 )
 def test_what_cannot_be_compared_is_refused(change: dict[str, object], named: str) -> None:
     odd = replace(REALIGNED, result=replace(REALIGNED.result, **change))  # type: ignore[arg-type]
     with pytest.raises(RegraftError, match=named):
         study_of([Run("t", "m", (DENSE, PRUNED, odd))])
-
-
-def test_reports_need_named_variants() -> None:
-    with pytest.raises(RegraftError, match="no evaluated model"):
-        Run("t", "m", ())
-    with pytest.raises(RegraftError, match="2 variants named 'dense'"):
-        Run("t", "m", (DENSE, DENSE))
 
 
 # Several prunings
@@ -304,21 +296,6 @@ def test_groups_and_roles() -> None:
     assert [table.pruning for table in tables] == [group[0].name for group in MATRIX.groups]
     for table in (*tables, *study_of([REPORT]).tables):
         assert [row.role for row in table.rows] == ["dense", "pruned", "method", "method"]
-
-
-@pytest.mark.parametrize(
-    "variants",
-    [
-        (DENSE, replace(PRUNED, base=None)),
-        (DENSE, REALIGNED, PRUNED),
-        (DENSE, *WANDA_50[:1], *WANDA_60, *WANDA_50[1:]),
-        (DENSE, replace(REALIGNED, base="elsewhere")),
-    ],
-    ids=["no base", "realigned first", "groups mixed", "unknown base"],
-)
-def test_reports_need_an_order(variants: tuple[Variant, ...]) -> None:
-    with pytest.raises(RegraftError, match="wrong order or without `base`"):
-        Run("t", "m", variants)
 
 
 def test_the_summary_of_many_has_a_paragraph_for_each() -> None:

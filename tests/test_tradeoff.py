@@ -99,8 +99,8 @@ def test_the_choice_equals_brute_force(
         allowed.append((one.restored, own_asr, place))
     meeting = sorted(one for one in allowed if asr is not None and one[1] <= asr)
     lowest = sorted(allowed, key=lambda one: (one[1], one[0]))
-    expected = (meeting or lowest)[0][2] if allowed else None
-    assert choose(points, bounds) == expected
+    expected = points[(meeting or lowest)[0][2]] if allowed else None
+    assert choose(points, bounds) is expected
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_rates_that_equal_a_bound_are_within() -> None:
     pruned = Point(0, estimate(50), Estimate(0.1, 10, 0, 1, 1), None)
     bounds = bounds_of(pruned, pruned, over_refusal=20, target_asr=100 * (0.1 + 0.2))
     at_bound = Point(5, Estimate(0.3, 10, 0, 1, 3), Estimate(0.3, 10, 0, 1, 3), None)
-    assert choose([pruned, at_bound], bounds) == 1
+    assert choose([pruned, at_bound], bounds) is at_bound
 
 
 def test_a_model_that_says_nothing_is_not_the_safest() -> None:
@@ -135,7 +135,7 @@ def test_a_model_that_says_nothing_is_not_the_safest() -> None:
     mute, good = replace(point(9, 0, 0, None), degenerate=0.9), point(5, 20, 5, None)
     bounds = bounds_of(dense, pruned, over_refusal=2)
     assert bounds.degenerate == 0.02
-    assert choose([pruned, good, mute], bounds) == 1
+    assert choose([pruned, good, mute], bounds) is good
     assert bounds.excess(mute)["degenerate"] == pytest.approx(0.88)
     already = bounds_of(dense, replace(pruned, degenerate=0.5), over_refusal=2)
     assert already.degenerate == 0.52
@@ -147,7 +147,7 @@ def test_no_recovery_can_be_aimed_at_where_nothing_was_lost() -> None:
     bounds = bounds_of(dense, pruned, target_rsr=80, over_refusal=2, reference="dense")
     assert bounds.asr == pytest.approx(0.1)
     worse, better = point(3, 25, 5, None), point(7, 5, 5, None)
-    assert choose([pruned, worse, better], bounds) == 2
+    assert choose([pruned, worse, better], bounds) is better
 
 
 # The search
@@ -240,7 +240,7 @@ def test_a_curve_is_evaluations_of_more_and_more_weights(bench: Bench, tmp_path:
     points = read_points(out)
     expected = choose(points, Bounds(**curve["bounds"]))
     assert expected is not None, "the pruned model itself keeps to the bounds"
-    assert curve["chosen"] == count == points[expected].restored
+    assert curve["chosen"] == count == expected.restored
     harmful, harmless = (
         bench.validation.model_copy(update={"kind": kind}) for kind in ("harmful", "harmless")
     )
@@ -263,7 +263,7 @@ def test_a_curve_is_evaluations_of_more_and_more_weights(bench: Bench, tmp_path:
     assert points[2].asr.n == points[2].over_refusal.n == 4
     assert tree(bench.root) == before
     read = read_curve(out)
-    assert (read.chosen, [one.restored for one in read.points]) == (expected, [0, 333, 667, 1000])
+    assert (read.chosen, [one.restored for one in read.points]) == (count, [0, 333, 667, 1000])
     stamp = out.stat().st_mtime_ns
     assert bench.search(out, points=3) == count
     assert out.stat().st_mtime_ns == stamp
@@ -410,7 +410,7 @@ def test_why_nothing_comes_back(
         for count, rates in zip(counts, points, strict=False)
     ]
     chosen = choose(given, bounds)
-    assert chosen is None or chosen == 0, "something is restored"
+    assert chosen is None or chosen is given[0], "something is restored"
     told = searching.why_nothing(given, bounds)
     for part in parts:
         assert part in told, told

@@ -81,17 +81,16 @@ class Bounds:
         return {name: value if value > _SLACK else 0.0 for name, value in over.items()}
 
 
-def choose(points: Sequence[Point], bounds: Bounds) -> int | None:
-    """Index of the point to take, None where none is within the bounds.
+def choose(points: Sequence[Point], bounds: Bounds) -> Point | None:
+    """The point to take, None where none is within the bounds.
 
     Of those within: the one with the fewest restored weights that meets the target, and where none
     does, or there is no target, the one with the lowest ASR (of equal ones the fewest weights).
     """
-    meeting = [i for i, point in enumerate(points) if bounds.meets(point)]
-    if meeting:
-        return min(meeting, key=lambda i: points[i].restored)
-    within = [i for i, point in enumerate(points) if bounds.keeps(point)]
-    return min(within, key=lambda i: (points[i].asr.value, points[i].restored), default=None)
+    if meeting := [point for point in points if bounds.meets(point)]:
+        return min(meeting, key=lambda point: point.restored)
+    within = [point for point in points if bounds.keeps(point)]
+    return min(within, key=lambda point: (point.asr.value, point.restored), default=None)
 
 
 @EXACT

@@ -36,14 +36,14 @@ def study_of(
     """Pool the runs of each model that differ in their calibration seed alone.
 
     Args:
-        runs: At least one; those of one `name` with the same models.
+        runs: At least one; those of one `name` with the same models, as runs of one recipe have.
         against: Methods that all others are tested against, besides the pruned model.
         title: Of the page; that of the first run if not given.
         published: Figures to set beside.
 
     Raises:
-        RegraftError: runs have other models or prompts than the first, two have the same seed,
-            there are no answers, or a name in `against` is none of the methods.
+        RegraftError: runs have other prompts than the first, two have the same seed, there are no
+            answers, or a name in `against` is none of the methods.
     """
     if not runs:
         raise RegraftError("There is no run to compare. Name at least one folder of `regraft run`.")
@@ -52,7 +52,7 @@ def study_of(
         by_model.setdefault(run.name, []).append(run)
     by_model = {name: by_model[name] for name in dict.fromkeys(run.name for run in runs)}
     for same in by_model.values():
-        _check_alike(same)
+        _check_seeds(same)
     against = _rows_of(list(by_model.values()), against)
     tables = tuple(table for same in by_model.values() for table in _tables(same, against))
     tables = tuple(_with_published(table, published) for table in tables) if published else tables
@@ -91,18 +91,13 @@ def _paths(runs: Sequence[Run]) -> tuple[tuple[str, tuple[SharedPath, ...]], ...
     return tuple((title, tuple(paths)) for title, paths in found.items())
 
 
-def _check_alike(runs: Sequence[Run]) -> None:
-    names = [variant.name for variant in runs[0].variants]
+def _check_seeds(runs: Sequence[Run]) -> None:
     for before, run in pairwise(runs):
         if run.seed == before.seed:
             raise RegraftError(
                 f"Two of the runs have the calibration seed {run.seed}; expected runs that differ "
                 "in it. Name each once."
             )
-        if others := [v.name for v in run.variants if v.name not in names]:
-            raise RegraftError(f"Only the run of seed {run.seed} has a model {others[0]!r}.")
-        if missing := set(names) - {v.name for v in run.variants}:
-            raise RegraftError(f"The run of seed {run.seed} has no model {min(missing)!r}.")
 
 
 def _rows_of(models: Sequence[Sequence[Run]], against: Sequence[str]) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +137,6 @@ class Run:
     image, for thumbnails; it may be incomplete. `paths` are those of methods by gain, `one_pass`
     the unit of `Variant.passes`. `seed` is that of the calibration, `name` tells models of a run of
     several apart.
-
-    Raises:
-        RegraftError: there is no variant, two have the same name, or they are in another order.
     """
 
     title: str
@@ -161,18 +157,6 @@ class Run:
     seed: int = 0
     name: str = ""
 
-    def __post_init__(self) -> None:
-        if not self.variants:
-            raise RegraftError(f"The report {self.title!r} has no evaluated model to show.")
-        name, count = Counter(v.name for v in self.variants).most_common(1)[0]
-        if count > 1:
-            raise RegraftError(f"The report {self.title!r} has {count} variants named {name!r}.")
-        if not self.unrelated and self.variants != (self.dense, *chain.from_iterable(self.groups)):
-            raise RegraftError(
-                f"The report {self.title!r} has its models in the wrong order or without `base`; "
-                "expected the dense one, then each pruned one followed by those realigned from it."
-            )
-
     @property
     def dense(self) -> Variant:
         """The model that all others were made from, or are compared with where unrelated."""
@@ -192,21 +176,20 @@ def paired_answers(variants: tuple[Variant, ...]) -> tuple[tuple[Answer, ...], .
     """One row a prompt, one answer a variant, in the first variant's order.
 
     Raises:
-        RegraftError: a variant keeps no answers, they differ in suite, judge or prompts, or an id
-            is there twice.
+        RegraftError: a variant keeps no answers, they differ in judge or prompts, or an id is there
+            twice.
     """
     first = variants[0]
     if bare := [variant.name for variant in variants if not variant.result.answers]:
         raise RegraftError(f"{bare[0]} keeps no answers.")
     by_id = [_answers_by_id(v) for v in variants]
     for variant, answers in zip(variants[1:], by_id[1:], strict=True):
-        for what in ("suite", "judge"):
-            ours, theirs = getattr(first.result, what), getattr(variant.result, what)
-            if ours != theirs:
-                raise RegraftError(
-                    f"{first.name} and {variant.name} cannot be compared: {what} {ours!r} "
-                    f"and {theirs!r}. Evaluate both in the same way."
-                )
+        ours, theirs = first.result.judge, variant.result.judge
+        if ours != theirs:  # of one name: another version of an installed package's
+            raise RegraftError(
+                f"{first.name} and {variant.name} cannot be compared: one was judged by {ours}, "
+                f"the other by {theirs}. Evaluate both with the same judge."
+            )
         if odd := sorted(answers.keys() ^ by_id[0].keys()):
             raise RegraftError(
                 f"{first.name} and {variant.name} cannot be compared: prompt {odd[0]!r} "

@@ -114,7 +114,7 @@ class Search:
             found.append(self.point(pruned, folder / f"{count:08d}", count, patch))
         bounds = bounds_of(self.choice, full, before)
         best = choose(found, bounds)
-        chosen = None if best is None else found[best].restored
+        chosen = None if best is None else best.restored
         return Searched(full, tuple(found), bounds, chosen, ranking.about["pruned"])
 
     def _counts(self, ranking: Ranking, method: MethodSettings) -> list[int]:

@@ -274,8 +274,7 @@ class _Tuning:
             full, before = search.references(self.pruned, references)
         tried = self._points(restoration, search, self._varied(settings), trial.number)
         points, bounds = tried or [before], bounds_of(self.choice, full, before)
-        best = choose(points, bounds)
-        point = nearest(points, bounds) if best is None else points[best]
+        point = choose(points, bounds) or nearest(points, bounds)
         evaluations += len(tried)
         cost = Cost(seconds, evaluations, evaluations * (full.asr.n + full.over_refusal.n))
         return Tried(trial.number, settings, point, bounds.excess(point), cost)
