@@ -1098,6 +1098,24 @@ def test_what_a_backward_pass_keeps_needs_space_too(
         assert not (world.root / "run").exists()
 
 
+def test_a_config_that_only_running_the_model_shows_to_be_wrong(
+    world: World, refused: Refused
+) -> None:
+    file = world.model / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["rope_parameters"]["mrope_section"] = [1, 1]
+    file.write_text(json.dumps(config))
+    message = refused("eval", world.model, "--suite", world.data, "--out", "out")
+    has(message, "transformers cannot run the model", "split_with_sizes", "config.json", "--debug")
+
+
+def test_a_home_of_nobody_is_a_folder_that_is_not_there(world: World, refused: Refused) -> None:
+    has(refused("run", world.recipe(model="~nobody-here/x"), "--out", "out"), "~nobody-here/x")
+    suite = {"suite": "~nobody-here/x.jsonl"}
+    has(refused("run", world.recipe(evaluate=suite), "--out", "out"), "~nobody-here/x.jsonl")
+    has(refused("eval", world.model, "--suite", "~nobody-here/x.jsonl", "--out", "out"), "~nobody")
+
+
 def test_the_estimate_of_a_run_counts_what_each_stage_takes(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,12 +131,30 @@ def _foreseen(error: BaseException) -> str | None:
             return _HOST
         place = error.filename or "Standard output or a file cannot be written"
         return f"{place}: {error.strerror}."
+    if _by_transformers(error):
+        said = _said(error)
+        return (
+            f"transformers cannot run the model ({said}). A value of its config.json is wrong, or "
+            "it was made for another version of transformers; if neither is so, it is a fault of "
+            "regraft. --debug shows where."
+        )
     return None
+
+
+def _by_transformers(error: BaseException) -> bool:
+    """Whether the code of a model raised it, which takes its config.json as it is."""
+    frames = traceback.extract_tb(error.__traceback__)
+    packages = (Path(one.filename).parts for one in reversed(frames))
+    return "transformers" in next((one for one in packages if "torch" not in one), ())
+
+
+def _said(error: BaseException) -> str:
+    return _redacted(f"{type(error).__name__}: {error}").partition("\n")[0][:200]
 
 
 def _report(error: BaseException) -> str:
     """Keep the details of a fault in a file of their own; what is to be said of it."""
-    said = _redacted(f"{type(error).__name__}: {error}").partition("\n")[0][:200]
+    said = _said(error)
     details = _redacted("".join(traceback.format_exception(error)))
     about = f"regraft {regraft.__version__}, Python {platform.python_version()}\n"
     try:

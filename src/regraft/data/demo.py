@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+from regraft.disk.paths import at_home
 from regraft.errors import RegraftError
 
 CAVEAT = (
@@ -23,7 +24,7 @@ def demo_model() -> Path:
 
 def is_demo(model: str | Path) -> bool:
     """Whether a model is the bundled one, by the word "demo" or by its folder."""
-    return str(model) == "demo" or Path(model).expanduser().resolve() == demo_model().resolve()
+    return str(model) == "demo" or at_home(Path(model)).resolve() == demo_model().resolve()
 
 
 def bundled(name: str) -> Path:

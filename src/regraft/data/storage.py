@@ -21,7 +21,7 @@ from regraft.disk.files import (
     locked,
     require_space,
 )
-from regraft.disk.paths import require_file
+from regraft.disk.paths import at_home, require_file
 from regraft.errors import RegraftError
 
 CACHE_VARIABLE = "REGRAFT_CACHE"
@@ -49,7 +49,7 @@ def located(path: Path) -> Path:
         RegraftError: the address is malformed, or the data set cannot be downloaded.
     """
     if not is_on_hub(path):
-        return path.expanduser()
+        return at_home(path)
     text = path.as_posix()
     match = _ADDRESS.fullmatch(text)
     if match is None:

@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from regraft.errors import RegraftError
@@ -55,6 +55,13 @@ def require_file(path: Path, what: str = "") -> int:
     if not stat.S_ISREG(about.st_mode):
         raise RegraftError(f"{path} is a device, a pipe or a socket; a file is needed. {what}")
     return about.st_size
+
+
+def at_home(path: Path) -> Path:
+    """A path with "~" as a user's folder; as it is where there is no such user."""
+    with suppress(RuntimeError):
+        return path.expanduser()
+    return path
 
 
 def is_file(path: Path) -> bool:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from regraft.data.sources import DataSource
 from regraft.data.storage import is_on_hub
 from regraft.disk.parsing import read_yaml
+from regraft.disk.paths import at_home
 from regraft.errors import RegraftError
 from regraft.recipes.recipe import Recipe
 from regraft.settings.base import Settings, explain
@@ -51,14 +52,14 @@ def _anchored(value: Any, folder: Path, field: str = "") -> Any:
         on_disk = value.path is not None and not is_on_hub(value.path)
         return value.model_copy(update={"path": _anchored(value.path, folder)} if on_disk else {})
     if isinstance(value, Path):
-        return folder / value.expanduser()
+        return folder / at_home(value)
     return _model(value, folder) if value and field in ("model", "pruned") else value
 
 
 def _model(name: str, folder: Path) -> str:
     """A model's folder beside the recipe, or a hub id as it is."""
     on_hub = name[0] not in "./~" and name.partition("@")[0].count("/") == 1
-    beside = folder / Path(name).expanduser()
+    beside = folder / at_home(Path(name))
     if name != "demo" and (not on_hub or beside.is_dir()):
         return str(beside)
     if on_hub and Path(name).is_dir() and Path(name).resolve() != beside.resolve():
