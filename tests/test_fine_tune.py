@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import truth
 from regraft.data.collate import response_batch
-from regraft.pruning.gradients import mean_cross_entropy
+from regraft.pruning.gradients import BOTH_WAYS, mean_cross_entropy
 from regraft.restoration.methods.fine_tune.adam import SparseAdam, loss_and_gradients, train
 
 
@@ -90,7 +90,7 @@ def test_training_equals_masked_adam_on_the_whole_model(family, pico_dir, tmp_pa
     ]
     expected = by_torch(whole, processor, architecture, positions, 3 * sequence, 0.05)
     assert found == pytest.approx(expected, rel=1e-4)
-    assert sum(ticks) == 3 * 2 * 6 * len(architecture.layers), "one forward and one backward a pass"
+    assert sum(ticks) == 3 * BOTH_WAYS * 6 * len(architecture.layers), "both ways a pass"
     wanted, before = in_memory(whole, architecture), in_memory(opened.model, architecture)
     for key, weight in in_memory(model, architecture).items():
         moved = (weight != before[key]).flatten().nonzero().flatten()

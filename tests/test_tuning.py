@@ -380,8 +380,10 @@ def test_kept_states_serve_another_rank(
     data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
     calibration = CalibrationSettings(data=data, samples=4)
 
+    candidates = {"candidates": 3} if mode == "screened" else {}
+
     def heads(name: str, r_max: int, states: Path | None = None) -> Any:
-        settings = HeadSettings(r_max=r_max, mode=mode, candidates=3)
+        settings = HeadSettings(r_max=r_max, mode=mode, **candidates)
         return stages.write_head_scores(
             stages.Setup(dense, calibration, COMPUTE), tmp_path / name, settings, states=states
         )

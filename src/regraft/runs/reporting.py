@@ -139,8 +139,8 @@ class _Artifacts:
             if not folder.exists():
                 raise RegraftError(
                     f"The run in {self.run_dir.path} is not finished: {name} has not been "
-                    f"evaluated. Continue it with `regraft run {self.run_dir.recipe} --out "
-                    f"{self.run_dir.path}`."
+                    "evaluated, which `prune`, `realign` or `defend` of its recipe has. Continue "
+                    f"it with `regraft run {self.run_dir.recipe} --out {self.run_dir.path}`."
                 )
         return {name: stages.read_evaluation(folder) for name, folder in folders.items()}
 
