@@ -1109,6 +1109,13 @@ def test_a_config_that_only_running_the_model_shows_to_be_wrong(
     has(message, "transformers cannot run the model", "split_with_sizes", "config.json", "--debug")
 
 
+def test_names_and_devices_that_no_run_can_have(world: World, refused: Refused) -> None:
+    recipe = world.recipe(realign=[HSR | {"name": "n" * 101}])
+    has(refused("run", recipe, "--out", "out"), "realign.0.name", "at most 100 characters")
+    words = ("eval", world.model, "--suite", world.data, "--out", "out")
+    has(refused(*words, "--device", "meta"), "device 'meta'", "holds no numbers")
+
+
 def test_a_home_of_nobody_is_a_folder_that_is_not_there(world: World, refused: Refused) -> None:
     has(refused("run", world.recipe(model="~nobody-here/x"), "--out", "out"), "~nobody-here/x")
     suite = {"suite": "~nobody-here/x.jsonl"}

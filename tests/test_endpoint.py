@@ -50,9 +50,10 @@ from regraft.data.suites import join_suites
 from regraft.defence.artifact import Direction, ShieldPrompt, save_defence
 from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.errors import PassingError, RegraftError
-from regraft.evaluation.chat_server import KEY_VARIABLE, ChatServer, Reply
+from regraft.evaluation.chat_server import ChatServer, Reply
 from regraft.evaluation.resumable_map import resumable_map
 from regraft.evaluation.served import as_they_come, portable
+from regraft.evaluation.server_key import KEY_VARIABLE
 from regraft.models.load import open_source
 from regraft.progress import Silent
 from regraft.report.pooling import study_of
@@ -783,6 +784,15 @@ def test_a_key_that_is_said_in_another_spelling_is_told_nobody(
             except RegraftError as error:
                 told = str(error)
         assert "[OPENAI_API_KEY]" in told and spell(key) not in told and "efgh" not in told
+
+
+@pytest.mark.parametrize("count", [2**70, -5, True, "8"])
+def test_counts_of_tokens_that_cannot_be_lose_no_answer(count: object) -> None:
+    usage = {"completion_tokens": count}
+    with scripted(answer=lambda _: json.dumps({**said("Yes."), "usage": usage})) as server:
+        asked = [{"role": "user", "content": "a"}]
+        reply = ChatServer(server.url, "m", pause=0.0).reply(asked, 8)
+    assert (reply.text, reply.tokens) == ("Yes.", None)
 
 
 def test_a_key_that_is_a_word_for_servers_without_keys_stays(

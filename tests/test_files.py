@@ -317,3 +317,7 @@ def test_damaged_artifacts(tmp_path: Path) -> None:
         read_artifact(path, "kind-2", "a thing")
     with pytest.raises(RegraftError, match="is a folder"):
         read_artifact(tmp_path, "kind-1", "a thing")
+
+
+def test_names_of_files_that_are_no_text_have_digests() -> None:
+    assert digest("\udcff.txt") == digest(b"\xff.txt") != digest("ff.txt")

@@ -116,7 +116,6 @@ def realign(
         dense: The dense model.
         pruned: The same model pruned, by any tool.
         out: The patch file; what it is made from lies beside it.
-        method: The restoration method.
         search: Choose how many weights are restored: `validation` prompts, bounds and targets.
             Without such prompts a quarter of the calibration data is held out for it.
         max_new_tokens: Length of an answer to a validation prompt.
@@ -134,12 +133,11 @@ def realign(
     check_search(search is not None, own, max_new_tokens)
     check_inputs(own, scoring, given.heads, given.statistics)
     (answers,) = _settings({"max_new_tokens": max_new_tokens, "full_answers": False}, EvalSettings)
-    choice, learnt = None, data.with_responses()
-    if search is not None:
-        (choice,) = _settings(search, SearchSettings)
+    asked = None if search is None else _settings(search, SearchSettings)[0]
     before, after = _opened(dense, compute), _opened(pruned, compute)
-    if choice is not None:
-        choice, learnt = with_held_out(choice, before.folder, learnt)
+    choice, learnt = None, data.with_responses()
+    if asked is not None:
+        choice, learnt = with_held_out(asked, before.folder, learnt)
         if learnt.data != data.data:
             progress.note(
                 "No validation prompts are given: the search chooses on a quarter of the prompts, "

@@ -318,7 +318,7 @@ def digest(*parts: bytes | str | memoryview) -> str:
     """SHA-256 over length-prefixed parts, as hex."""
     hasher = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
+        data = part.encode(errors="surrogateescape") if isinstance(part, str) else part
         hasher.update(len(data).to_bytes(8, "little"))
         hasher.update(data)
     return hasher.hexdigest()

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
-import os
-import re
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from http.client import HTTPException
 from typing import Any, Self, TypeVar
 
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation.complaints import FILTERED, complaint, is_filter, not_taken
+from regraft.evaluation.server_key import KEY_VARIABLE, server_key, without_key
 
 T = TypeVar("T")
-KEY_VARIABLE = "OPENAI_API_KEY"
 ENDPOINT = "endpoint:"  # what names of these models begin with
-_SHORTEST_KEY = 6  # shorter ones are words such as EMPTY, for servers that want any
 _RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
 _WRONG = frozenset({400, 422})
 _TOO_LONG = frozenset({400, 413, 422})  # what servers say of a prompt beyond their context
@@ -36,6 +32,7 @@ _DRAWN_OUT = 2  # how often the timeout a whole reply may take, which a server m
 _LIST_TIMEOUT = 30.0  # seconds, for what no model is asked
 _SHOWN = 200  # characters of what a server said, in an error
 _LASTING = ("id", "root", "parent", "owned_by", "meta")  # not the context, which may be made larger
+_MOST_TOKENS = 2**31  # of an answer; more is nonsense
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -96,7 +93,7 @@ class ChatServer:
             RegraftError: it is written otherwise, or holds a password, a query or the key.
         """
         url, _, model = text.partition("#")
-        if len(key := _given_key()) >= _SHORTEST_KEY and key in text:
+        if f"[{KEY_VARIABLE}]" in without_key(text):
             raise RegraftError(
                 f"The name of the endpoint holds the key of the variable {KEY_VARIABLE}, and would "
                 "be written into results. Leave it out: the variable is enough."
@@ -238,7 +235,7 @@ class ChatServer:
 
     def _request(self, url: str, body: Mapping[str, Any] | None = None) -> urllib.request.Request:
         headers = {"Content-Type": "application/json"}
-        if key := _key():
+        if key := server_key():
             headers["Authorization"] = f"Bearer {key}"
         sent = None if body is None else json.dumps(body).encode()
         return urllib.request.Request(url, sent, headers)
@@ -252,27 +249,6 @@ def user_message(text: str, image: tuple[str, bytes] | None = None) -> dict[str,
     url = f"data:{kind};base64,{base64.b64encode(content).decode()}"
     shown = {"type": "image_url", "image_url": {"url": url}}
     return {"role": "user", "content": [shown, {"type": "text", "text": text}]}
-
-
-def without_key(text: str) -> str:
-    """A server's words without the key, if it says it, and without what no file takes."""
-    if len(key := _given_key()) >= _SHORTEST_KEY:
-        text = _spelled(key).sub(f"[{KEY_VARIABLE}]", text)
-    return text.encode("utf-8", "replace").decode()  # JSON may spell halves of surrogate pairs
-
-
-@cache
-def _spelled(key: str) -> re.Pattern[str]:
-    """The key, each letter as it is or as addresses, pages and JSON may spell it."""
-
-    def letter(one: str) -> str:
-        code, plain = ord(one), re.escape(one)
-        if one.isalnum() or one in "-_.":
-            return plain
-        coded = rf"(?i:%{code:02x}|\\u{code:04x}|&#x0*{code:x};|&#0*{code};)"
-        return rf"(?:\\?{plain}|{re.escape(html.escape(one))}|{coded})"
-
-    return re.compile("".join(map(letter, key)))
 
 
 def _reply(completion: Any, greedy: bool) -> Reply:
@@ -289,7 +265,7 @@ def _reply(completion: Any, greedy: bool) -> Reply:
     if not (isinstance(content, str) and isinstance(ended, str)):
         raise TypeError(type(content))
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    known = tokens if type(tokens) is int else None
+    known = tokens if type(tokens) is int and 0 <= tokens < _MOST_TOKENS else None
     return Reply(without_key(content), without_key(ended), greedy, known)
 
 
@@ -306,20 +282,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
     return without_key(value) if isinstance(value, str) else value
-
-
-def _given_key() -> str:
-    return os.environ.get(KEY_VARIABLE, "").strip()
-
-
-def _key() -> str:
-    key = _given_key()
-    if not (key.isascii() and key.isprintable()):
-        raise RegraftError(
-            f"The variable {KEY_VARIABLE} holds characters that no key has, such as a line's end "
-            "inside it. Set it to the key alone."
-        )
-    return key
 
 
 def _words(said: bytes) -> str:

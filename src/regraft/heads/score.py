@@ -138,8 +138,7 @@ def score_heads(
         partial: Folder for finished layers, which are not run again after a kill. They serve for
             another `r_max` and other `candidates` too, if nothing else differs.
         about: Recorded with the scores.
-        advance: See `ablate_heads`; with the candidates' exact scores where screened, of which only
-            then is known what they take.
+        advance: See `ablate_heads`; what candidates take is told once they are known.
 
     Raises:
         RegraftError: r_max exceeds the number of samples or features, or states overflow.

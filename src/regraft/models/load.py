@@ -284,6 +284,8 @@ def pick_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RegraftError(f"The device {device!r} cannot be used here: {reason}") from error
+    if picked.type == "meta":
+        raise RegraftError("The device 'meta' cannot be used here: it holds no numbers.")
     return picked
 
 

@@ -17,6 +17,7 @@ EXPERT = Parameter(group=Group("Expert settings", sort_key=9))  # the last headi
 NAMED = Parameter(show_choices=False)  # the description names every choice
 
 S = TypeVar("S", bound="Settings")
+_LONGEST_NAME = 100  # of 255 bytes that files' names have, which add to it
 _OURS = "regraft"  # the type of an error whose message is a whole one
 _NO_BLOCK = "settings are needed, each a name and a value"
 
@@ -81,8 +82,11 @@ def checked_name(name: str, *taken: str) -> str:
     """The name, which stands in paths and tables.
 
     Raises:
-        ValueError: it has other characters than letters, digits, '.', '_' and '-', or is taken.
+        ValueError: it has other characters than letters, digits, '.', '_' and '-', or more than a
+            hundred, or is taken.
     """
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"{name[:20]!r}... must have at most {_LONGEST_NAME} characters")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in taken:
         but = f", and neither {' nor '.join(map(repr, taken))}" if len(taken) > 1 else ""
         but = but or (f", and not {taken[0]!r}" if taken else "")
