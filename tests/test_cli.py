@@ -1109,6 +1109,19 @@ def test_a_config_that_only_running_the_model_shows_to_be_wrong(
     has(message, "transformers cannot run the model", "split_with_sizes", "config.json", "--debug")
 
 
+def test_weights_that_are_no_numbers_are_named_by_a_pruner_without_data(
+    world: World, refused: Refused
+) -> None:
+    source = open_source(world.model)
+    linear = list(source.architecture.linears)[-1]
+    file = world.model / source.checkpoint.record(linear.tensor).shard
+    tensors = load_file(file)
+    tensors[linear.tensor][1, 2] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    message = refused("prune", world.model, "--method", "magnitude", "--out", "out")
+    has(message, linear.tensor, "NaN")
+
+
 def test_names_and_devices_that_no_run_can_have(world: World, refused: Refused) -> None:
     recipe = world.recipe(realign=[HSR | {"name": "n" * 101}])
     has(refused("run", recipe, "--out", "out"), "realign.0.name", "at most 100 characters")
