@@ -57,6 +57,11 @@ def write_statistics(
     return loaded.safety, loaded.utility
 
 
+def gathering_passes(pruner: Pruner) -> int:
+    """What statistics for a pruner take, in forward passes over the prompts."""
+    return BOTH_WAYS if pruner.by_gradients else 1
+
+
 def _gather(
     setup: Setup, work: Path, pruner: Pruner, readings: Mapping[str, Reading]
 ) -> dict[str, ImportanceStatistics]:
@@ -67,9 +72,8 @@ def _gather(
         kind: distributed.share(cut(reading.examples, setup.compute))
         for kind, reading in readings.items()
     }
-    passes = BOTH_WAYS if pruner.by_gradients else 1
     own = sum(len(chunk) for chunks in shares.values() for chunk in chunks)
-    total = passes * own * len(architecture.layers)
+    total = gathering_passes(pruner) * own * len(architecture.layers)
     with progress.task("Gathering statistics", total, "samples x layers") as done:
         found = {}
         for kind, chunks in shares.items():

@@ -17,7 +17,6 @@ from regraft.models.load import Source, check_split
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import check_pair
 from regraft.pruning.base import PRUNERS
-from regraft.pruning.gradients import BOTH_WAYS
 from regraft.restoration.base import MethodSettings, Needs, method_of, needs_of, own_settings
 from regraft.restoration.ranking import load_ranking
 from regraft.settings.scoring import StatisticsSettings
@@ -30,7 +29,7 @@ from regraft.stages.checks import (
     check_r_max,
     check_restorable,
 )
-from regraft.stages.gathering import write_statistics
+from regraft.stages.gathering import gathering_passes, write_statistics
 from regraft.stages.ranking import read_inputs, write_ranking
 from regraft.stages.realigning import check_made_by, write_patch
 from regraft.stages.scoring import write_head_scores
@@ -193,7 +192,7 @@ class Restoration(Setup):
             lambda: write_statistics(self, out, StatisticsSettings(score=score), paths.responses),
             check,
             learns=2 * self.calibration.samples,
-            passes=BOTH_WAYS if by_gradients else 1,
+            passes=gathering_passes(PRUNERS.get(score)),
             alone=True,
             bytes_beside=states,
         )
