@@ -110,10 +110,11 @@ def measured(
         work / "pruned",
         prune_settings(),
     )
-    r_max = HeadSettings(r_max=min(5, count // 2))
-    stages.write_head_scores(
-        stages.Setup(source, calibration, compute, clocks["heads"]), work / "heads", r_max
-    )
+    if options.heads:
+        r_max = HeadSettings(r_max=min(5, count // 2))
+        stages.write_head_scores(
+            stages.Setup(source, calibration, compute, clocks["heads"]), work / "heads", r_max
+        )
     gain, places = GainSettings(count=options.count), stages.ArtifactPaths.beside(work / "gain")
     restoration = stages.Restoration(source, calibration, compute, progress=clocks["gain, a step"])
     restoration.restore(pruned, gain, places)
@@ -133,7 +134,7 @@ def measured(
     texts = {
         "eval": collate(processor, response_batch, answered, compute),
         "prune": collate(processor, response_batch, learnt, compute),
-        "heads": collate(processor, prompt_batch, prompts, compute),
+        **({"heads": collate(processor, prompt_batch, prompts, compute)} if options.heads else {}),
         "gain, a step": [
             batch
             for examples in imitated
@@ -161,6 +162,9 @@ def main() -> None:
     parser.add_argument("--responses", choices=("given", "self"), default="given")
     parser.add_argument("--samples", type=int, default=32, help="of each kind")
     parser.add_argument("--count", type=int, default=250, help="weights that gain may restore")
+    parser.add_argument(
+        "--heads", action=argparse.BooleanOptionalAction, default=True, help="they take longest"
+    )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="auto")
