@@ -196,8 +196,8 @@ def _row(options: argparse.Namespace, seconds: float, device: torch.device) -> d
     }
 
 
-def main() -> None:
-    """Run every row in its own process, print the table, save JSON."""
+def arguments() -> argparse.Namespace:
+    """The command line; the options without a help are for the child processes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=("demo", *shapes.SHAPES), default="qwen2.5-vl-7b")
     parser.add_argument("--layers", type=int, default=None)
@@ -218,38 +218,51 @@ def main() -> None:
     )
     parser.add_argument("--scratch", type=Path, default=None, help="disk for checkpoint and states")
     parser.add_argument("--json", type=Path, default=None)
-    for name in ("--folder", "--what", "--placement"):  # of a child process
+    for name in ("--folder", "--what", "--placement"):
         parser.add_argument(name, type=Path if name == "--folder" else str, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def write_models(folder: Path, options: argparse.Namespace, device: torch.device) -> Source:
+    """The dense model, and beside it the pruned one and the prompts of a random one."""
+    if options.shape == "demo":
+        source = open_source(demo_model())
+    else:
+        shapes.write_checkpoint(
+            folder / "dense", options.shape, options.layers, options.scale, device
+        )
+        shapes.write_data(folder, options.samples, options.image)
+        source = open_source(folder / "dense")
+    settings = prune_settings(method="magnitude")
+    patterns = settings.patterns(source.architecture.linears)
+    write_edited(source.checkpoint, folder / "pruned", edits_without_data(settings, patterns))
+    return source
+
+
+def measured(folder: Path, skip: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each run that is not skipped, each in its own process."""
+    runs = [("bare", "resident"), ("step", "resident"), ("step", "streamed"), ("swap", "streamed")]
+    rows = []
+    for what, placement in runs:
+        if what in skip or (what == "step" and placement in skip):
+            continue
+        child = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder)]
+        child += ["--what", what, "--placement", placement]
+        done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    return rows
+
+
+def main() -> None:
+    """Run every row in its own process, print the table, save JSON."""
+    options = arguments()
     if options.folder is not None:
         print(json.dumps(run_one(options)))
         return
     device = pick_device(options.device)
-    rows = []
     with TemporaryDirectory(dir=options.scratch) as scratch:
-        folder = Path(scratch)
-        if options.shape == "demo":
-            source = open_source(demo_model())
-        else:
-            shapes.write_checkpoint(
-                folder / "dense", options.shape, options.layers, options.scale, device
-            )
-            shapes.write_data(folder, options.samples, options.image)
-            source = open_source(folder / "dense")
-        patterns = prune_settings(method="magnitude").patterns(source.architecture.linears)
-        write_edited(
-            source.checkpoint,
-            folder / "pruned",
-            edits_without_data(prune_settings("magnitude"), patterns),
-        )
-        runs = [("bare", "resident"), ("step", "resident"), ("step", "streamed")]
-        for what, placement in [*runs, ("swap", "streamed")]:
-            if what in options.skip or (what == "step" and placement in options.skip):
-                continue
-            child = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder)]
-            child += ["--what", what, "--placement", placement]
-            done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+        source = write_models(Path(scratch), options, device)
+        rows = measured(Path(scratch), options.skip)
         size = source.checkpoint.bytes / GIB
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     dtype = "auto" if options.shape == "demo" else options.dtype
