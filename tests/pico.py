@@ -520,7 +520,7 @@ def _parts(name: str) -> Parts:
     needed = pico_today.NEWER.get(name)
     if needed is not None and not hasattr(T, needed):
         pytest.skip(f"transformers {T.__version__} has no {needed}")
-    more = pico_today.VLM | pico_today.LLM | pico_today.DESCRIBED
+    more = pico_today.VLM | pico_today.LLM
     return (_VLM | _LLM | more)[name]()
 
 

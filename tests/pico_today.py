@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any
 
 import transformers as T  # noqa: N812
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.llama4.modeling_llama4 import Llama4CausalLMOutputWithPast
 
 from pico import VISION, Parts, chatml, text_config, tokenizer_of
 
@@ -233,7 +235,7 @@ def _llama4_text() -> Parts:
 
 
 def _llama4() -> Parts:
-    """The same behind its vision tower, whose forward fails in transformers 5.24."""
+    """The same behind its vision tower."""
     more = ("<|image_start|>", "<|image_end|>", "<|patch|>")
     separators = ("<|tile_x_separator|>", "<|tile_y_separator|>")
     tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", more=(*more, *separators))
@@ -666,6 +668,7 @@ VLM: dict[str, Callable[[], Parts]] = {
     "gemma3n": _gemma3n,
     "fast_vlm": _fast_vlm,
     "perception_lm": _perception_lm,
+    "llama4": _llama4,
 }
 LLM: dict[str, Callable[[], Parts]] = {
     "llama4_text": _llama4_text,
@@ -689,5 +692,11 @@ NEWER = {
     "nemotron_h_omni": "NemotronH_Omni_Reasoning_V3",
 }
 """Families that the oldest transformers does not have, by a class of theirs."""
-DESCRIBED: dict[str, Callable[[], Parts]] = {"llama4": _llama4}
-"""Only read and written, never run."""
+_IMAGES = "image_outputs"  # which transformers 5.24 asks of what Llama 4's text model does not give
+UNRUNNABLE = (
+    ("llama4",)
+    if _IMAGES in Llama4CausalLMOutputWithPast.__dataclass_fields__
+    and _IMAGES not in MoeCausalLMOutputWithPast.__dataclass_fields__
+    else ()
+)
+"""Families that this version of transformers loads and cannot run: only read and written."""

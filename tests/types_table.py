@@ -381,9 +381,7 @@ def _prunes(kind: str, folder: Path, loaded: Sequence[Any]) -> tuple[str, str]:
             model = loaded[0] if loaded else load_model(source, device="cpu")
     except Exception as error:
         return _reason(error, folder), "no"
-    count = sum(1 for layer in source.architecture.layers if layer.heads)
-    of = len(source.architecture.layers)
-    heads = "" if count == of else f"{count} of {of} layers" if count else "no: no layer has heads"
+    heads = _heads(source.architecture)
     try:
         with _in_time():
             seeing = kind in (*_WITH_IMAGE, "kosmos-2")
@@ -395,6 +393,15 @@ def _prunes(kind: str, folder: Path, loaded: Sequence[Any]) -> tuple[str, str]:
             return f"by magnitude; with data not tried: {_UNASKED[kind]}", "no"
         return f"by magnitude only{_reason(error, folder)[2:]}", "no"
     return f"yes; not by gradients (SNIP) {', '.join(unmoved)}" if unmoved else "", heads
+
+
+def _heads(architecture: Architecture) -> str:
+    """Which layers have heads that are scored, and why the others have none."""
+    count = sum(1 for layer in architecture.layers if layer.heads)
+    of = len(architecture.layers)
+    if count == of:
+        return ""
+    return _cut(f"{f'{count} of {of} layers' if count else 'no'}: {architecture.headless}")
 
 
 @torch.no_grad()
