@@ -51,10 +51,9 @@ from regraft.restoration.ranking import Ranking, load_ranking, save_ranking
 from regraft.runs.bundle import FORMAT, MANIFEST
 from regraft.runs.reporting import read_run
 from regraft.settings.base import Settings
-from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.evaluating import EndpointSettings, EvalSettings
+from regraft.settings.evaluating import EndpointSettings, EvalSettings, Margins
 from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.stages.answering import _read as read_responses
 from regraft.stages.trials import Trials

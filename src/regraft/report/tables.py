@@ -9,10 +9,10 @@ from functools import partial
 from regraft.costs import Cost
 from regraft.evaluation.results import Estimate
 from regraft.report import formatting
-from regraft.report.addresses import file_names
 from regraft.report.formatting import (
     Cell,
     Grid,
+    file_names,
     number_cell,
     points_cell,
     rate_cell,

@@ -12,7 +12,7 @@ from typing import Any
 from regraft import stages
 from regraft.costs import CalibrationPass, Cost, read_costs, read_pass
 from regraft.data.demo import CAVEAT, is_demo
-from regraft.data.suites import join_suites
+from regraft.data.sources import join_suites
 from regraft.defence.artifact import Direction, load_defence
 from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.disk.descriptions import about_of, described

@@ -24,9 +24,8 @@ from regraft.flags import refuse_compute
 from regraft.models.load import Source
 from regraft.progress import SILENT, Progress
 from regraft.report.gate import check_to_json, junit, markdown
-from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.evaluating import EndpointSettings, EvalSettings
+from regraft.settings.evaluating import EndpointSettings, EvalSettings, Margins
 from regraft.stages.endpoint import Evaluable, open_target
 from regraft.stages.evaluating import Evaluation, evaluate_target, read_evaluation
 from regraft.stages.provenance import but_for_rounding, differing

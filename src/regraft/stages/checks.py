@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from regraft.data.example import Reading
-from regraft.data.suites import distinct
+from regraft.data.sources import distinct
 from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings, most_rank
 from regraft.models.load import Source

@@ -36,7 +36,7 @@ from regraft.settings.defending import (
     DefencePromptSettings,
     RefusalDirectionSettings,
 )
-from regraft.settings.validation import with_validation
+from regraft.settings.searching import with_validation
 from regraft.stages.checks import check_direction_layer
 from regraft.stages.provenance import describe, fingerprints, is_done, working
 from regraft.stages.reading import draw_calibration, read_validation

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from regraft.data.example import Reading
-from regraft.data.suites import seen_before
+from regraft.data.sources import seen_before
 from regraft.stages.provenance import unfinished_bytes
 
 StepGuard = Callable[[str, str], AbstractContextManager[None]]

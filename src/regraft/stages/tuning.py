@@ -29,7 +29,7 @@ from pydantic import ValidationError
 
 from regraft import distributed
 from regraft.data.example import Reading
-from regraft.data.suites import distinct
+from regraft.data.sources import distinct
 from regraft.disk.files import digest, write_json, write_text
 from regraft.disk.parsing import from_json
 from regraft.errors import RegraftError
@@ -40,8 +40,7 @@ from regraft.patch.pair import check_pair
 from regraft.progress import SILENT
 from regraft.restoration.base import MethodSettings, Space, needs_of
 from regraft.settings.base import explain
-from regraft.settings.searching import SearchSettings, TuneSettings
-from regraft.settings.validation import with_validation
+from regraft.settings.searching import SearchSettings, TuneSettings, with_validation
 from regraft.stages.checks import check_r_max, check_restorable
 from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.provenance import describe

@@ -21,9 +21,9 @@ from regraft.loading import check_shares
 from regraft.models.load import Source
 from regraft.pruning.gradients import BOTH_WAYS
 from regraft.restoration.base import Context, Counted, Method, Needs, with_default_budget
-from regraft.restoration.draws import random_ranking
 from regraft.restoration.methods.fine_tune.adam import TRAINED, SparseAdam, train
 from regraft.restoration.ranking import Ranking, by_linear
+from regraft.restoration.selection import random_ranking
 from regraft.restoration.teacher import with_teacher
 from regraft.settings.compute import ComputeSettings
 
