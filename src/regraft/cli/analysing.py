@@ -26,11 +26,11 @@ from regraft.cli.running import compare
 from regraft.console import say, show_grid, show_table
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import open_source
+from regraft.pruning.statistics import StatisticsSettings
 from regraft.recipes.file import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.defending import DEFENCES, AnyDefenceSettings, DefencePromptSettings
-from regraft.settings.scoring import StatisticsSettings
 
 if TYPE_CHECKING:
     from regraft.analysis.overlap import LayerOverlap

@@ -15,7 +15,7 @@ from regraft.stages.endpoint import EndpointTarget, open_target
 from regraft.stages.evaluating import Evaluation, evaluate_target, read_evaluation
 from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.exporting import Tool, export_patches
-from regraft.stages.gathering import write_statistics
+from regraft.stages.gathering import write_head_scores, write_statistics
 from regraft.stages.judging import (
     VERDICTS,
     agreement,
@@ -26,11 +26,9 @@ from regraft.stages.judging import (
 )
 from regraft.stages.patching import Preview, patch_checkpoint, preview
 from regraft.stages.pruning import prune_checkpoint, spilled_bytes
-from regraft.stages.ranking import write_ranking
-from regraft.stages.realigning import write_patch
+from regraft.stages.ranking import write_patch, write_ranking
 from regraft.stages.responding import write_responses
 from regraft.stages.restoring import Restoration
-from regraft.stages.scoring import write_head_scores
 from regraft.stages.searching import Search
 from regraft.stages.setup import ArtifactPaths, Inputs, Setup
 from regraft.stages.targets import OnText, Target

@@ -37,7 +37,6 @@ from regraft.settings.defending import (
     RefusalDirectionSettings,
 )
 from regraft.settings.searching import with_validation
-from regraft.stages.checks import check_direction_layer
 from regraft.stages.provenance import describe, fingerprints, is_done, working
 from regraft.stages.reading import draw_calibration, read_validation
 from regraft.stages.targets import Target
@@ -214,3 +213,10 @@ class _Search:
             wilson(sum(harmless), len(harmless)),
             sum(one.counts_as_degenerate for one in judged) / len(judged),
         )
+
+
+def check_direction_layer(source: Source, settings: RefusalDirectionSettings) -> None:
+    """Raise unless the model has the layer that a refusal direction is to be added at."""
+    count = len(source.architecture.layers)
+    if settings.layer is not None and settings.layer >= count:
+        raise RegraftError(f"layer is {settings.layer}; the model has layers 0 to {count - 1}.")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from regraft.data.example import Reading
+from regraft.errors import RegraftError
 from regraft.loading import check_shares
 from regraft.models.load import Source
 from regraft.progress import SILENT, Progress
@@ -132,6 +133,15 @@ class Setup:
         """What a function of reading.py takes of the calibration data, read once."""
         key = read, self.calibration, harmful, self.dense.has_vision
         return self.cache.once(key, lambda: read(self.dense, self.calibration, harmful=harmful))
+
+    def check_gradients(self, what: str) -> None:
+        """Raise where the model will be loaded in a dtype in which gradients vanish."""
+        if self.compute.dtype_of(self.dense) == "float16":
+            raise RegraftError(
+                f"{what} needs gradients, which vanish in float16, the dtype of "
+                f"{self.dense.folder} or the one asked for. Use --dtype bfloat16 (in a recipe "
+                "compute.dtype), or float32."
+            )
 
     def state_bytes(self, readings: Iterable[Reading]) -> int:
         """About what the inputs of all layers take on disk, which backward passes keep.

@@ -41,9 +41,10 @@ from regraft.progress import SILENT
 from regraft.restoration.base import MethodSettings, Space, needs_of
 from regraft.settings.base import explain
 from regraft.settings.searching import SearchSettings, TuneSettings, with_validation
-from regraft.stages.checks import check_r_max, check_restorable
 from regraft.stages.evaluation_cache import EvaluationCache
+from regraft.stages.gathering import check_r_max
 from regraft.stages.provenance import describe
+from regraft.stages.ranking import check_restorable
 from regraft.stages.restoring import Restoration
 from regraft.stages.searching import Search, bounds_of
 from regraft.stages.setup import ArtifactPaths
