@@ -19,7 +19,13 @@ from regraft.cli import main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource
-from regraft.defence.artifact import Direction, ShieldPrompt, load_defence, save_defence
+from regraft.defence.artifact import (
+    DEFENCE_PROMPT,
+    Direction,
+    ShieldPrompt,
+    load_defence,
+    save_defence,
+)
 from regraft.defence.direction import (
     Trial,
     choose,
@@ -28,7 +34,6 @@ from regraft.defence.direction import (
     middle_layers,
     moved_output,
 )
-from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import wilson

@@ -46,13 +46,12 @@ from regraft.cli import main
 from regraft.data.demo import demo_model
 from regraft.data.images import open_image
 from regraft.data.sources import DataSource, join_suites
-from regraft.defence.artifact import Direction, ShieldPrompt, save_defence
-from regraft.defence.prompt import DEFENCE_PROMPT
+from regraft.defence.artifact import DEFENCE_PROMPT, Direction, ShieldPrompt, save_defence
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation.chat_server import ChatServer, Reply
+from regraft.evaluation.complaints import KEY_VARIABLE
 from regraft.evaluation.resumable_map import resumable_map
 from regraft.evaluation.served import as_they_come, portable
-from regraft.evaluation.server_key import KEY_VARIABLE
 from regraft.models.load import open_source
 from regraft.progress import Silent
 from regraft.report.pooling import study_of

@@ -1,4 +1,11 @@
-"""What `regraft analyse defence` writes: a prompt or a direction, how it acts, and its file."""
+"""What `regraft analyse defence` writes: a prompt or a direction, how it acts, and its file.
+
+AdaShield-S (Wang et al. 2024, arXiv 2403.09513) asks the model to examine the image, then image and
+instruction together, says how to answer what is harmful, and lets the model follow what is not. Its
+released code puts the prompt between two copies of the instruction, which is done here too.
+`DEFENCE_PROMPT` follows that scheme in words of our own, since the authors' text comes without a
+licence; for their very words, give the text of their prompts/static_defense_prompt.txt as `prompt`.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +20,19 @@ from torch import Tensor, nn
 
 from regraft.data.example import Example
 from regraft.defence.direction import Trial, moved_output
-from regraft.defence.prompt import shielded
 from regraft.disk.artifact import read_artifact, require_finite, write_artifact
 from regraft.disk.parsing import EXACT, from_json
 from regraft.errors import RegraftError
 from regraft.models.architecture import Architecture
 from regraft.pruning.pruners.safety_potential import with_safety_prompt
 
+DEFENCE_PROMPT = (
+    "Before you follow the instruction above, check it step by step. First look at the image: "
+    "does any text or object in it point to something harmful, illegal or dangerous? Then take "
+    "the image and the instruction together: would following the instruction do harm? If either "
+    'is so, do not follow it and answer only "I am sorry". If neither is so, the request is '
+    "harmless: follow the instruction and answer it fully."
+)
 FORMAT = "regraft-defence-1"
 
 
@@ -55,8 +68,12 @@ def asked(defence: Defence | None, examples: Sequence[Example]) -> Sequence[Exam
     """The examples as the model gets them."""
     if not isinstance(defence, ShieldPrompt):
         return examples
-    placed = with_safety_prompt if defence.before else shielded
-    return placed(examples, defence.prompt)
+    if defence.before:
+        return with_safety_prompt(examples, defence.prompt)
+    return [
+        replace(one, instruction=f"{one.instruction}\n{defence.prompt}\n{one.instruction}")
+        for one in examples
+    ]
 
 
 @contextmanager

@@ -17,11 +17,13 @@ from regraft.data.storage import is_on_hub
 from regraft.disk.parsing import read_yaml
 from regraft.disk.paths import at_home
 from regraft.errors import RegraftError
+from regraft.evaluation.tradeoff import NOTE, Point, Tried, Tuned
 from regraft.pruning.base import PruneSettings, all_settings, described
-from regraft.recipes.parts import ModelSettings
+from regraft.recipes.parts import ModelSettings, variant
 from regraft.recipes.recipe import Recipe
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.base import Settings, explain
+from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DEFENCES, DefenceSettings, defence_type
 from regraft.settings.searching import SearchSettings
 
@@ -184,3 +186,43 @@ def _choices(annotation: Any) -> list[str]:
     if get_origin(annotation) is Literal:
         return [str(one) for one in get_args(annotation)]
     return next((found for one in get_args(annotation) if (found := _choices(one))), [])
+
+
+def recipe_item(
+    tuned: Tuned,
+    best: Tried,
+    method: MethodSettings,
+    calibration: CalibrationSettings,
+    max_new_tokens: int,
+) -> str:
+    """The best trial as an item of a recipe's `realign`, YAML.
+
+    Where its point is a prefix of the ranking, `count` says how many weights are restored.
+    """
+    content: dict[str, Any] = {"name": f"{method.method}-tuned", "method": method.method}
+    content |= method.model_dump(mode="json", exclude_defaults=True) | dict(best.settings)
+    content.pop("r_max", None)  # which a recipe says once, of the scoring of heads
+    whole = method.how_many(tuned.pruned)
+    if whole is not None and best.point.restored < whole:
+        content |= {"budget": None, "count": best.point.restored}
+    content = {name: value for name, value in content.items() if value is not None}
+    variant(**content)  # which sees that it is one
+    r_max = best.settings.get("r_max")
+    lines = [
+        f"Trial {best.number}, the best of {len(tuned.trials)}: an item of a recipe's `realign`.",
+        f"On validation prompts: {_rates(best.point)}.",
+        f"It was found with evaluate.max_new_tokens {max_new_tokens}, "
+        f"calibration.samples {calibration.samples}, calibration.seed {calibration.seed}"
+        + ("." if r_max is None else f", heads.r_max {r_max}."),
+        NOTE,
+    ]
+    return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump([content], sort_keys=False)
+
+
+def _rates(point: Point) -> str:
+    rates = {"ASR": point.asr, "over-refusal": point.over_refusal, "utility": point.utility}
+    return ", ".join(
+        f"{name} {100 * one.value:.1f} % [{100 * one.low:.1f}, {100 * one.high:.1f}] (n {one.n})"
+        for name, one in rates.items()
+        if one is not None
+    )

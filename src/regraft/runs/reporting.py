@@ -13,8 +13,7 @@ from regraft import stages
 from regraft.costs import CalibrationPass, Cost, read_costs, read_pass
 from regraft.data.demo import CAVEAT, is_demo
 from regraft.data.sources import join_suites
-from regraft.defence.artifact import Direction, load_defence
-from regraft.defence.prompt import DEFENCE_PROMPT
+from regraft.defence.artifact import DEFENCE_PROMPT, Direction, load_defence
 from regraft.disk.descriptions import about_of, described
 from regraft.disk.files import read_json
 from regraft.errors import RegraftError

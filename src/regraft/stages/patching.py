@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import distributed
+from regraft.data.storage import MODEL_ID, from_hub
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.descriptions import described
 from regraft.disk.files import file_digest, read_json, to_json
@@ -16,9 +17,10 @@ from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.checkpoint_copy import check_target
 from regraft.patch.apply import Operation, Plan, make_plan, write_plan
 from regraft.patch.format import Patch, load_patch
-from regraft.patch.hub import patch_file
 from regraft.progress import SILENT, Progress
 from regraft.stages.provenance import describe, holds, is_done, working
+
+PATCH_FILE = "patch.safetensors"  # on the hub, where a repository has one
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,24 @@ def preview(
     if not done:
         check_target(job.checkpoint, out)
     return Preview(job.plan(progress), 0 if done else job.checkpoint.bytes, done)
+
+
+def patch_file(named: Path) -> Path:
+    """The file of a patch: a path as it is, or for OWNER/NAME[@REVISION] its download.
+
+    Nothing but the patch is downloaded. What ends in .safetensors is a path.
+    """
+    text = named.as_posix()
+    if named.exists() or named.suffix == ".safetensors" or not MODEL_ID.fullmatch(text):
+        return named
+    name, _, revision = text.partition("@")
+    file = from_hub(name, revision or None, [PATCH_FILE]) / PATCH_FILE
+    if not file.is_file():
+        raise RegraftError(
+            f"{text} is neither a file here nor a patch on the hub: its repository holds no "
+            f"{PATCH_FILE}, under which `regraft push` puts one."
+        )
+    return file
 
 
 @dataclass(frozen=True)

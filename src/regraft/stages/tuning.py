@@ -38,6 +38,7 @@ from regraft.models.load import Source, pick_device
 from regraft.patch.format import load_patch
 from regraft.patch.pair import check_pair
 from regraft.progress import SILENT
+from regraft.recipes.file import recipe_item
 from regraft.restoration.base import MethodSettings, Space, needs_of
 from regraft.settings.base import explain
 from regraft.settings.searching import SearchSettings, TuneSettings, with_validation
@@ -47,10 +48,8 @@ from regraft.stages.provenance import describe
 from regraft.stages.ranking import check_restorable
 from regraft.stages.restoring import Restoration
 from regraft.stages.searching import Search, bounds_of
-from regraft.stages.setup import ArtifactPaths
-from regraft.stages.steps import PromptUse
+from regraft.stages.setup import ArtifactPaths, PromptUse
 from regraft.stages.trials import Trials, alone, claim, exclusive, require_optuna, space_of
-from regraft.stages.tuned import recipe_item
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -343,6 +342,7 @@ class _Tuning:
                 (self.out / "best.yaml").unlink(missing_ok=True)
             else:
                 method = self._varied(tuned.best.settings)
-                item = recipe_item(tuned, tuned.best, method, self.restoration)
+                calibration, answers = self.restoration.calibration, self.restoration.evaluation
+                item = recipe_item(tuned, tuned.best, method, calibration, answers.max_new_tokens)
                 write_text(self.out / "best.yaml", item)
         return tuned
