@@ -107,8 +107,5 @@ def contiguous_head(model: Any) -> Iterator[None]:
             return args
         return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
 
-    hook = head.register_forward_pre_hook(compact)
-    try:
+    with head.register_forward_pre_hook(compact):
         yield
-    finally:
-        hook.remove()

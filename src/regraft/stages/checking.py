@@ -263,7 +263,11 @@ def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
         "prompts": {"count": len(answers), "digest": digest(json.dumps(rows, sort_keys=True))},
         "models": {
             name: {
-                "inputs": _without_names(one.about["inputs"]),
+                # all digests of a model here; those of one behind a server have its address
+                "inputs": {
+                    role: digest(value) if _served(one.about["inputs"]) else value
+                    for role, value in one.about["inputs"].items()
+                },
                 "compute": but_for_rounding(one.about.get("compute", {})),
                 "versions": one.about["versions"],
                 "answers": digest(*(f"{a.id}\n{a.answer}" for a in one.result.answers)),
@@ -271,11 +275,6 @@ def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
             for name, one in ((DENSE, dense), (COMPRESSED, compressed))
         },
     }
-
-
-def _without_names(inputs: Mapping[str, str]) -> dict[str, str]:
-    """As they are of a model here, all digests; of one behind a server they have its address."""
-    return {name: digest(one) if _served(inputs) else one for name, one in inputs.items()}
 
 
 def _replies(name: str, evaluation: Evaluation) -> Iterator[str]:
