@@ -19,20 +19,18 @@ from regraft.cli import main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource
-from regraft.defence.artifact import (
+from regraft.defence import (
     DEFENCE_PROMPT,
     Direction,
     ShieldPrompt,
-    load_defence,
-    save_defence,
-)
-from regraft.defence.direction import (
     Trial,
     choose,
     last_token_outputs,
+    load_defence,
     mean_states,
     middle_layers,
     moved_output,
+    save_defence,
 )
 from regraft.disk.files import file_digest
 from regraft.errors import RegraftError

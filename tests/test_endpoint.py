@@ -46,11 +46,11 @@ from regraft.cli import main
 from regraft.data.demo import demo_model
 from regraft.data.images import open_image
 from regraft.data.sources import DataSource, join_suites
-from regraft.defence.artifact import DEFENCE_PROMPT, Direction, ShieldPrompt, save_defence
+from regraft.defence import DEFENCE_PROMPT, Direction, ShieldPrompt, save_defence
+from regraft.distributed import resumable_map
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation.chat_server import ChatServer, Reply
 from regraft.evaluation.complaints import KEY_VARIABLE
-from regraft.evaluation.resumable_map import resumable_map
 from regraft.evaluation.served import as_they_come, portable
 from regraft.models.load import open_source
 from regraft.progress import Silent

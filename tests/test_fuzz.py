@@ -31,7 +31,7 @@ from regraft.costs import read_costs
 from regraft.data.images import check_images
 from regraft.data.sources import DataSource, read
 from regraft.data.storage import CACHE_VARIABLE, unpacked
-from regraft.defence.artifact import Direction, ShieldPrompt, load_defence, save_defence
+from regraft.defence import Direction, ShieldPrompt, load_defence, save_defence
 from regraft.disk.files import digest, write_json
 from regraft.disk.parsing import from_json
 from regraft.evaluation.gate import Check

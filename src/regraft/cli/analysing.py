@@ -254,7 +254,7 @@ def defence(
 ) -> None:
     """Make a defence for a model, by a method."""
     from regraft import stages
-    from regraft.defence.artifact import Direction
+    from regraft.defence import Direction
 
     with watching() as progress:
         trust = trust_remote_code or compute.trust_remote_code

@@ -19,7 +19,7 @@ from regraft.models.load import open_source
 from regraft.patch.format import Patch
 from regraft.patch.pair import is_changed
 from regraft.restoration.base import METHODS, Budgeted, MethodSettings
-from regraft.restoration.methods.fine_tune.adam import TRAINED_VALUES, is_trained
+from regraft.restoration.methods.fine_tune import TRAINED_VALUES, is_trained
 from regraft.restoration.methods.gain.path import read_path, short_of
 from regraft.settings.base import EXPERT
 from regraft.settings.compute import ComputeSettings

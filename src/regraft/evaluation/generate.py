@@ -20,10 +20,10 @@ from torch import nn
 from regraft.data.collate import Batch, batches, decoded, prompt_batch
 from regraft.data.example import Example
 from regraft.data.images import length_class
+from regraft.distributed import resumable_map
 from regraft.errors import RegraftError
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.judges import TextJudge
-from regraft.evaluation.resumable_map import resumable_map
 from regraft.evaluation.summary import is_compared
 from regraft.models.generation import positions_of, takes_padding
 from regraft.models.load import placed

@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from regraft import distributed
 from regraft.data.collate import prompt_batch
 from regraft.data.example import Example, Reading
-from regraft.defence.artifact import (
+from regraft.defence import (
     Defence,
     Direction,
     ShieldPrompt,
+    Trial,
     acting,
+    choose,
     load_defence,
+    mean_states,
+    middle_layers,
     save_defence,
 )
-from regraft.defence.direction import Trial, choose, mean_states, middle_layers
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import answering_tokens, generate
 from regraft.evaluation.judges import TextJudge
