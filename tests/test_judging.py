@@ -25,7 +25,7 @@ from regraft.data.sources import DataSource
 from regraft.disk.files import file_digest, write_json
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation import labelled
-from regraft.evaluation.complaints import KEY_VARIABLE
+from regraft.evaluation.server_words import KEY_VARIABLE
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.guard import Guard, GuardKind
 from regraft.evaluation.judges import JUDGES, Exchange, Verdict, endpoint, find

@@ -15,7 +15,7 @@ from http.client import HTTPException
 from typing import Any, Self, TypeVar
 
 from regraft.errors import PassingError, RegraftError
-from regraft.evaluation.complaints import (
+from regraft.evaluation.server_words import (
     FILTERED,
     KEY_VARIABLE,
     complaint,
