@@ -25,7 +25,6 @@ from regraft.data.sources import DataSource
 from regraft.disk.files import file_digest, write_json
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation import labelled
-from regraft.evaluation.server_words import KEY_VARIABLE
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.guard import Guard, GuardKind
 from regraft.evaluation.judges import JUDGES, Exchange, Verdict, endpoint, find
@@ -38,6 +37,7 @@ from regraft.evaluation.labelled import Labelled, Labels, bench, quality, read_l
 from regraft.evaluation.metrics import wilson
 from regraft.evaluation.pairing import cohen_kappa
 from regraft.evaluation.results import Answer, result_to_json, write_answers
+from regraft.evaluation.server_words import KEY_VARIABLE
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.verdicts import (
     Judged,

@@ -92,8 +92,6 @@ def explained_recipe() -> str:
 def _block(settings: Settings, pad: str) -> Iterator[str]:
     content = settings.model_dump(mode="json")
     for name, field in type(settings).model_fields.items():
-        if name not in content:  # of a backend that is not the default
-            continue
         value, written = getattr(settings, name), content[name]
         meaning = _meaning(field, value)
         if name == "method" and isinstance(settings, PruneSettings):

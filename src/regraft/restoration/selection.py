@@ -80,10 +80,7 @@ class InHeads(MethodSettings):
             return all_heads(architecture)
         if self.heads == "random":
             return random_heads(architecture, self.top_heads, self.draw_seed)
-        if scores is None:
-            raise RegraftError(
-                "Ranking heads needs their scores: run `regraft analyse heads` first."
-            )
+        assert scores is not None, "of_heads says that they are needed"
         return scores.best(self.criterion, self.top_heads)
 
     def heads_space(self, architecture: Architecture) -> Space:

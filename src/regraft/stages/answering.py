@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from regraft.disk.paths import read_text
 from regraft.errors import RegraftError
 from regraft.evaluation.degenerate import degeneration
 from regraft.evaluation.generate import generate
-from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.loading import load
 from regraft.models.load import Source
@@ -82,7 +81,7 @@ def calibration_data(setup: Setup, folder: Path, *, harmful: bool) -> Reading:
         prompts,
         calibration.samples,
         calibration.max_response_tokens,
-        partial(judged, judge=DEFAULT_JUDGE),
+        _if_of_use,
         {"judge": DEFAULT_JUDGE.name},
         _none_of_use(len(prompts.examples), harmful=harmful),
     )
@@ -215,11 +214,11 @@ def _unless_blank(example: Example, text: str) -> Response:
     return Response(example.id, text, not blank, "blank" if blank else "")
 
 
-def judged(example: Example, text: str, judge: TextJudge) -> Response:
+def _if_of_use(example: Example, text: str) -> Response:
     """Whether an answer of the dense model is of use: it refuses exactly what is harmful."""
     why: str = "blank" if not text.strip() else degeneration(text) or ""
     if not why:
-        refused = judge.refuses(text)
+        refused = DEFAULT_JUDGE.refuses(text)
         why = "" if refused == example.harmful else "refused" if refused else "not refused"
     return Response(example.id, text, not why, why)
 

@@ -290,8 +290,8 @@ def _chosen(settings: FineTuneSettings, context: Context) -> Ranking:
     """Where values are trained: among weights that could be restored."""
     if settings.drawn:
         return random_ranking(context, settings.draw_seed)
-    if (ranking := context.positions) is None:
-        raise RegraftError(f"There is no ranking {settings.positions} to train the weights of.")
+    ranking = context.positions
+    assert ranking is not None, "needs() names it"
     return ranking if context.count is None else ranking.first(context.count)
 
 
