@@ -18,6 +18,18 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Suites
 from regraft.settings.evaluating import EndpointSettings, EvalSettings, Margins
 
+EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 3}  # 2 is bad input
+Prompts = Annotated[
+    Suites,
+    Parameter(
+        help="Where a model is to be evaluated: demo:test, a .jsonl file or NAME PATH, as in "
+        "`regraft eval --help`; the flag repeated, several.",
+        negative="",
+        show_default=False,
+    ),
+]
+Side = Annotated[str, Parameter(help="Model, endpoint:URL#MODEL or evaluation.")]
+
 
 def evaluate(
     model: Answering,
@@ -102,19 +114,6 @@ def _rate_rows(rates: EvalResult | Rates, suite: str = "") -> Iterator[tuple[str
 def _rate_row(name: str, estimate: Estimate) -> tuple[str, ...]:
     cell = rate_cell(estimate)
     return name, cell.value, cell.interval, cell.note
-
-
-EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 3}  # 2 is bad input
-Prompts = Annotated[
-    Suites,
-    Parameter(
-        help="Where a model is to be evaluated: demo:test, a .jsonl file or NAME PATH, as in "
-        "`regraft eval --help`; the flag repeated, several.",
-        negative="",
-        show_default=False,
-    ),
-]
-Side = Annotated[str, Parameter(help="Model, endpoint:URL#MODEL or evaluation.")]
 
 
 def check(

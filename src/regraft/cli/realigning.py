@@ -44,6 +44,17 @@ StatisticsFile = Annotated[
 ]
 Scoring = Annotated[HeadSettings, Parameter(name="*", group=Group("Scoring of heads", sort_key=3))]
 Where = Annotated[ComputeSettings, Parameter(name="*", group=Group("Where it runs", sort_key=4))]
+Trials = Annotated[TuneSettings, Parameter(name="*", group=Group("Trials", sort_key=0))]
+_ABOUT_TUNING = (
+    "Search for a method's settings that give the lowest ASR within bounds, on validation "
+    "prompts.\n\n"
+    "Constrained TPE (Optuna: pip install 'regraft[tune]'). The same command continues after a "
+    "kill, goes on to more --trials, and started twice at once shares them. Of a ranking the best "
+    "prefix tried within the bounds counts. What is not tuned stays as given, the budget above "
+    "all. Writes tuned.json and best.yaml, an item of a recipe's `realign`.\n\n"
+    "Example: regraft tune hsr MODEL pruned --budget 2 --data vlguard VLGuard/train.json "
+    "--validation validation.jsonl --trials 40 --points 3 --out tuned"
+)
 
 
 def for_method(
@@ -163,19 +174,6 @@ for _name in METHODS.names():
         app.command(for_method(realign, _name, _text, _unread), name=_name)
     except Exception as _error:  # whatever a package's method raises: others go on
         app.command(_broken(_name, _error), name=_name)
-
-
-Trials = Annotated[TuneSettings, Parameter(name="*", group=Group("Trials", sort_key=0))]
-_ABOUT_TUNING = (
-    "Search for a method's settings that give the lowest ASR within bounds, on validation "
-    "prompts.\n\n"
-    "Constrained TPE (Optuna: pip install 'regraft[tune]'). The same command continues after a "
-    "kill, goes on to more --trials, and started twice at once shares them. Of a ranking the best "
-    "prefix tried within the bounds counts. What is not tuned stays as given, the budget above "
-    "all. Writes tuned.json and best.yaml, an item of a recipe's `realign`.\n\n"
-    "Example: regraft tune hsr MODEL pruned --budget 2 --data vlguard VLGuard/train.json "
-    "--validation validation.jsonl --trials 40 --points 3 --out tuned"
-)
 
 
 def tune(

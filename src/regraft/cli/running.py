@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from regraft.report.study import Study
     from regraft.runs.comparing import Pair
 
+Against = Annotated[
+    tuple[str, ...],
+    Parameter(consume_multiple=True, help="Methods to test all others against, one or several."),
+]
+Bundled = Annotated[
+    Path | None, Parameter(help="New .zip file to bundle the run's results in, to be sent.")
+]
+
 
 def run(
     recipe: Path | None = None,
@@ -68,17 +76,6 @@ def demo(*, out: OutFolder = Path("demo-run")) -> None:
     from importlib.resources import files
 
     run(Path(str(files("regraft"))) / "demo" / "demo.yaml", out=out)
-
-
-Against = Annotated[
-    tuple[str, ...],
-    Parameter(consume_multiple=True, help="Methods to test all others against, one or several."),
-]
-
-
-Bundled = Annotated[
-    Path | None, Parameter(help="New .zip file to bundle the run's results in, to be sent.")
-]
 
 
 def report(

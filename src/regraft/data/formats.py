@@ -23,6 +23,32 @@ _SAYS_SO = {
     *("unsafe", "safe", "is_safe", "is_unsafe", "safety", "toxic", "label"),
     *("harm", "is_harm", "is_harmful", "malicious", "is_malicious"),
 }
+# The first column found counts: JailbreakBench's Behavior is a title, its Goal the request.
+_PROMPTS = ("goal", "forbidden_prompt", "behavior", "prompt", "instruction", "question")
+_CATEGORIES = ("category", "semanticcategory", "type")
+_IDS = ("behaviorid", "id")
+_CONTEXT = "contextstring"
+_TAGS, _COMPARED = "tags", "hash_check"
+_IMAGES = ("imagefilename", "image")
+_LABELS = ("label", "final_label", "harmful", "is_harmful", "safe", "is_safe", "unsafe")
+# The published files, by their columns; each ends in a line break, and without it is cut off.
+_PUBLISHED = {
+    ("goal", "target"): "AdvBench",
+    ("category", "source", "forbidden_prompt"): "StrongREJECT",
+    ("", "goal", "target", "behavior", "category", "source"): "JailbreakBench",
+    (
+        "behavior",
+        "functionalcategory",
+        "semanticcategory",
+        "tags",
+        "contextstring",
+        "behaviorid",
+    ): "HarmBench",
+}
+_WHAT = (
+    "A file of prompts is CSV or Parquet with a column goal, Behavior or forbidden_prompt, a list "
+    "in JSON, or plain text with one a line."
+)
 
 
 def read_jsonl(path: Path, split: str | None = None) -> Reading:
@@ -103,34 +129,6 @@ def _content(row: Row) -> str:
             f"{content!r} does not stand in it. Copy it from there, or leave 'content' out."
         )
     return content
-
-
-# The first column found counts: JailbreakBench's Behavior is a title, its Goal the request.
-_PROMPTS = ("goal", "forbidden_prompt", "behavior", "prompt", "instruction", "question")
-_CATEGORIES = ("category", "semanticcategory", "type")
-_IDS = ("behaviorid", "id")
-_CONTEXT = "contextstring"
-_TAGS, _COMPARED = "tags", "hash_check"
-_IMAGES = ("imagefilename", "image")
-_LABELS = ("label", "final_label", "harmful", "is_harmful", "safe", "is_safe", "unsafe")
-# The published files, by their columns; each ends in a line break, and without it is cut off.
-_PUBLISHED = {
-    ("goal", "target"): "AdvBench",
-    ("category", "source", "forbidden_prompt"): "StrongREJECT",
-    ("", "goal", "target", "behavior", "category", "source"): "JailbreakBench",
-    (
-        "behavior",
-        "functionalcategory",
-        "semanticcategory",
-        "tags",
-        "contextstring",
-        "behaviorid",
-    ): "HarmBench",
-}
-_WHAT = (
-    "A file of prompts is CSV or Parquet with a column goal, Behavior or forbidden_prompt, a list "
-    "in JSON, or plain text with one a line."
-)
 
 
 def read_prompts(path: Path, *, harmful: bool = True) -> Reading:

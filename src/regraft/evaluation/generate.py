@@ -30,6 +30,12 @@ from regraft.models.load import placed
 from regraft.models.vision import VisionOutput, recorded, replayed, vision_state, without_pixels
 from regraft.progress import Advance, expect
 
+_WHAT_TO_DO = "Leave such prompts out or shorten them, or lower --max-new-tokens."
+MEMO_BYTES = 4 << 30
+_IMAGE_TOKENS = 256
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
 
 def check_lengths(
     config: Any, processor: Any, examples: Sequence[Example], max_new_tokens: int
@@ -72,9 +78,6 @@ def check_batch(config: Any, batch: Batch, max_new_tokens: int) -> None:
             )
 
 
-_WHAT_TO_DO = "Leave such prompts out or shorten them, or lower --max-new-tokens."
-
-
 def _of(config: Any) -> str:
     """Where it is, which transformers notes in what it reads."""
     return f" of {folder}" if (folder := getattr(config, "name_or_path", "")) else ""
@@ -83,12 +86,6 @@ def _of(config: Any) -> str:
 def _tokens(processor: Any, example: Example) -> int:
     ids = prompt_batch(processor, [replace(example, image=None)]).inputs["input_ids"]
     return int(ids.shape[1])
-
-
-MEMO_BYTES = 4 << 30
-_IMAGE_TOKENS = 256
-Item = TypeVar("Item")
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ _INPUT = re.compile(
 )  # as pydantic repeats it
 _FIELDS = (("max_tokens", "max_completion_tokens"), ("temperature", "temperature"))
 _LEVELS = 8
+KEY_VARIABLE = "OPENAI_API_KEY"
+_SHORTEST_KEY = 6  # shorter ones are words such as EMPTY, for servers that want any
 
 
 def complaint(said: str, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -80,10 +82,6 @@ def _texts(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         for part in content if isinstance(content, list) else [{"text": content}]:
             if isinstance(text := part.get("text"), str):
                 yield text
-
-
-KEY_VARIABLE = "OPENAI_API_KEY"
-_SHORTEST_KEY = 6  # shorter ones are words such as EMPTY, for servers that want any
 
 
 def without_key(text: str) -> str:

@@ -25,6 +25,8 @@ _CHANGED_BY_PADDING = (
     *("git", "hy_v4", "kosmos-2", "kosmos-2.5", "marian", "mbart", "mvp", "paligemma", "pegasus"),
     *("phi4_multimodal", "plbart", "prophetnet", "roformer", "trocr", "whisper"),
 )
+_LEAST = 64  # tokens saved for which the pass over the prefix, in a batch of its own, pays off
+_STRETCHED = ("linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -109,9 +111,6 @@ def _greedy(own: Any, max_new_tokens: int, ends: int | None, padding: int | None
     )
 
 
-_LEAST = 64  # tokens saved for which the pass over the prefix, in a batch of its own, pays off
-
-
 @torch.no_grad()
 def with_shared_prefix(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of `generate` for the same prompts, with what they share computed.
@@ -174,9 +173,6 @@ def _cache(model: nn.Module) -> Any:
 
     cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
     return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
-
-
-_STRETCHED = ("linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 def positions_of(config: Any) -> int | None:

@@ -21,6 +21,7 @@ from regraft.models.foreign import check_settings
 
 _NOT_FROM_HUB = ["original/*", "consolidated*"]
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+_REFUSED = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError)
 
 
 def resolve(model: str | Path) -> Path:
@@ -176,9 +177,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-_REFUSED = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError)
 
 
 def quantisation_of(config: Any) -> str | None:

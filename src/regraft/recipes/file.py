@@ -27,6 +27,8 @@ from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DEFENCES, DefenceSettings, defence_type
 from regraft.settings.searching import SearchSettings
 
+_WIDTH = 100
+
 
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe from YAML; relative paths in it are relative to the file.
@@ -79,9 +81,6 @@ def _model(name: str, folder: Path) -> str:
             f"its file: there is no {beside}. Write {Path(name).absolute()}."
         )
     return name
-
-
-_WIDTH = 100
 
 
 def explained_recipe() -> str:

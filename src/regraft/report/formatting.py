@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 DASH = "–"
 UNCHECKED = "†"
+_ADDRESS = re.compile(r"(?P<name>[\w-]+):(?P<path>.*?)(?P<marks>(?:#[\w-]+)*)", re.DOTALL)
+_ANYTHING = ("jsonl", "prompts", "benign")  # readers of files of any data set
 
 
 @dataclass(frozen=True)
@@ -268,10 +270,6 @@ def memory(count: int) -> str:
     if mebibytes < 1024:
         return f"{mebibytes} MiB"
     return f"{count / 2**30:.2g} GiB" if count < 10 * 2**30 else f"{count / 2**30:,.0f} GiB"
-
-
-_ADDRESS = re.compile(r"(?P<name>[\w-]+):(?P<path>.*?)(?P<marks>(?:#[\w-]+)*)", re.DOTALL)
-_ANYTHING = ("jsonl", "prompts", "benign")  # readers of files of any data set
 
 
 def short_names(suites: Iterable[str]) -> dict[str, str]:

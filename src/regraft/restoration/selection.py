@@ -31,6 +31,7 @@ _UNREAD = {
     "random": ("criterion",),
     "all": ("criterion", "top_heads", "draw_seed"),
 }
+_TIE = 2.0**-30  # shares a/n and b/m differ by 1/(nm) at least, rows have up to 2^15 inputs
 
 
 class InHeads(MethodSettings):
@@ -144,9 +145,6 @@ def inside(shape: Sequence[int], blocks: Sequence[Block], device: torch.device) 
 def part_of(matrix: Tensor, block: Block) -> Tensor:
     """A view of one region."""
     return matrix[block.row_start : block.row_stop, block.col_start : block.col_stop]
-
-
-_TIE = 2.0**-30  # shares a/n and b/m differ by 1/(nm) at least, rows have up to 2^15 inputs
 
 
 def random_ranking(context: Context, draw_seed: int) -> Ranking:

@@ -41,6 +41,8 @@ from regraft.stages.reading import (
 )
 from regraft.stages.setup import Setup
 
+Loader = Callable[[], tuple[nn.Module, Any]]
+
 
 @dataclass(frozen=True)
 class Response:
@@ -137,9 +139,6 @@ class _Wanted:
     judge: Callable[[Example, str], Response]
     about: Mapping[str, Any]
     nothing: str
-
-
-Loader = Callable[[], tuple[nn.Module, Any]]
 
 
 def _loader(setup: Setup) -> Loader:

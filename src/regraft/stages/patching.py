@@ -27,6 +27,61 @@ from regraft.progress import SILENT, Progress
 from regraft.stages.provenance import describe, holds, is_done, working
 
 PATCH_FILE = "patch.safetensors"  # on the hub, where a repository has one
+Tool = Literal["peft", "vllm"]
+README = "README.md"
+_ABOUT_PEFT = """\
+---
+library_name: peft
+tags: [regraft, shira]
+---
+
+# Restored weights as a SHiRA adapter
+
+{weights:,} weights of {tensors} matrices, made with `regraft export`. On the checkpoint that the
+patch was made for, in its own dtype, merging gives the weights that `regraft apply` writes, to the
+bit. PEFT does not check that it is this checkpoint.
+
+```python
+from peft import PeftModel
+from transformers import {auto}
+
+pruned = {auto}.from_pretrained("PRUNED", dtype="auto")
+model = PeftModel.from_pretrained(pruned, "FOLDER").merge_and_unload()
+```
+"""
+_ABOUT_VLLM = """\
+# Restored weights as weight patches of vLLM
+
+{weights:,} weights of {tensors} tensors, made with `regraft export`: `{file}` holds the fields of
+vLLM's `CheckpointWeightPatch` for each tensor. vLLM does not check that the model it serves is the
+checkpoint that the patch was made for.
+
+```python
+import json
+import torch
+from safetensors import safe_open
+
+
+def load(model):
+    from vllm.model_executor.model_loader import checkpoint_weight_patch as to
+
+    with safe_open("FOLDER/{file}", "pt") as file:
+        patches = [
+            to.CheckpointWeightPatch(
+                name=one["name"],
+                shape=tuple(one["shape"]),
+                dtype=getattr(torch, one["dtype"]),
+                values=file.get_tensor(one["name"] + ".values"),
+                indices=file.get_tensor(one["name"] + ".indices"),
+            )
+            for one in json.loads(file.metadata()["{metadata}"])
+        ]
+    to.load_checkpoint_weight_patches(model, patches)
+
+
+llm.apply_model(load)
+```
+"""
 
 
 @dataclass(frozen=True)
@@ -159,63 +214,6 @@ def _about(job: PatchJob) -> dict[str, Any]:
     path = job.checkpoint.folder / ABOUT_FILE
     before = described(read_json(path), str(path)) if path.exists() else None
     return describe(job.operation, job.inputs()) | {"before": before}
-
-
-Tool = Literal["peft", "vllm"]
-README = "README.md"
-_ABOUT_PEFT = """\
----
-library_name: peft
-tags: [regraft, shira]
----
-
-# Restored weights as a SHiRA adapter
-
-{weights:,} weights of {tensors} matrices, made with `regraft export`. On the checkpoint that the
-patch was made for, in its own dtype, merging gives the weights that `regraft apply` writes, to the
-bit. PEFT does not check that it is this checkpoint.
-
-```python
-from peft import PeftModel
-from transformers import {auto}
-
-pruned = {auto}.from_pretrained("PRUNED", dtype="auto")
-model = PeftModel.from_pretrained(pruned, "FOLDER").merge_and_unload()
-```
-"""
-_ABOUT_VLLM = """\
-# Restored weights as weight patches of vLLM
-
-{weights:,} weights of {tensors} tensors, made with `regraft export`: `{file}` holds the fields of
-vLLM's `CheckpointWeightPatch` for each tensor. vLLM does not check that the model it serves is the
-checkpoint that the patch was made for.
-
-```python
-import json
-import torch
-from safetensors import safe_open
-
-
-def load(model):
-    from vllm.model_executor.model_loader import checkpoint_weight_patch as to
-
-    with safe_open("FOLDER/{file}", "pt") as file:
-        patches = [
-            to.CheckpointWeightPatch(
-                name=one["name"],
-                shape=tuple(one["shape"]),
-                dtype=getattr(torch, one["dtype"]),
-                values=file.get_tensor(one["name"] + ".values"),
-                indices=file.get_tensor(one["name"] + ".indices"),
-            )
-            for one in json.loads(file.metadata()["{metadata}"])
-        ]
-    to.load_checkpoint_weight_patches(model, patches)
-
-
-llm.apply_model(load)
-```
-"""
 
 
 @dataclass(frozen=True)

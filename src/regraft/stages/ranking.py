@@ -41,6 +41,9 @@ from regraft.stages.provenance import (
 )
 from regraft.stages.setup import Inputs, Setup
 
+# of the ranking, in its patches; the last three are the path of gain
+_TOLD = ("heads", "pruned", "kind", "n_m", "groups", "values", "passes", "start", "steps", "end")
+
 
 def write_ranking(
     setup: Setup,
@@ -229,10 +232,6 @@ def _less_than_one(settings: MethodSettings, weights: str) -> RegraftError:
         f"A budget of {budget} per 10,000 of {weights} weights is less than one weight. "
         "Raise it, or give a count."
     )
-
-
-# of the ranking, in its patches; the last three are the path of gain
-_TOLD = ("heads", "pruned", "kind", "n_m", "groups", "values", "passes", "start", "steps", "end")
 
 
 def write_patch(

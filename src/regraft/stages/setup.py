@@ -31,6 +31,9 @@ from regraft.stages.reading import (
     responses_are_given,
 )
 
+StepGuard = Callable[[str, str], AbstractContextManager[None]]
+"""(stage, name of what it is for) -> what surrounds a step while it is made."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -166,10 +169,6 @@ class Setup:
 def _beside(out: Path, what: str) -> Path:
     """A file beside a patch, named after it: of x.safetensors and of x alone x.WHAT."""
     return out.with_name(f"{out.name.removesuffix('.safetensors')}.{what}")
-
-
-StepGuard = Callable[[str, str], AbstractContextManager[None]]
-"""(stage, name of what it is for) -> what surrounds a step while it is made."""
 
 
 def unguarded(_step: str, _of: str) -> AbstractContextManager[None]:

@@ -51,6 +51,8 @@ TRAINED_VALUES = (
 )
 BETAS = (0.9, 0.999)
 EPS = 1e-8
+RANDOM = "random"  # positions that are drawn
+MINIBATCH = 8  # prompts of each kind in an update
 
 
 def is_trained(patch: Patch) -> bool:
@@ -198,10 +200,6 @@ def train(
         optimizer.update(gradients)
         losses.append(loss)
     return losses
-
-
-RANDOM = "random"  # positions that are drawn
-MINIBATCH = 8  # prompts of each kind in an update
 
 
 class FineTuneSettings(Counted):
