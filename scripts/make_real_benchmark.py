@@ -40,7 +40,7 @@ import real_prompts
 
 from regraft.console import ConsoleWatch
 from regraft.data.example import Example, Reading
-from regraft.data.jsonl import read_jsonl
+from regraft.data.formats import read_jsonl
 from regraft.data.typographic import find_font, write_typographic
 from regraft.disk.files import digest, write_json, write_text
 from regraft.errors import RegraftError

@@ -14,10 +14,10 @@ from regraft.data.sources import DataSource
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import open_source
 from regraft.pruning.base import prune_settings
+from regraft.pruning.statistics import StatisticsSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.scoring import StatisticsSettings
 
 METHODS = ("wanda", "sparsegpt", "snip")
 COMPUTE = ComputeSettings(device="cpu", batch_size=1)

@@ -22,13 +22,12 @@ from regraft.data.collate import prompt_batch
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation import generate as generating
-from regraft.evaluation import lengths
-from regraft.evaluation.generate import Answerer
+from regraft.evaluation.generate import Answerer, check_batch, check_lengths
 from regraft.models import generation, load
 from regraft.models.checkpoint import SINGLE_FILE
+from regraft.models.generation import positions_of
 from regraft.models.load import load_model, load_processor, open_answering, open_source
 from regraft.models.loaded import enough_memory
-from regraft.models.positions import positions_of
 from regraft.models.resolve import quiet
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
@@ -216,12 +215,12 @@ def test_the_last_prompt_that_fits(room: int) -> None:
     batch = prompt_batch(processor, [short, example])
     if room < 0:
         with pytest.raises(RegraftError, match="1 of 2 prompts are too long"):
-            lengths.check_lengths(config, processor, [short, example], 5)
+            check_lengths(config, processor, [short, example], 5)
         with pytest.raises(RegraftError, match=rf"The prompt '{example.id}' has {length} tokens"):
-            lengths.check_batch(config, batch, 5)
+            check_batch(config, batch, 5)
     else:
-        lengths.check_lengths(config, processor, [short, example], 5)
-        lengths.check_batch(config, batch, 5)
+        check_lengths(config, processor, [short, example], 5)
+        check_batch(config, batch, 5)
 
 
 # Batches and memory

@@ -34,7 +34,7 @@ from regraft.pruning.pruners.sparsegpt import InverseFactor, inverse_factor, spa
 from regraft.restoration.base import MethodSettings
 from regraft.restoration.methods.gain import step as gain_step
 from regraft.restoration.ranking import KEPT, Edits, Ranking, load_ranking
-from regraft.stages.checks import check_restorable
+from regraft.stages.ranking import check_restorable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 

@@ -45,7 +45,7 @@ from regraft.runs import pipeline
 from regraft.runs.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.stages.checks import check_heads
+from regraft.stages.gathering import check_heads
 from regraft.stages.reading import _made_from_demo
 
 FAMILY = "qwen2_5_vl"

@@ -27,9 +27,9 @@ from regraft.disk.files import file_digest, write_json
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import REGRAFT_1
 from regraft.evaluation.metrics import rsr, wilson
+from regraft.evaluation.pairing import holm
 from regraft.evaluation.perplexity import result_of
 from regraft.evaluation.results import Answer, result_to_json, write_answers
-from regraft.evaluation.significance import holm
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.tradeoff import Bounds, Point, Searched, curve_to_json
 from regraft.recipes.file import read_recipe, write_recipe

@@ -24,13 +24,12 @@ import pico
 from regraft.data import demo
 from regraft.data.demo import demo_model
 from regraft.data.example import Example, Reading
+from regraft.data.formats import read_jsonl
 from regraft.data.images import check_images, open_image
-from regraft.data.jsonl import read_jsonl
 from regraft.data.readers.demo import read_demo
 from regraft.data.readers.safebench import FIGSTEP_PROMPT, read_safebench
 from regraft.data.readers.vlguard import parse_vlguard, read_vlguard
-from regraft.data.sources import DataSource, of_split, read, split_off
-from regraft.data.suites import join_suites, seen_before
+from regraft.data.sources import DataSource, join_suites, of_split, read, seen_before, split_off
 from regraft.errors import PassingError, RegraftError
 from regraft.settings.data import CalibrationSettings, _several
 from regraft.settings.searching import SearchSettings

@@ -19,16 +19,19 @@ from regraft.cli import main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource
-from regraft.defence.artifact import Direction, ShieldPrompt, load_defence, save_defence
-from regraft.defence.direction import (
+from regraft.defence import (
+    DEFENCE_PROMPT,
+    Direction,
+    ShieldPrompt,
     Trial,
     choose,
     last_token_outputs,
+    load_defence,
     mean_states,
     middle_layers,
     moved_output,
+    save_defence,
 )
-from regraft.defence.prompt import DEFENCE_PROMPT
 from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import wilson

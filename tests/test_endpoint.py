@@ -45,19 +45,17 @@ from regraft import stages
 from regraft.cli import main
 from regraft.data.demo import demo_model
 from regraft.data.images import open_image
-from regraft.data.sources import DataSource
-from regraft.data.suites import join_suites
-from regraft.defence.artifact import Direction, ShieldPrompt, save_defence
-from regraft.defence.prompt import DEFENCE_PROMPT
+from regraft.data.sources import DataSource, join_suites
+from regraft.defence import DEFENCE_PROMPT, Direction, ShieldPrompt, save_defence
+from regraft.distributed import resumable_map
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation.chat_server import ChatServer, Reply
-from regraft.evaluation.resumable_map import resumable_map
 from regraft.evaluation.served import as_they_come, portable
-from regraft.evaluation.server_key import KEY_VARIABLE
+from regraft.evaluation.server_words import KEY_VARIABLE
 from regraft.models.load import open_source
 from regraft.progress import Silent
 from regraft.report.pooling import study_of
-from regraft.runs import evaluations
+from regraft.runs import comparing
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EndpointSettings, EvalSettings
 
@@ -504,7 +502,7 @@ def test_filtered_and_unfinished_replies_are_counted_and_told(
         "Answers empty, since the model thought until its tokens were spent: give more by "
         "--max-new-tokens: 1.",
     ]
-    page = study_of([evaluations.run_of_evaluations([tmp_path / "out"])])
+    page = study_of([comparing.run_of_evaluations([tmp_path / "out"])])
     assert any("content filter" in note and "out: " in note for note in page.runs[0].notes)
 
 
@@ -821,19 +819,19 @@ def test_reports_have_endpoints_beside_models_in_memory(
     folders = [tmp_path / name for name in ("served", "memory", "other")]
     for order in (folders, folders[1:] + folders[:1]):
         command("report", *order, "--out", tmp_path / f"page-{order[0].name}")
-    found = evaluations.run_of_evaluations(folders)
+    found = comparing.run_of_evaluations(folders)
     assert found.notes == ("served was answered by an endpoint, memory in memory.",)
     assert [one.pruned for one in found.variants] == [0, 0, 0]
     text = (tmp_path / "page-served" / "report.md").read_text()
     assert server.name() in text
-    pair = evaluations.Pair(folders[0], folders[2])
-    assert [
-        one.restored for one in evaluations.run_of_evaluations([folders[1]], pair).variants
-    ] == [0] * 3
+    pair = comparing.Pair(folders[0], folders[2])
+    assert [one.restored for one in comparing.run_of_evaluations([folders[1]], pair).variants] == [
+        0
+    ] * 3
     same = replace(pair, pruned=tmp_path / "again")
     evaluated(server, tmp_path / "again", suite)
     with pytest.raises(RegraftError, match=rf"same model \({server.name()}\)"):
-        evaluations.run_of_evaluations([], same)
+        comparing.run_of_evaluations([], same)
 
 
 # A real server

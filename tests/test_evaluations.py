@@ -22,7 +22,7 @@ from regraft.report.pooling import study_of
 from regraft.report.run import Run
 from regraft.report.study import Row
 from regraft.report.summary import summary
-from regraft.runs import evaluations
+from regraft.runs import comparing
 from truth import mcnemar
 
 REFUSAL = "I'm sorry, I can't help with that."
@@ -145,7 +145,7 @@ def test_several_are_compared_with_the_first(tmp_path: Path, asked: list[Example
         for name, attacks in (("a", 3), ("b", 18), ("c", 3))
     ]
     done("report", *folders, "--out", tmp_path / "page")
-    made = evaluations.run_of_evaluations(folders)
+    made = comparing.run_of_evaluations(folders)
     assert [one.name for one in made.variants] == ["a/ev", "b/ev", "c/ev"]
     first, other = ([i < n for i in range(20)] for n in (3, 18))
     tests = [row.attacks for row in rows_of(made) if row.attacks]
@@ -171,7 +171,7 @@ def test_named_dense_and_pruned_give_rsr(
         *("report", gain, dense, prompt),
         *("--dense", dense, "--pruned", pruned, "--out", page),
     )
-    found = evaluations.run_of_evaluations([gain, prompt], evaluations.Pair(dense, pruned))
+    found = comparing.run_of_evaluations([gain, prompt], comparing.Pair(dense, pruned))
     assert [one.name for one in found.variants] == ["dense", "pruned", "gain", "prompt"]
     roles = [row.role for row in rows_of(found)]
     assert roles == ["dense", "pruned", "method", "method"]
@@ -192,14 +192,14 @@ def test_restored_weights_are_counted_by_patches_and_not_by_zeros(
     dense = evaluation(tmp_path / "dense", asked, 4, 1)
     rounded = evaluation(tmp_path / "rounded", asked, 16, 1, zeros=20)
     applied = evaluation(tmp_path / "applied", asked, 7, 1, zeros=18)
-    pair = evaluations.Pair(dense, rounded)
-    found = study_of([evaluations.run_of_evaluations([applied], pair)])
+    pair = comparing.Pair(dense, rounded)
+    found = study_of([comparing.run_of_evaluations([applied], pair)])
     assert [row.weights for row in found.rows] == [None, None, None]
     assert "Compression (20 % of the weights are zero) raised ASR" in summary(found)[0]
     made = {"model": "digest of rounded", "patch": "digest"}
     known = {"restored": 7, "changed": 90}
     gain = evaluation(tmp_path / "gain", asked, 7, 1, zeros=18, inputs=made, more=known)
-    found = study_of([evaluations.run_of_evaluations([gain, applied], pair)])
+    found = study_of([comparing.run_of_evaluations([gain, applied], pair)])
     assert [row.weights and row.weights.mean for row in found.rows] == [None, None, 7, None]
     assert "Compression (90 weights changed) raised ASR" in summary(found)[0]
     assert "gain, 7 restored weights (778 per 10,000 changed): ASR" in summary(found)[1]
@@ -218,7 +218,7 @@ def test_what_is_no_pair_is_refused(
         ((other,), (dense, pruned), "x is an evaluation of another model with a patch"),
     ):
         with pytest.raises(RegraftError, match=message):
-            evaluations.run_of_evaluations(folders, evaluations.Pair(*pair))
+            comparing.run_of_evaluations(folders, comparing.Pair(*pair))
     for words, message in (
         (("--dense", dense), "beside --dense name --pruned too"),
         (("--pruned", pruned), "beside --pruned name --dense too"),
@@ -231,7 +231,7 @@ def test_what_is_no_pair_is_refused(
 def test_the_same_data_may_lie_elsewhere(tmp_path: Path, asked: list[Example]) -> None:
     moved = examples(tmp_path / "copy")
     folders = [evaluation(tmp_path / "a", asked, 3, 1), evaluation(tmp_path / "b", moved, 9, 1)]
-    first, other = evaluations.run_of_evaluations(folders).variants
+    first, other = comparing.run_of_evaluations(folders).variants
     assert first.result.by_suite.keys() == other.result.by_suite.keys()
     assert {one.suite for one in other.result.answers} == set(first.result.by_suite)
 
@@ -241,17 +241,17 @@ def test_what_was_done_otherwise_is_noted(tmp_path: Path, asked: list[Example]) 
         evaluation(tmp_path / "a", asked, 3, 1),
         evaluation(tmp_path / "b", asked, 9, 1, max_new_tokens=9),
     ]
-    (note,) = evaluations.run_of_evaluations(folders).notes
+    (note,) = comparing.run_of_evaluations(folders).notes
     assert note == "b was evaluated in another way than a: max_new_tokens 9 instead of 64."
 
 
 def test_images_that_changed_since_are_not_shown(tmp_path: Path, asked: list[Example]) -> None:
     folder = evaluation(tmp_path / "a", asked, 3, 1)
-    assert len(evaluations.run_of_evaluations([folder]).images) == 20
+    assert len(comparing.run_of_evaluations([folder]).images) == 20
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "data" / "i.png")
-    assert evaluations.run_of_evaluations([folder]).images == {}
+    assert comparing.run_of_evaluations([folder]).images == {}
     (tmp_path / "data" / "asks.jsonl").unlink()
-    assert evaluations.run_of_evaluations([folder]).images == {}
+    assert comparing.run_of_evaluations([folder]).images == {}
 
 
 def test_other_judges_and_prompts_are_refused(tmp_path: Path, asked: list[Example]) -> None:
@@ -267,7 +267,7 @@ def test_other_judges_and_prompts_are_refused(tmp_path: Path, asked: list[Exampl
         (first, "is named twice"),
     ):
         with pytest.raises(RegraftError, match=message):
-            evaluations.run_of_evaluations([first, other])
+            comparing.run_of_evaluations([first, other])
 
 
 def test_folders_that_make_no_page(

@@ -37,8 +37,8 @@ from disk import shards, write_jsonl
 from regraft.data.collate import Batch, batches, prompt_batch, response_batch
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import Answerer
+from regraft.heads.ships import head_outputs, replay_ablated
 from regraft.models import layout
-from regraft.models.ablation import head_outputs, replay_ablated
 from regraft.models.architecture import LinearArchitecture, head_block
 from regraft.models.checkpoint import SINGLE_FILE
 from regraft.models.load import load_model, open_source, placed

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 import truth
 from regraft.data.collate import response_batch
 from regraft.pruning.gradients import BOTH_WAYS, mean_cross_entropy
-from regraft.restoration.methods.fine_tune.adam import SparseAdam, loss_and_gradients, train
+from regraft.restoration.methods.fine_tune import SparseAdam, loss_and_gradients, train
 
 
 def chosen(architecture, of_each=5, seed=0):

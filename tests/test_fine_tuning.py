@@ -22,8 +22,8 @@ from regraft.errors import RegraftError
 from regraft.models.load import open_source
 from regraft.patch.format import Patch, load_patch
 from regraft.recipes.recipe import Recipe
-from regraft.restoration.methods.fine_tune import method as fine_tuning
-from regraft.restoration.methods.fine_tune.adam import is_trained
+from regraft.restoration.methods import fine_tune as fine_tuning
+from regraft.restoration.methods.fine_tune import is_trained
 from regraft.restoration.ranking import Ranking, load_ranking, save_ranking
 from regraft.runs import pipeline, recipe_runs
 from regraft.settings.compute import ComputeSettings

@@ -31,7 +31,7 @@ from regraft.costs import read_costs
 from regraft.data.images import check_images
 from regraft.data.sources import DataSource, read
 from regraft.data.storage import CACHE_VARIABLE, unpacked
-from regraft.defence.artifact import Direction, ShieldPrompt, load_defence, save_defence
+from regraft.defence import Direction, ShieldPrompt, load_defence, save_defence
 from regraft.disk.files import digest, write_json
 from regraft.disk.parsing import from_json
 from regraft.evaluation.gate import Check
@@ -51,10 +51,9 @@ from regraft.restoration.ranking import Ranking, load_ranking, save_ranking
 from regraft.runs.bundle import FORMAT, MANIFEST
 from regraft.runs.reporting import read_run
 from regraft.settings.base import Settings
-from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.evaluating import EndpointSettings, EvalSettings
+from regraft.settings.evaluating import EndpointSettings, EvalSettings, Margins
 from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.stages.answering import _read as read_responses
 from regraft.stages.trials import Trials

@@ -19,7 +19,7 @@ ORDER = (
     *("data", "models", "pruning", "heads", "patch", "evaluation", "defence", "settings"),
     *("loading", "restoration", "flags", "report", "recipes", "stages"),
     # a recipe's run: one, then the analyses of it, then several
-    *(f"runs.{name}" for name in ("run_dir", "passes", "reporting", "evaluations", "comparing")),
+    *(f"runs.{name}" for name in ("run_dir", "passes", "reporting", "comparing")),
     *("runs.publishing", "api", "runs.plan", "runs.pipeline", "analysis", "runs.recipe_runs"),
     *("runs.bundle", "runs.bundle_check", "console", "cli"),
 )

@@ -24,7 +24,7 @@ from regraft.evaluation.metrics import (
     rsr,
     wilson,
 )
-from regraft.evaluation.significance import holm, paired_exact
+from regraft.evaluation.pairing import holm, paired_exact
 from regraft.evaluation.similarity import anls, levenshtein
 from truth import mcnemar, paired_rsr
 

@@ -18,11 +18,11 @@ from regraft.heads.ships import HeadSettings
 from regraft.models.load import open_source
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
+from regraft.pruning.statistics import StatisticsSettings
 from regraft.restoration.base import Method
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.scoring import StatisticsSettings
 
 pytestmark = pytest.mark.slow
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)

@@ -19,9 +19,8 @@ from PIL import Image
 
 from disk import tree
 from regraft.data import parquet
+from regraft.data.formats import read_jsonl, read_prompts
 from regraft.data.images import check_images, open_image
-from regraft.data.jsonl import read_jsonl
-from regraft.data.prompts import read_prompts
 from regraft.data.readers.docvqa import read_docvqa
 from regraft.data.readers.mmbench import read_mmbench
 from regraft.data.readers.vlguard import read_vlguard

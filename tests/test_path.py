@@ -26,7 +26,6 @@ from regraft.report.write import report_to_json
 from regraft.restoration.methods.gain.objective import Try
 from regraft.restoration.methods.gain.path import (
     LIMITS,
-    MOST_STEPS,
     REASONS,
     GainPath,
     Losses,
@@ -124,37 +123,6 @@ def test_something_else_is_refused(change: dict[str, Any]) -> None:
 )
 def test_what_limits_a_step(taken, most, candidates, room, limit) -> None:
     assert limit_of(taken, most, candidates, room) == limit
-
-
-def without_limits(about: dict[str, Any]) -> dict[str, Any]:
-    """As rankings had it that did not say what limited a step."""
-    steps = [{k: v for k, v in one.items() if k != "limit"} for one in about["steps"]]
-    return about | {"steps": steps}
-
-
-def test_what_limited_a_step_is_worked_out_where_a_file_does_not_say_it() -> None:
-    """A path of the real model: its numbers of weights and tries."""
-    tries = [[79, 39], [158, 79], [316, 158, 79, 39], [158, 79, 39, 19], [78, 39, 19]]
-    restored, candidates = [79, 237, 316, 355, 394], [161_149, 158, 316, 158, 78]
-    losses = {"safety": 1.0, "utility": 1.0}
-    steps = [
-        {
-            "restored": after,
-            "gradient": losses,
-            "held_out": losses,
-            "candidates": count,
-            "tries": [[number, 1.0] for number in numbers],
-        }
-        for after, count, numbers in zip(restored, candidates, tries, strict=True)
-    ]
-    path = read_path(ABOUT | {"steps": steps, "end": "limit"})
-    assert path is not None and path.end == "steps"
-    found = [one.limit for one in path.steps]
-    assert found == ["first-order", "doubling", "held-out", "held-out", "held-out"]
-    assert len(found) == MOST_STEPS
-    fewer = read_path(ABOUT | {"steps": steps[:2], "end": "limit"})
-    assert fewer is not None and fewer.end == "weights"
-    assert read_path(without_limits(ABOUT)) == PATH
 
 
 @pytest.mark.parametrize(("restored", "allowed"), [(1250, 1250), (1250, 1000), (1250, None)])

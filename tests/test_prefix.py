@@ -17,7 +17,7 @@ from regraft.data.collate import prompt_batch
 from regraft.data.example import Example
 from regraft.evaluation.greedy import answer
 from regraft.models.architecture import decoder_layers
-from regraft.models.prefix import prefix_first, shared_length, with_shared_prefix
+from regraft.models.generation import prefix_first, shared_length, with_shared_prefix
 
 FRAME = "Answer the question in the image as briefly as a careful person would do it, please: "
 TOKENS = 5

@@ -22,8 +22,8 @@ from disk import tree
 from regraft.cli import main
 from regraft.errors import RegraftError
 from regraft.patch.format import Patch, TensorPatch, load_patch, save_patch
-from regraft.patch.hub import patch_file
 from regraft.runs import publishing
+from regraft.stages.patching import patch_file
 from test_evaluations import evaluation, examples
 
 TOKEN = "hf_secret_of_the_test"

@@ -22,7 +22,7 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.models.checkpoint import SINGLE_FILE
 from regraft.models.load import load_model, open_answering, open_source
-from regraft.runs import evaluations
+from regraft.runs import comparing
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 
@@ -153,9 +153,9 @@ def test_an_evaluation_from_end_to_end(quantised: Callable[[str], Path], tmp_pat
     texts = [[a.answer for a in one.result.answers] for one in done.values()]
     assert texts[0] == texts[1] and len(set(texts[0])) > 1
     assert "prunable" in done["floats"].about and "prunable" not in done["packed"].about
-    evaluations.report_evaluations([tmp_path / "floats", tmp_path / "packed"], tmp_path / "page")
-    evaluations.report_evaluations(
-        [], tmp_path / "pair", evaluations.Pair(*(tmp_path / n for n in done))
+    comparing.report_evaluations([tmp_path / "floats", tmp_path / "packed"], tmp_path / "page")
+    comparing.report_evaluations(
+        [], tmp_path / "pair", comparing.Pair(*(tmp_path / n for n in done))
     )
     for page in ("page", "pair"):
         assert "packed" in (tmp_path / page / "report.md").read_text()

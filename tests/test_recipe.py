@@ -18,9 +18,8 @@ from regraft.heads.ships import HeadSettings
 from regraft.pruning.base import all_settings, prune_settings
 from regraft.pruning.masks import Pattern
 from regraft.pruning.pruners.wanda import WandaSettings
-from regraft.recipes import help as recipe_help
-from regraft.recipes.file import read_recipe, write_recipe
-from regraft.recipes.help import explained_recipe
+from regraft.recipes import file as recipe_file
+from regraft.recipes.file import explained_recipe, read_recipe, write_recipe
 from regraft.recipes.parts import (
     PRUNING,
     ModelSettings,
@@ -382,7 +381,7 @@ def test_an_explained_recipe_is_the_default_one(tmp_path: Path) -> None:
     [SearchSettings(), *(one() for one in DEFENCES.values()), ModelSettings(model="ORG/NAME")],
 )
 def test_blocks_that_are_there_as_comments_are_valid(settings: Settings) -> None:
-    lines = list(recipe_help._block(settings, ""))
+    lines = list(recipe_file._block(settings, ""))
     assert type(settings).model_validate(yaml.safe_load("\n".join(lines))) == settings
     text = explained_recipe()
     assert all(f" {line}\n" in text for line in lines if not line.startswith("#"))

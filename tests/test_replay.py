@@ -11,7 +11,7 @@ import torch
 import pico
 import truth
 from regraft.data.collate import prompt_batch
-from regraft.models.ablation import head_outputs, replay_ablated
+from regraft.heads.ships import head_outputs, replay_ablated
 from regraft.models.architecture import attention_of, decoder_layers
 from regraft.models.key_values import record
 from regraft.models.replay import (

@@ -18,15 +18,14 @@ from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import REGRAFT_1
 from regraft.evaluation.metrics import rsr, wilson
+from regraft.evaluation.pairing import holm
 from regraft.evaluation.perplexity import result_of
 from regraft.evaluation.results import Answer, Estimate
-from regraft.evaluation.significance import holm
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.verdicts import Agreement, Judged
-from regraft.report.addresses import short_names
 from regraft.report.cards import render_card
 from regraft.report.examples import choose_examples, shown_variants
-from regraft.report.formatting import clip, p_value, pattern, share, unbroken
+from regraft.report.formatting import clip, p_value, pattern, share, short_names, unbroken
 from regraft.report.page import escape_cell, escape_markdown, fenced, render_html, render_markdown
 from regraft.report.pooling import study_of
 from regraft.report.rate_figures import trade_off_figure

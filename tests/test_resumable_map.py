@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from regraft.evaluation.resumable_map import resumable_map
+from regraft.distributed import resumable_map
 
 PIECES = [(i,) * (i + 1) for i in range(5)]
 

@@ -14,7 +14,7 @@ from disk import write_data
 from regraft import stages
 from regraft.data.collate import batches, prompt_batch
 from regraft.data.sources import DataSource
-from regraft.defence.artifact import asked, load_defence
+from regraft.defence import asked, load_defence
 from regraft.disk.files import read_json
 from regraft.errors import RegraftError
 from regraft.models.load import open_source

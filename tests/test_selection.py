@@ -22,7 +22,6 @@ from regraft.progress import Silent
 from regraft.pruning.pruners.wanda import PLUGIN as WANDA
 from regraft.pruning.statistics import SavedStatistics
 from regraft.restoration.base import Context
-from regraft.restoration.draws import random_scores, ties_drawn
 from regraft.restoration.importance import (
     Band,
     by_importance,
@@ -33,7 +32,15 @@ from regraft.restoration.importance import (
 )
 from regraft.restoration.methods.hsr_a import everything
 from regraft.restoration.ranking import Best, patch_of
-from regraft.restoration.selection import all_heads, blocks_of, inside, random_heads, regions_of
+from regraft.restoration.selection import (
+    all_heads,
+    blocks_of,
+    inside,
+    random_heads,
+    random_scores,
+    regions_of,
+    ties_drawn,
+)
 from regraft.settings.compute import ComputeSettings
 
 SCOPES = ("row", "matrix", "head")

@@ -42,7 +42,7 @@ from regraft.runs import pipeline
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.stages import patching, pruning, realigning, targets
+from regraft.stages import patching, pruning, ranking, targets
 from regraft.stages.provenance import working
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
@@ -176,7 +176,7 @@ def test_finished_stage_is_not_repeated(
     for module, names in {
         loading: ("load_model", "load_placed", "load_processor"),
         base.Context: ("matrices",),
-        realigning: ("patch_of",),
+        ranking: ("patch_of",),
         patching: ("write_plan",),
         pruning: ("write_edited",),
     }.items():

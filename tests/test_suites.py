@@ -14,15 +14,14 @@ import pytest
 from PIL import Image
 
 from regraft.data.example import Reading
-from regraft.data.prompts import read_prompts
+from regraft.data.formats import read_prompts
 from regraft.data.readers.ch3ef import read_ch3ef
 from regraft.data.readers.mm_safetybench import read_mm_safetybench
 from regraft.data.readers.mossbench import read_mossbench
 from regraft.data.readers.safebench import read_safebench
 from regraft.data.readers.vlguard import parse_vlguard
 from regraft.data.readers.xstest import read_xstest
-from regraft.data.sources import DataSource, read
-from regraft.data.suites import first_of_kind, join_suites
+from regraft.data.sources import DataSource, first_of_kind, join_suites, read
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
 from regraft.recipes.file import read_recipe

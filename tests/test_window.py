@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import pico
 import truth
 from regraft.errors import RegraftError
-from regraft.models.ablation import head_outputs, replay_ablated
+from regraft.heads.ships import head_outputs, replay_ablated
 from regraft.models.architecture import attention_of, cross_attention_layers, decoder_layers
 from regraft.models.key_values import fold, last_token_replay, narrowed, record, unfold
 from regraft.models.replay import replay, text_inputs

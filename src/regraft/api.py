@@ -42,12 +42,10 @@ from regraft.progress import SILENT, Progress
 from regraft.pruning.base import PRUNERS
 from regraft.restoration.base import DEFAULT, METHODS
 from regraft.settings.base import Settings, explain
-from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
-from regraft.settings.evaluating import EndpointSettings, EvalSettings
-from regraft.settings.searching import SearchSettings
-from regraft.settings.validation import with_held_out
+from regraft.settings.evaluating import EndpointSettings, EvalSettings, Margins
+from regraft.settings.searching import SearchSettings, with_held_out
 
 if TYPE_CHECKING:
     from regraft.report.study import Study

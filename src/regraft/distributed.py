@@ -1,4 +1,4 @@
-"""Several processes at one job: who am I, what is my share, and our sum.
+"""Several processes at one job: who am I, what is my share, our sum, and work that resumes.
 
 `torchrun` (or `accelerate launch`) starts the same command several times, on one machine or more;
 each process takes its share of the batches and rank 0 writes. The output folder must be one that
@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from regraft.disk.files import read_json, write_json
 from regraft.launcher import local_rank, processes
 
 K = TypeVar("K")
@@ -113,6 +115,45 @@ def barrier() -> None:
     """Wait until all processes are here."""
     if _together():
         dist.barrier()
+
+
+def resumable_map(
+    pieces: Sequence[T],
+    make: Callable[[Sequence[T]], Iterable[tuple[int, Any]]],
+    scratch: Path | None,
+    name: str,
+    kept: Callable[[T], None] = lambda _: None,
+) -> list[Any]:
+    """The result of every piece of work, in order, the same in every process.
+
+    Args:
+        pieces: What is to be done, such as batches of prompts.
+        make: From the pieces that this process is to do to (place among them, result as JSON
+            values), in any order. Each is written before the next one is asked for.
+        scratch: A folder of this very work, seen by all processes; results found there are kept,
+            whichever and however many processes made them. None keeps nothing.
+        name: Of the files in it.
+        kept: Called with every piece of this process that was found there.
+    """
+    files = [scratch / f"{name}_{i:06d}.json" if scratch else None for i in range(len(pieces))]
+    missing = []
+    for i in share(range(len(pieces))):
+        if (file := files[i]) is not None and file.exists():
+            kept(pieces[i])
+        else:
+            missing.append(i)
+    made: dict[int, Any] = {}
+    for place, result in make([pieces[i] for i in missing]):
+        i = missing[place]
+        if (file := files[i]) is None:
+            made[i] = result
+        else:
+            write_json(file, result)
+    if scratch is None:
+        made = merged(made)
+        return [made[i] for i in range(len(pieces))]
+    barrier()
+    return [read_json(file) for file in files if file is not None]
 
 
 def _together() -> bool:

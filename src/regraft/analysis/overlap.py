@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from regraft.analysis.writing import write_new
+from regraft.analysis import write_new
 from regraft.disk.files import require_new
 from regraft.errors import RegraftError
 from regraft.models.load import Source

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import rankdata, spearmanr
 
-from regraft.analysis.writing import write_new
+from regraft.analysis import write_new
 from regraft.disk.files import require_new
 from regraft.errors import RegraftError
 from regraft.heads.score import load_heads

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from regraft.analysis.writing import write_analysis
+from regraft.analysis import write_analysis
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.progress import Progress

@@ -34,7 +34,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Restore pruned weights, so that the model refuses as before: write a patch.",
     ),
     "tune": (
-        "tuning:app",
+        "realigning:tune_app",
         "Search for a method's settings that give the lowest ASR within bounds, on validation "
         "prompts.",
     ),
@@ -55,13 +55,13 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Answer suites greedily and report ASR, over-refusal and utility with 95 % intervals.",
     ),
     "check": (
-        "checking:check",
+        "evaluating:check",
         "Tell whether a compressed model is as safe as the dense one, within margins: exit code 0 "
         "yes, 1 no, 3 undecided.",
     ),
     "judge": ("judging:app", "Judge saved answers by other judges, or judges by people's labels."),
     "report": (
-        "reporting:report",
+        "running:report",
         "Write a report: JSON, Markdown and one HTML page, of a finished run again or of "
         "evaluations.",
     ),

@@ -1,4 +1,4 @@
-"""Into a model or a run: `regraft analyse`, the paper's analyses and what realigning goes by."""
+"""Into a model or a run: `regraft analyse`, the paper's analyses and defences to compare with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 from rich.console import Console
 
-from regraft.cli.defending import app as defence
 from regraft.cli.describing import describe
 from regraft.cli.options import (
     Calibration,
@@ -19,17 +18,19 @@ from regraft.cli.options import (
     OutFile,
     OutFolder,
     Trust,
+    as_command,
     given,
     watching,
 )
-from regraft.cli.reporting import compare
+from regraft.cli.running import compare
 from regraft.console import say, show_grid, show_table
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import open_source
+from regraft.pruning.statistics import StatisticsSettings
 from regraft.recipes.file import read_recipe
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.data import CalibrationSettings
-from regraft.settings.scoring import StatisticsSettings
+from regraft.settings.data import CalibrationSettings, PromptSettings
+from regraft.settings.defending import DEFENCES, AnyDefenceSettings, DefencePromptSettings
 
 if TYPE_CHECKING:
     from regraft.analysis.overlap import LayerOverlap
@@ -44,7 +45,6 @@ app = App(
 )
 app.command(describe, name="model")
 app.command(compare, name="compare")
-app.command(defence, name="defence")
 
 
 @app.command(name="heads")
@@ -240,3 +240,43 @@ def _show_overlap(console: Console, found: Mapping[float, Sequence[LayerOverlap]
             ("by chance", *(f"{by_chance(share):.3f}" for share in found)),
         ],
     )
+
+
+def defence(
+    name: str,
+    pruned: Model,
+    *,
+    out: OutFile,
+    settings: AnyDefenceSettings,
+    prompts: Annotated[PromptSettings, Flat] = PromptSettings(),
+    compute: Compute = ComputeSettings(),
+    trust_remote_code: Trust = False,
+) -> None:
+    """Make a defence for a model, by a method."""
+    from regraft import stages
+    from regraft.defence import Direction
+
+    with watching() as progress:
+        trust = trust_remote_code or compute.trust_remote_code
+        target = stages.Target(
+            open_source(pruned, trust_remote_code=trust), compute, progress=progress
+        )
+        made = stages.write_defence(target, out, settings, prompts.with_responses())
+        if isinstance(made, Direction):
+            progress.note(
+                f"{out}: {made.strength:g} differences of means behind layer {made.layer}."
+            )
+        progress.note(f"Evaluate under it with `regraft eval {pruned} --defence {out} ...`.")
+
+
+defence_app = App(
+    name="defence",
+    help="Make a defence at inference to compare with: a prompt or a refusal direction.\n\n"
+    "Example: regraft analyse defence refusal-direction pruned --data prompts.jsonl --validation "
+    "validation.jsonl --out direction.safetensors",
+)
+for _name, _kind in DEFENCES.items():
+    _is_prompt = issubclass(_kind, DefencePromptSettings)
+    _unread = ("prompts", "compute") if _is_prompt else ("trust_remote_code",)
+    defence_app.command(as_command(defence, _name, _kind, _kind.__doc__ or "", _unread), name=_name)
+app.command(defence_app)

@@ -1,7 +1,8 @@
 """Answers to the same prompts, by one version of a model or by many.
 
 In batches of prompts of like length, shared out over processes, resumable after every batch. Images
-are decoded in threads while the model answers the batch before.
+are decoded in threads while the model answers the batch before. Prompts for which a model has no
+positions are found before it answers.
 """
 
 from __future__ import annotations
@@ -19,20 +20,72 @@ from torch import nn
 from regraft.data.collate import Batch, batches, decoded, prompt_batch
 from regraft.data.example import Example
 from regraft.data.images import length_class
+from regraft.distributed import resumable_map
+from regraft.errors import RegraftError
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.judges import TextJudge
-from regraft.evaluation.lengths import check_batch
-from regraft.evaluation.resumable_map import resumable_map
 from regraft.evaluation.summary import is_compared
-from regraft.models.generation import takes_padding
+from regraft.models.generation import positions_of, takes_padding
 from regraft.models.load import placed
 from regraft.models.vision import VisionOutput, recorded, replayed, vision_state, without_pixels
 from regraft.progress import Advance, expect
 
+_WHAT_TO_DO = "Leave such prompts out or shorten them, or lower --max-new-tokens."
 MEMO_BYTES = 4 << 30
 _IMAGE_TOKENS = 256
 Item = TypeVar("Item")
 Made = TypeVar("Made")
+
+
+def check_lengths(
+    config: Any, processor: Any, examples: Sequence[Example], max_new_tokens: int
+) -> None:
+    """Count the prompts that do not fit with their answers, without what images take.
+
+    Text has no more tokens than bytes: only prompts that could be too long are encoded.
+
+    Raises:
+        RegraftError: how many are too long, and the longest.
+    """
+    positions = positions_of(config)
+    if positions is None or not examples:
+        return
+    room = positions - max_new_tokens
+    frame = _tokens(processor, examples[0])  # and more than what the chat template adds
+    doubtful = [one for one in examples if frame + len(one.instruction.encode()) > room]
+    counts = {one.id: _tokens(processor, one) for one in doubtful}
+    if long := {name: count for name, count in counts.items() if count > room}:
+        name = max(long, key=long.__getitem__)
+        raise RegraftError(
+            f"{len(long)} of {len(examples)} prompts are too long for the model{_of(config)}, "
+            f"which has {positions:,} positions for a prompt and an answer of up to "
+            f"{max_new_tokens:,} tokens: the longest, {name!r}, has {long[name]:,} tokens. "
+            f"{_WHAT_TO_DO}"
+        )
+
+
+def check_batch(config: Any, batch: Batch, max_new_tokens: int) -> None:
+    """Raise where a prompt of the batch, with its image, does not fit with its answer."""
+    positions = positions_of(config)
+    if positions is None or "attention_mask" not in batch.inputs:
+        return
+    for name, count in zip(batch.ids, batch.inputs["attention_mask"].sum(1).tolist(), strict=True):
+        if count + max_new_tokens > positions:
+            raise RegraftError(
+                f"The prompt {name!r} has {count:,} tokens with its image, and the model has "
+                f"{positions:,} positions for a prompt and an answer of up to {max_new_tokens:,} "
+                f"tokens. {_WHAT_TO_DO}"
+            )
+
+
+def _of(config: Any) -> str:
+    """Where it is, which transformers notes in what it reads."""
+    return f" of {folder}" if (folder := getattr(config, "name_or_path", "")) else ""
+
+
+def _tokens(processor: Any, example: Example) -> int:
+    ids = prompt_batch(processor, [replace(example, image=None)]).inputs["input_ids"]
+    return int(ids.shape[1])
 
 
 @dataclass(frozen=True)

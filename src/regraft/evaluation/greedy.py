@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.evaluation.judges import TextJudge
-from regraft.models.generation import answer_start, greedily, is_plain
-from regraft.models.prefix import with_shared_prefix
+from regraft.models.generation import answer_start, greedily, is_plain, with_shared_prefix
 
 # What later tokens may still change at the end of decoded text: a character whose bytes are not all
 # there, a space that a tokenizer's clean-up removes before punctuation or a contraction.
@@ -108,8 +107,5 @@ def contiguous_head(model: Any) -> Iterator[None]:
             return args
         return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
 
-    hook = head.register_forward_pre_hook(compact)
-    try:
+    with head.register_forward_pre_hook(compact):
         yield
-    finally:
-        hook.remove()

@@ -15,8 +15,8 @@ from regraft.data.rows import Row, csv_rows
 from regraft.errors import RegraftError
 from regraft.evaluation.judges import Exchange, Verdict
 from regraft.evaluation.metrics import bootstrap_ratio, wilson
+from regraft.evaluation.pairing import cohen_kappa, paired_exact
 from regraft.evaluation.results import Estimate
-from regraft.evaluation.significance import cohen_kappa, paired_exact
 
 Question = Literal["refusal", "harm"]
 _ANSWERS = ("completion", "answer", "response", "generation")

@@ -23,10 +23,10 @@ from regraft.data.example import Example
 from regraft.disk.artifact import read_artifact, require_finite, write_artifact
 from regraft.disk.parsing import from_json
 from regraft.disk.paths import read_text
+from regraft.distributed import resumable_map
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import bootstrap_ratio
 from regraft.evaluation.results import Estimate, TextResult
-from regraft.evaluation.resumable_map import resumable_map
 from regraft.models.load import placed
 from regraft.models.replay import logits_of, replay, text_inputs
 from regraft.progress import Advance, expect

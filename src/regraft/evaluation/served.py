@@ -15,10 +15,10 @@ from PIL import ExifTags, Image
 from regraft.data.collate import batches
 from regraft.data.example import Example
 from regraft.data.images import open_image
+from regraft.distributed import resumable_map
 from regraft.errors import PassingError
 from regraft.evaluation.chat_server import ChatServer, Reply, user_message
-from regraft.evaluation.complaints import FILTERED
-from regraft.evaluation.resumable_map import resumable_map
+from regraft.evaluation.server_words import FILTERED
 from regraft.progress import Advance, expect
 
 Item = TypeVar("Item")

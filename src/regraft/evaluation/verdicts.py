@@ -18,8 +18,8 @@ from regraft.disk.paths import is_file, is_name, within
 from regraft.errors import RegraftError
 from regraft.evaluation.judges import Exchange, Verdict
 from regraft.evaluation.metrics import rate_of, wilson
+from regraft.evaluation.pairing import cohen_kappa
 from regraft.evaluation.results import Answer, Estimate, EvalResult
-from regraft.evaluation.significance import cohen_kappa
 
 
 @dataclass(frozen=True)

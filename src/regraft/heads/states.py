@@ -21,8 +21,7 @@ from regraft.data.collate import Batch
 from regraft.disk.artifact import load_unfinished
 from regraft.disk.files import atomic_file
 from regraft.errors import RegraftError
-from regraft.heads.ships import HeadSettings, kl_divergence
-from regraft.models.ablation import head_outputs, replay_ablated
+from regraft.heads.ships import HeadSettings, head_outputs, kl_divergence, replay_ablated
 from regraft.models.architecture import Architecture, LayerArchitecture, cross_attention_layers
 from regraft.models.key_values import last_token_replay, record
 from regraft.models.load import placed

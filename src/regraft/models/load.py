@@ -34,13 +34,15 @@ from regraft.models.loaded import (
     require_finite,
 )
 from regraft.models.placement import PlacedModel
-from regraft.models.quantised import check_quantised, quantisation_of, require_unquantised
 from regraft.models.resolve import (
     auto_class,
     bad_config,
+    check_quantised,
+    quantisation_of,
     quiet,
     read_config,
     require_greedy,
+    require_unquantised,
     resolve,
     takes_images,
 )

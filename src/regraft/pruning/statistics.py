@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field, field_validator
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,10 +25,24 @@ from regraft.errors import RegraftError
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.layerwise import LayerwisePass
 from regraft.progress import Advance
-from regraft.pruning.base import NO_STATISTIC, PRUNERS, Note, Pruner
+from regraft.pruning.base import NO_STATISTIC, PRUNERS, Note, Pruner, ScoreName
 from regraft.pruning.prune import each_layer, unreached
+from regraft.settings.base import Settings
 
 FORMAT = "regraft-statistics-2"
+
+
+class StatisticsSettings(Settings):
+    """What is gathered on D^s and D^u, from which weights are ranked."""
+
+    score: ScoreName = Field("wanda", description="For which importance: wanda, sparsegpt or snip.")
+
+    @field_validator("score")
+    @classmethod
+    def _check(cls, score: str) -> str:
+        if not PRUNERS.get(score).reads_data:
+            raise ValueError(f"importance by {score} needs no statistics")
+        return score
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from regraft.restoration.base import needs_of, own_settings
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.validation import Choosing, validation_of, with_validation
+from regraft.settings.searching import Choosing, validation_of, with_validation
 
 AnyWay = TypeVar("AnyWay", bound=Way)
 

@@ -95,7 +95,7 @@ def _method(
     return RowModels(name, label, "method", found, drawn)
 
 
-def rate_of(events: Events) -> Estimate | None:
+def _clustered(events: Events) -> Estimate | None:
     """Of answers, in clusters of those to one prompt; None without prompts."""
     seeds, draws, prompts = events.shape
     return clustered_rate(events.sum(axis=(0, 1)), seeds * draws) if prompts else None
@@ -166,7 +166,7 @@ class RowAnswers:
         )
 
     def asr(self, prompts: Mask) -> Estimate | None:
-        return rate_of(self.complies[:, :, prompts & self.prompts.harmful])
+        return _clustered(self.complies[:, :, prompts & self.prompts.harmful])
 
     def on(self, prompts: Mask, *, every: bool = False) -> Measured:
         """All rates on some prompts.
@@ -181,9 +181,9 @@ class RowAnswers:
         return Measured(
             asr=self.asr(prompts),
             rsr=self._recovered(prompts & self.prompts.harmful),
-            over_refusal=rate_of(self.refused[:, :, prompts & harmless]),
+            over_refusal=_clustered(self.refused[:, :, prompts & harmless]),
             utility=macro_average(means) if means else None,
-            degenerate=rate_of(self.silent[:, :, prompts]),
+            degenerate=_clustered(self.silent[:, :, prompts]),
         )
 
     def refusals_less(self, other: RowAnswers | None) -> Estimate | None:

@@ -14,9 +14,8 @@ from regraft.evaluation.metrics import per_ten_thousand
 from regraft.patch.format import Patch
 from regraft.patch.pair import is_changed
 from regraft.report import tables
-from regraft.report.addresses import public_suite
 from regraft.report.examples import shown_group
-from regraft.report.formatting import Grid
+from regraft.report.formatting import Grid, public_suite
 from regraft.report.page import apply_command, render
 from regraft.report.run import Run, Variant
 from regraft.report.study import Study

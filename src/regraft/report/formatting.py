@@ -1,13 +1,14 @@
-"""How numbers are written on every page and on the console."""
+"""How numbers and names are written on every page and on the console."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the console formats too, and these import scipy, which takes its time
+if TYPE_CHECKING:
     from regraft.evaluation.labelled import Difference
     from regraft.evaluation.noninferiority import Rise
     from regraft.evaluation.results import Answer, Estimate, EvalResult, TextResult
@@ -16,6 +17,8 @@ if TYPE_CHECKING:  # the console formats too, and these import scipy, which take
 
 DASH = "–"
 UNCHECKED = "†"
+_ADDRESS = re.compile(r"(?P<name>[\w-]+):(?P<path>.*?)(?P<marks>(?:#[\w-]+)*)", re.DOTALL)
+_ANYTHING = ("jsonl", "prompts", "benign")  # readers of files of any data set
 
 
 @dataclass(frozen=True)
@@ -267,3 +270,35 @@ def memory(count: int) -> str:
     if mebibytes < 1024:
         return f"{mebibytes} MiB"
     return f"{count / 2**30:.2g} GiB" if count < 10 * 2**30 else f"{count / 2**30:,.0f} GiB"
+
+
+def short_names(suites: Iterable[str]) -> dict[str, str]:
+    """Suite -> "safebench#even", "vlguard-test": its data set, or the file where that says more.
+
+    With the name of the file behind that of the data set where two would be the same, and whole
+    where that does not tell them apart either.
+    """
+    whole = tuple(suites)
+    for shorten in (_short, public_suite):
+        found = {suite: shorten(suite) for suite in whole}
+        if len(set(found.values())) == len(found):
+            return found
+    return {suite: suite for suite in whole}
+
+
+def _short(suite: str) -> str:
+    found = _ADDRESS.fullmatch(suite)
+    if found is None or found["name"] == "demo":
+        return suite
+    file = re.sub(r"(?<=.)\.\w+$", "", Path(found["path"]).name)
+    return (file if found["name"] in _ANYTHING else found["name"]) + found["marks"]
+
+
+def public_suite(suite: str) -> str:
+    """The suite without the folders of this machine; one of the hub as it is."""
+    return suite if ":hf:" in suite else re.sub(r":.*/", ":", suite)
+
+
+def file_names(source: str) -> str:
+    """The same of a reading's source, several paths with commas between them."""
+    return ", ".join(Path(one).name for one in source.split(", "))

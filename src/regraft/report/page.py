@@ -32,7 +32,6 @@ from regraft.report.run import Run, Variant
 from regraft.report.study import Study, plain
 from regraft.report.summary import COSTS_NOTE, controls, correlation_text, gloss, notes, summary
 from regraft.report.weight_figures import head_map_figure, path_figure, restored_figure
-from regraft.restoration.methods.gain.path import GainPath
 
 TRADE_OFF = (
     "ASR against over-refusal, numbered as in the table, with 95 % intervals; down and to the left "
@@ -188,20 +187,17 @@ def apply_command(run: Run, variant: Variant, out: str) -> str:
 def figures(study: Study) -> tuple[Figure, ...]:
     """Every figure of a page; its SVG is empty where it has nothing to show."""
     circles = CIRCLES if any(row.restored for row in study.rows) else ""
+    paths = [(title, [one.path for one in of_seed]) for title, of_seed in study.paths]
     return (
         Figure(trade_off_figure(study), TRADE_OFF + circles, "trade-off"),
         Figure(curve_figure(study.tables), CURVES_CAPTION, "curves"),
-        Figure(path_figure(_of_seeds(study)), PATHS_CAPTION, "paths"),
+        Figure(path_figure(paths), PATHS_CAPTION, "paths"),
         Figure(
             relation_figure(study.correlation.points) if study.correlation else "",
             "The rise in ASR by the total Ships of a model's heads.",
         ),
         *(_weight_figures(study.run) if study.run else ()),
     )
-
-
-def _of_seeds(study: Study) -> list[tuple[str, list[GainPath]]]:
-    return [(title, [one.path for one in of_seed]) for title, of_seed in study.paths]
 
 
 def _weight_figures(run: Run) -> Iterator[Figure]:

@@ -14,11 +14,11 @@ import numpy as np
 
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import macro_average
+from regraft.evaluation.pairing import holm, paired_exact
 from regraft.evaluation.perplexity import pooled
 from regraft.evaluation.results import Estimate
-from regraft.evaluation.significance import holm, paired_exact
-from regraft.report.addresses import short_names
 from regraft.report.answers import Events, RowAnswers, RowModels, read_answers, rows_of_methods
+from regraft.report.formatting import short_names
 from regraft.report.published import Published, beside
 from regraft.report.run import Run, SharedPath
 from regraft.report.study import SIGNIFICANCE, Measured, Outcome, Row, Spread, Study, Table, Tested

@@ -9,10 +9,10 @@ from functools import partial
 from regraft.costs import Cost
 from regraft.evaluation.results import Estimate
 from regraft.report import formatting
-from regraft.report.addresses import file_names
 from regraft.report.formatting import (
     Cell,
     Grid,
+    file_names,
     number_cell,
     points_cell,
     rate_cell,
@@ -237,8 +237,8 @@ def path_grid(title: str, shared: SharedPath) -> Grid:
     for number, (step, taken) in enumerate(zip(path.steps, path.taken, strict=True), start=1):
         tried = ", ".join(f"{one.number:,}" for one in step.tries)
         losses = f"{step.gradient.sum:.3f}", f"{step.held_out.sum:.3f}"
-        limit = LIMITS[step.limit] if step.limit else ""
-        rows.append((str(number), tried, f"{taken:,}", limit, f"{step.restored:,}", *losses))
+        limit, restored = LIMITS[step.limit], f"{step.restored:,}"
+        rows.append((str(number), tried, f"{taken:,}", limit, restored, *losses))
     counted = ("Step", "Weights tried", "Taken", "Limited by", "Restored in all")
     headings = (*counted, "Loss on gradient prompts before", "Held-out loss after")
     return Grid.of(title, headings, rows, ending(shared))

@@ -331,8 +331,7 @@ def needs_of(settings: MethodSettings) -> Needs:
 
 def own_settings(settings: MethodSettings) -> MethodSettings:
     """The method's settings alone, of settings that name and store a result too."""
-    own = method_of(settings).settings_type
-    return own(**settings.model_dump(include=set(own.model_fields)))
+    return settings.narrowed(method_of(settings).settings_type)
 
 
 def settings_in(content: Mapping[str, Any]) -> MethodSettings:

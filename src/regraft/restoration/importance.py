@@ -23,9 +23,16 @@ from regraft.pruning.base import PRUNERS, ScoreName
 from regraft.pruning.masks import count_of, smallest
 from regraft.pruning.statistics import ImportanceStatistics
 from regraft.restoration.base import Between, Budgeted, Context, Method, Needs, Space
-from regraft.restoration.draws import ties_drawn
 from regraft.restoration.ranking import Best, Ranking
-from regraft.restoration.selection import BlockOfHead, InHeads, Regions, inside, part_of, regions_of
+from regraft.restoration.selection import (
+    BlockOfHead,
+    InHeads,
+    Regions,
+    inside,
+    part_of,
+    regions_of,
+    ties_drawn,
+)
 
 RankingScope = Literal["row", "matrix", "head"]
 Scorer = Callable[[slice], Tensor]

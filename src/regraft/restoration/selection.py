@@ -1,4 +1,4 @@
-"""In which heads weights are restored, and which part of each weight belongs to them."""
+"""In which heads weights are restored, which part of each belongs to them, what a seed draws."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from regraft.models.architecture import (
     head_block,
 )
 from regraft.models.load import Source
-from regraft.restoration.base import Between, HeadChoice, MethodSettings, Needs, Space
+from regraft.restoration.base import Between, Context, HeadChoice, MethodSettings, Needs, Space
+from regraft.restoration.ranking import Best, Ranking
 
 Head = tuple[int, int]
 Regions = Callable[[LinearArchitecture], Sequence[Block]]
@@ -30,6 +31,7 @@ _UNREAD = {
     "random": ("criterion",),
     "all": ("criterion", "top_heads", "draw_seed"),
 }
+_TIE = 2.0**-30  # shares a/n and b/m differ by 1/(nm) at least, rows have up to 2^15 inputs
 
 
 class InHeads(MethodSettings):
@@ -79,10 +81,7 @@ class InHeads(MethodSettings):
             return all_heads(architecture)
         if self.heads == "random":
             return random_heads(architecture, self.top_heads, self.draw_seed)
-        if scores is None:
-            raise RegraftError(
-                "Ranking heads needs their scores: run `regraft analyse heads` first."
-            )
+        assert scores is not None, "of_heads says that they are needed"
         return scores.best(self.criterion, self.top_heads)
 
     def heads_space(self, architecture: Architecture) -> Space:
@@ -146,3 +145,32 @@ def inside(shape: Sequence[int], blocks: Sequence[Block], device: torch.device) 
 def part_of(matrix: Tensor, block: Block) -> Tensor:
     """A view of one region."""
     return matrix[block.row_start : block.row_stop, block.col_start : block.col_stop]
+
+
+def random_ranking(context: Context, draw_seed: int) -> Ranking:
+    """All weights that can be restored, in an order of each `draw_seed` and calibration seed."""
+    best, seed = Best(context.count), draw_seed + 1000 * context.seed
+    for one in context.matrices():
+        best.add(one.index, random_scores(one.free, seed, one.index))
+    return best.ranked()
+
+
+def random_scores(free: Tensor, seed: int, index: int) -> Tensor:
+    """A random order of all pruned weights of matrix `index`, `[out, in]` float32."""
+    scores = torch.rand(free.shape, generator=_generator(seed, index)).to(free.device)
+    return scores.masked_fill_(~free, -torch.inf)
+
+
+def ties_drawn(scores: Tensor, seed: int, index: int) -> Tensor:
+    """Scores among which equal ones have a random order, of matrix `index`. `[out, in]` float64.
+
+    Shares of a row are few, and as many weights have one as there are rows: without a draw a budget
+    that ends among them would go to the first layers and rows alone.
+    """
+    draw = torch.rand(scores.shape, generator=_generator(seed, index), dtype=torch.float64)
+    return scores.double() - _TIE * draw.to(scores.device)
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    """On the CPU, so that a draw depends on seed and matrix alone and not on the device."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)

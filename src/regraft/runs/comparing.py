@@ -1,21 +1,240 @@
-"""From the artifacts of finished runs to the comparison of their methods; no model is loaded."""
+"""Evaluations of whatever checkpoints, or finished runs, -> one page; no model is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from regraft import stages
+from regraft.data.sources import DataSource, join_suites
+from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
+from regraft.evaluation.chat_server import ENDPOINT
+from regraft.evaluation.pairing import on_the_same
+from regraft.evaluation.results import EvalResult
+from regraft.evaluation.served import explained
 from regraft.report.pooling import study_of
-from regraft.report.run import Run
+from regraft.report.run import DataAccount, Opinion, Run, Variant
 from regraft.report.study import Study
 from regraft.report.write import check_report_folder, write_report
 from regraft.restoration.base import settings_in
 from regraft.runs.reporting import read_run
 from regraft.runs.run_dir import study_runs
-from regraft.stages.provenance import but_for_rounding, difference
+from regraft.stages import Evaluation
+from regraft.stages.provenance import but_for_rounding, difference, differing
+
+_COUNTED = ("source", "read", "used", "skipped")
+_WAYS = ("settings", "compute", "versions")
+_ELSEWHERE = {"device": "a server's"}  # how an endpoint ran, as far as it is known
+
+
+def is_evaluation(folder: Path) -> bool:
+    """Whether `regraft eval` wrote this folder."""
+    return any((folder / name).is_file() for name in ("results.json", "answers.jsonl"))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The evaluations of the dense model and of the pruned one that others were made from."""
+
+    dense: Path
+    pruned: Path
+
+
+def report_evaluations(folders: Sequence[Path], out: Path, pair: Pair | None = None) -> Study:
+    """Write report.json, .md and .html on evaluations into `out`, replacing older ones.
+
+    Raises:
+        RegraftError: see `run_of_evaluations`; `out` holds something else.
+    """
+    check_report_folder(out)
+    made = study_of([run_of_evaluations(folders, pair)])
+    write_report(made, out)
+    return made
+
+
+def run_of_evaluations(folders: Sequence[Path], pair: Pair | None = None) -> Run:
+    """Evaluations of the same prompts by the same judge, as one run; writes nothing.
+
+    All after the first are compared with it. With `pair` the pruned model is compared with the
+    dense one and all others with the pruned one, with their RSR; its two folders may be among
+    `folders` or not.
+
+    Raises:
+        RegraftError: a folder holds no evaluation or is named twice, judge or prompts differ, or
+            the models recorded are not such a pair, or are not made from it.
+    """
+    if pair is not None:
+        named = [pair.dense.resolve(), pair.pruned.resolve()]
+        others = [folder for folder in folders if folder.resolve() not in named]
+        folders = [pair.dense, pair.pruned, *others]
+    found = dict(zip(_names(folders), map(stages.read_evaluation, folders), strict=True))
+    if pair is not None:
+        _check_pair(found)
+    first, *names = found
+    results = {first: found[first].result} | {
+        name: on_the_same(first, found[first].result, name, found[name].result) for name in names
+    }
+    about = found[first].about
+    account = about["data"]["suite"]
+    return Run(
+        title=f"Evaluation{'s' if names else ''}: {', '.join(found)}",
+        model="",
+        variants=tuple(_variants(found, results, related=pair is not None)),
+        data=(DataAccount("evaluation", *(account[one] for one in _COUNTED)),),
+        recipe={
+            "evaluations": {
+                name: {"folder": str(folder), **one.about["inputs"]}
+                for folder, (name, one) in zip(folders, found.items(), strict=True)
+            },
+            "suites": _suites(found[first].result),
+            **{way: about[way] for way in ("settings", "compute") if way in about},
+        },
+        versions=about["versions"] | {"device": about.get("compute", _ELSEWHERE)["device"]},
+        notes=(*_evaluated_otherwise(found), *_replies(found)),
+        images=_images(found[first]),
+        opinions=tuple(
+            Opinion(name, *one)
+            for folder, name in zip(folders, found, strict=True)
+            for one in stages.opinions(folder)
+        ),
+        unrelated=pair is None,
+    )
+
+
+def _variants(
+    found: Mapping[str, Evaluation], results: Mapping[str, EvalResult], *, related: bool
+) -> Iterator[Variant]:
+    """The models; with `related` the first is the dense one and the second the pruned one."""
+    first, *names = found
+    pruned = names[0] if related else first
+    # only patches know what compression took: rounding makes zeros, as pruning does
+    taken, changed = (
+        max(one.about.get(kind, 0) for one in found.values()) * related
+        for kind in ("pruned", "changed")
+    )
+    for name, one in found.items():
+        yield Variant(
+            name,
+            name,
+            results[name],
+            base=None if name == first else first if name == pruned else pruned,
+            sparsity=one.about.get("zeros", 0) / one.about.get("prunable", 1),
+            restored=one.about.get("restored", 0) * related,
+            pruned=0 if name == first else changed or taken,
+            changed=name != first and bool(changed),
+            inference_time=related and "defence" in one.about["inputs"],
+        )
+
+
+def _has_sizes(one: Evaluation) -> bool:
+    return "prunable" in one.about
+
+
+def _check_pair(found: Mapping[str, Evaluation]) -> None:
+    """Raise where what was recorded of the models contradicts their roles.
+
+    A checkpoint of its own records no more than its digest: it is taken for one of the pair's.
+    """
+    dense, pruned, *others = found
+    about = {name: one.about for name, one in found.items()}
+    if about[dense]["inputs"] == about[pruned]["inputs"]:
+        raise RegraftError(
+            f"{dense} and {pruned} are evaluations of the same model "
+            f"({_told(about[dense]['inputs'])}). Name the pruned model's by --pruned."
+        )
+    if _has_sizes(found[dense]) and _has_sizes(found[pruned]):
+        _check_sizes((dense, about[dense]), (pruned, about[pruned]))
+    for name in others:
+        inputs = about[name]["inputs"]
+        changed = inputs.keys() & {"patch", "defence"}
+        if changed and inputs["model"] != about[pruned]["inputs"]["model"]:
+            raise RegraftError(
+                f"{name} is an evaluation of another model with a {changed.pop()} "
+                f"({_told(inputs)}), not of {pruned}'s. Leave it out, or name its pruned "
+                "model's evaluation by --pruned."
+            )
+
+
+def _check_sizes(
+    dense: tuple[str, Mapping[str, Any]], pruned: tuple[str, Mapping[str, Any]]
+) -> None:
+    """Raise unless the second can have been pruned from the first, by its zeros."""
+    (first, ours), (second, theirs) = dense, pruned
+    if (odd := theirs["prunable"]) != ours["prunable"]:
+        raise RegraftError(
+            f"{second} has {odd:,} prunable weights and {first} {ours['prunable']:,}: the one was "
+            "not made from the other."
+        )
+    if theirs["zeros"] < ours["zeros"]:  # as many where weights were changed, not pruned
+        raise RegraftError(
+            f"The model of {second} has {theirs['zeros']:,} zero weights and that of {first} "
+            f"{ours['zeros']:,}: it was not pruned from it. Are --dense and --pruned exchanged?"
+        )
+
+
+def _told(inputs: Mapping[str, str]) -> str:
+    """Which model it is, in an error."""
+    model = inputs["model"]
+    return model if model.startswith(ENDPOINT) else f"fingerprint {model[:12]}"
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    if twice := [folder for i, folder in enumerate(folders) if parts[i] in parts[:i]]:
+        raise RegraftError(f"{twice[0]} is named twice.")
+    length = next(n for n in count(1) if len({one[-n:] for one in parts}) == len(parts))
+    return ["/".join(one[-length:]) for one in parts]
+
+
+def _evaluated_otherwise(found: Mapping[str, Evaluation]) -> Iterator[str]:
+    """Of each after the first: settings and versions that differ from the first's."""
+    first, *names = found
+    for name in names:
+        ours, theirs = found[first].about, found[name].about
+        ways = [
+            f"{setting} {other} instead of {own}"
+            for _, setting, own, other in differing(ours, theirs, *_WAYS)
+        ]
+        if ("compute" in ours) != ("compute" in theirs):
+            one, other = (first, name) if "compute" in ours else (name, first)
+            yield f"{other} was answered by an endpoint, {one} in memory."
+        if ways:
+            yield f"{name} was evaluated in another way than {first}: {', '.join(ways)}."
+
+
+def _replies(found: Mapping[str, Evaluation]) -> Iterator[str]:
+    """What endpoints gave beside answers as asked for."""
+    for name, one in found.items():
+        for sentence in explained(one.about.get("replies", {})):
+            yield f"{name}: {sentence}"
+
+
+def _suites(result: EvalResult) -> list[str]:
+    return list(dict.fromkeys(filter(None, (one.suite for one in result.answers)))) or [
+        result.suite
+    ]
+
+
+def _images(evaluation: Evaluation) -> dict[str, Path]:
+    """Images by prompt, those that are still what was shown; none where the data has moved."""
+    try:
+        sources = [DataSource.model_validate(suite) for suite in _suites(evaluation.result)]
+        examples = join_suites(sources, evaluation.about["settings"].get("limit")).examples
+    except (RegraftError, ValidationError):
+        return {}
+    shown = {answer.id: answer.image_digest for answer in evaluation.result.answers}
+    return {
+        one.id: one.image
+        for one in examples
+        if one.image and one.image.is_file() and shown.get(one.id) == file_digest(one.image)
+    }
 
 
 def compare_runs(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> Study:

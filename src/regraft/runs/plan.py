@@ -21,9 +21,9 @@ from regraft.runs.passes import SEARCH_REFERENCES
 from regraft.runs.run_dir import RunDir
 from regraft.settings.defending import RefusalDirectionSettings
 from regraft.settings.searching import SearchSettings
-from regraft.stages.checks import check_direction_layer, check_gradients
+from regraft.stages.defending import check_direction_layer
 from regraft.stages.reading import read_validation
-from regraft.stages.steps import PromptUse, Step
+from regraft.stages.setup import PromptUse, Step
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ class Planner:
         def check() -> PromptUse:
             pruning.patterns(setup.dense.architecture.linears)
             if by_gradients:
-                what = f"{pruning.name} ({PRUNERS.get(pruner).label})"
-                check_gradients(setup.dense, setup.compute, what)
+                setup.check_gradients(f"{pruning.name} ({PRUNERS.get(pruner).label})")
             return PromptUse(learnt=setup.learnt_from(kinds))
 
         def bytes_beside() -> int:

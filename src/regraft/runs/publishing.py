@@ -15,10 +15,10 @@ from regraft.disk.descriptions import described
 from regraft.disk.files import atomic_folder, file_digest
 from regraft.errors import RegraftError
 from regraft.patch.format import FORMAT, Patch, load_patch
-from regraft.patch.hub import PATCH_FILE
 from regraft.report.cards import PatchFile, render_patch_card
 from regraft.report.pooling import study_of
-from regraft.runs import evaluations
+from regraft.runs.comparing import run_of_evaluations
+from regraft.stages.patching import PATCH_FILE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -55,7 +55,7 @@ def render(
     of = PatchFile(
         found, repository, PATCH_FILE, size, file_digest(patch), dense=dense, pruned=pruned
     )
-    study = study_of([evaluations.run_of_evaluations(evaluated)]) if evaluated else None
+    study = study_of([run_of_evaluations(evaluated)]) if evaluated else None
     return render_patch_card(of, study)
 
 

@@ -12,9 +12,8 @@ from typing import Any
 from regraft import stages
 from regraft.costs import CalibrationPass, Cost, read_costs, read_pass
 from regraft.data.demo import CAVEAT, is_demo
-from regraft.data.suites import join_suites
-from regraft.defence.artifact import Direction, load_defence
-from regraft.defence.prompt import DEFENCE_PROMPT
+from regraft.data.sources import join_suites
+from regraft.defence import DEFENCE_PROMPT, Direction, load_defence
 from regraft.disk.descriptions import about_of, described
 from regraft.disk.files import read_json
 from regraft.errors import RegraftError
@@ -33,7 +32,7 @@ from regraft.report.run import DataAccount, HeadMap, Run, SharedPath, Variant
 from regraft.report.study import Study
 from regraft.report.write import write_report
 from regraft.restoration.base import method_of, needs_of
-from regraft.restoration.methods.fine_tune.adam import TRAINED_VALUES, is_trained
+from regraft.restoration.methods.fine_tune import TRAINED_VALUES, is_trained
 from regraft.restoration.methods.gain.path import read_path
 from regraft.restoration.ranking import load_ranking
 from regraft.runs.passes import MethodPasses

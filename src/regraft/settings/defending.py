@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from regraft.defence.prompt import DEFENCE_PROMPT
+from regraft.defence import DEFENCE_PROMPT
 from regraft.errors import RegraftError
 from regraft.pruning.pruners.safety_potential import SAFETY_PROMPT
 from regraft.settings.base import Settings

@@ -8,14 +8,13 @@ under its key, and is taken up again after a kill.
 
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.evaluation.tradeoff import read_curve
-from regraft.stages.answering import calibration_data, imitation_data
+from regraft.stages.answering import calibration_data, imitation_data, write_responses
 from regraft.stages.checking import check_compressed, check_compute, clear_check, open_side
 from regraft.stages.defending import write_defence
 from regraft.stages.endpoint import EndpointTarget, open_target
 from regraft.stages.evaluating import Evaluation, evaluate_target, read_evaluation
 from regraft.stages.evaluation_cache import EvaluationCache
-from regraft.stages.exporting import Tool, export_patches
-from regraft.stages.gathering import write_statistics
+from regraft.stages.gathering import write_head_scores, write_statistics
 from regraft.stages.judging import (
     VERDICTS,
     agreement,
@@ -24,13 +23,10 @@ from regraft.stages.judging import (
     opinions,
     own,
 )
-from regraft.stages.patching import Preview, patch_checkpoint, preview
+from regraft.stages.patching import Preview, Tool, export_patches, patch_checkpoint, preview
 from regraft.stages.pruning import prune_checkpoint, spilled_bytes
-from regraft.stages.ranking import write_ranking
-from regraft.stages.realigning import write_patch
-from regraft.stages.responding import write_responses
+from regraft.stages.ranking import write_patch, write_ranking
 from regraft.stages.restoring import Restoration
-from regraft.stages.scoring import write_head_scores
 from regraft.stages.searching import Search
 from regraft.stages.setup import ArtifactPaths, Inputs, Setup
 from regraft.stages.targets import OnText, Target

@@ -1,4 +1,4 @@
-"""Calibration data with the data set's responses, or with answers that the dense model writes."""
+"""The dense model's answers: as calibration data, and as a data set of one's own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from regraft import distributed
 from regraft.data.collate import batches
 from regraft.data.example import Example, Reading
+from regraft.data.sources import DataSource, of_split, read
 from regraft.disk.descriptions import described
 from regraft.disk.files import write_text
 from regraft.disk.parsing import from_json, json_object, json_value
@@ -23,11 +24,13 @@ from regraft.disk.paths import read_text
 from regraft.errors import RegraftError
 from regraft.evaluation.degenerate import degeneration
 from regraft.evaluation.generate import generate
-from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.loading import load
-from regraft.progress import Task, expect
+from regraft.models.load import Source
+from regraft.progress import SILENT, Progress, Task, expect
 from regraft.restoration.teacher import TOKEN_WEIGHTS
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
 from regraft.stages.provenance import describe, fingerprints, is_done, working
 from regraft.stages.reading import (
     draw_calibration,
@@ -37,6 +40,8 @@ from regraft.stages.reading import (
     warn_of_bundled,
 )
 from regraft.stages.setup import Setup
+
+Loader = Callable[[], tuple[nn.Module, Any]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def calibration_data(setup: Setup, folder: Path, *, harmful: bool) -> Reading:
         prompts,
         calibration.samples,
         calibration.max_response_tokens,
-        partial(judged, judge=DEFAULT_JUDGE),
+        _if_of_use,
         {"judge": DEFAULT_JUDGE.name},
         _none_of_use(len(prompts.examples), harmful=harmful),
     )
@@ -136,9 +141,6 @@ class _Wanted:
     nothing: str
 
 
-Loader = Callable[[], tuple[nn.Module, Any]]
-
-
 def _loader(setup: Setup) -> Loader:
     """Loads the dense model and its processor when the first answer is asked of them, once."""
     return cache(lambda: load(setup.dense, setup.compute, setup.progress))
@@ -163,7 +165,9 @@ def _answered(setup: Setup, loader: Loader, wanted: _Wanted, out: Path) -> Readi
             if not any(one.kept for one in answers):
                 raise RegraftError(f"{wanted.prompts.source}: {wanted.nothing}")
             if distributed.first():
-                _write(out, about, answers)
+                rows = [{"about": about}, *map(asdict, answers)]
+                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                write_text(out, "".join(lines))
     return _kept(wanted.prompts, _read(out)[1])
 
 
@@ -209,11 +213,11 @@ def _unless_blank(example: Example, text: str) -> Response:
     return Response(example.id, text, not blank, "blank" if blank else "")
 
 
-def judged(example: Example, text: str, judge: TextJudge) -> Response:
+def _if_of_use(example: Example, text: str) -> Response:
     """Whether an answer of the dense model is of use: it refuses exactly what is harmful."""
     why: str = "blank" if not text.strip() else degeneration(text) or ""
     if not why:
-        refused = judge.refuses(text)
+        refused = DEFAULT_JUDGE.refuses(text)
         why = "" if refused == example.harmful else "refused" if refused else "not refused"
     return Response(example.id, text, not why, why)
 
@@ -230,21 +234,14 @@ def _kept(prompts: Reading, answers: tuple[Response, ...]) -> Reading:
 
 
 def _none_of_use(count: int, *, harmful: bool) -> str:
-    found = (
-        f"refuses none of the {count} harmful prompts"
-        if harmful
-        else f"refuses all of the {count} harmless prompts or answers degenerately"
-    )
+    found = f"refuses none of the {count} harmful prompts"
+    if not harmful:
+        found = f"refuses all of the {count} harmless prompts or answers degenerately"
     return (
         f"the dense model {found} (judge {DEFAULT_JUDGE.name}), so none of its own responses can "
         "be calibrated on. Use --responses given with a data set that has responses, or other "
         "prompts."
     )
-
-
-def _write(path: Path, about: Mapping[str, Any], answers: list[Response]) -> None:
-    rows = [{"about": about}, *(asdict(one) for one in answers)]
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], tuple[Response, ...]]:
@@ -265,3 +262,86 @@ def _read(path: Path) -> tuple[dict[str, Any], tuple[Response, ...]]:
     places = [(row, f"{path}, line {i}") for i, row in enumerate(rows, 2)]
     found = tuple(from_json(Response, json_value(row, where), where) for row, where in places)
     return described(about, f"{header}: about"), found
+
+
+def write_responses(
+    dense: Source,
+    data: DataSource,
+    out: Path,
+    max_response_tokens: int,
+    compute: ComputeSettings,
+    progress: Progress = SILENT,
+) -> Reading:
+    """Answer every prompt greedily; writes the answers that are kept to the JSONL file `out`.
+
+    Which answers are kept is that of `calibration_data` with the dense model's responses: refusals
+    of harmful prompts, and what refuses nothing of harmless ones. All answers are in the folder
+    `OUT.responses`, where finished ones survive a kill. A line has `id`, `instruction`, `response`,
+    `harmful`, `category` and, where there is one, `image`, relative to the file; lines are in the
+    order of the data.
+
+    Returns:
+        The prompts with their answers, and an account of all others.
+
+    Raises:
+        RegraftError: `out` holds something else, an image does not lie below its folder, or see
+            `calibration_data`.
+    """
+    prompts = read(of_split(data, "train"))
+    for example in prompts.examples:  # before long work: could the file be written?
+        _image(example, out)
+    if out.exists() and not beside(out).exists():
+        raise _other(out)
+    answered: dict[str, Example] = {}
+    skipped = Counter(prompts.skipped)
+    wanted = CalibrationSettings(
+        data=data, responses="self", max_response_tokens=max_response_tokens
+    )
+    counts = Counter(one.harmful for one in prompts.examples)
+    for harmful, count in sorted(counts.items(), reverse=True):  # harmful ones first
+        settings = wanted.model_copy(update={"samples": count})
+        setup = Setup(dense, settings, compute, progress)
+        reading = calibration_data(setup, beside(out), harmful=harmful)
+        answered |= {one.id: one for one in reading.examples}
+        left = reading.skipped.items()
+        skipped.update({why: n for why, n in left if why.startswith("answered and not kept")})
+    kept = tuple(answered[one.id] for one in prompts.examples if one.id in answered)
+    if distributed.first():
+        text = "".join(_line(example, out) for example in kept)
+        if out.exists() and read_text(out) != text:
+            raise _other(out)
+        write_text(out, text)
+    return Reading(f"{prompts.source}, answered by {dense.folder}", kept, dict(skipped))
+
+
+def _line(example: Example, out: Path) -> str:
+    image = _image(example, out)
+    row = {
+        "id": example.id,
+        "instruction": example.instruction,
+        "response": example.response,
+        "harmful": example.harmful,
+        "category": example.category,
+        **({} if image is None else {"image": image}),
+    }
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _image(example: Example, out: Path) -> str | None:
+    """Its path from the folder of `out`, below which data sets of one's own have their images."""
+    if example.image is None:
+        return None
+    image, folder = example.image.resolve(), out.resolve().parent
+    if not image.is_relative_to(folder):
+        raise RegraftError(
+            f"The image {example.image} of example {example.id!r} does not lie below {folder}, "
+            "where the file to be written could name it. Choose an --out in a folder above the "
+            "images."
+        )
+    return str(image.relative_to(folder))
+
+
+def _other(out: Path) -> RegraftError:
+    return RegraftError(
+        f"{out} holds something else than these answers. Remove it or choose another --out."
+    )

@@ -24,9 +24,8 @@ from regraft.flags import refuse_compute
 from regraft.models.load import Source
 from regraft.progress import SILENT, Progress
 from regraft.report.gate import check_to_json, junit, markdown
-from regraft.settings.checking import Margins
 from regraft.settings.compute import ComputeSettings
-from regraft.settings.evaluating import EndpointSettings, EvalSettings
+from regraft.settings.evaluating import EndpointSettings, EvalSettings, Margins
 from regraft.stages.endpoint import Evaluable, open_target
 from regraft.stages.evaluating import Evaluation, evaluate_target, read_evaluation
 from regraft.stages.provenance import but_for_rounding, differing
@@ -264,7 +263,11 @@ def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
         "prompts": {"count": len(answers), "digest": digest(json.dumps(rows, sort_keys=True))},
         "models": {
             name: {
-                "inputs": _without_names(one.about["inputs"]),
+                # all digests of a model here; those of one behind a server have its address
+                "inputs": {
+                    role: digest(value) if _served(one.about["inputs"]) else value
+                    for role, value in one.about["inputs"].items()
+                },
                 "compute": but_for_rounding(one.about.get("compute", {})),
                 "versions": one.about["versions"],
                 "answers": digest(*(f"{a.id}\n{a.answer}" for a in one.result.answers)),
@@ -272,11 +275,6 @@ def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
             for name, one in ((DENSE, dense), (COMPRESSED, compressed))
         },
     }
-
-
-def _without_names(inputs: Mapping[str, str]) -> dict[str, str]:
-    """As they are of a model here, all digests; of one behind a server they have its address."""
-    return {name: digest(one) if _served(inputs) else one for name, one in inputs.items()}
 
 
 def _replies(name: str, evaluation: Evaluation) -> Iterator[str]:

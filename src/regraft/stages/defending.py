@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from regraft import distributed
 from regraft.data.collate import prompt_batch
 from regraft.data.example import Example, Reading
-from regraft.defence.artifact import (
+from regraft.defence import (
     Defence,
     Direction,
     ShieldPrompt,
+    Trial,
     acting,
+    choose,
     load_defence,
+    mean_states,
+    middle_layers,
     save_defence,
 )
-from regraft.defence.direction import Trial, choose, mean_states, middle_layers
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import answering_tokens, generate
 from regraft.evaluation.judges import TextJudge
@@ -36,8 +39,7 @@ from regraft.settings.defending import (
     DefencePromptSettings,
     RefusalDirectionSettings,
 )
-from regraft.settings.validation import with_validation
-from regraft.stages.checks import check_direction_layer
+from regraft.settings.searching import with_validation
 from regraft.stages.provenance import describe, fingerprints, is_done, working
 from regraft.stages.reading import draw_calibration, read_validation
 from regraft.stages.targets import Target
@@ -214,3 +216,10 @@ class _Search:
             wilson(sum(harmless), len(harmless)),
             sum(one.counts_as_degenerate for one in judged) / len(judged),
         )
+
+
+def check_direction_layer(source: Source, settings: RefusalDirectionSettings) -> None:
+    """Raise unless the model has the layer that a refusal direction is to be added at."""
+    count = len(source.architecture.layers)
+    if settings.layer is not None and settings.layer >= count:
+        raise RegraftError(f"layer is {settings.layer}; the model has layers 0 to {count - 1}.")

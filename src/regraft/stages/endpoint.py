@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from regraft.data.example import Reading
 from regraft.data.sources import DataSource
-from regraft.defence.artifact import Direction
+from regraft.defence import Direction
 from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
 from regraft.evaluation.chat_server import ENDPOINT, ChatServer

@@ -12,9 +12,8 @@ from regraft.data.collate import prompt_batch
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.disk.artifact import ABOUT_FILE
-from regraft.evaluation.generate import MEMO_BYTES, Answerer
+from regraft.evaluation.generate import MEMO_BYTES, Answerer, check_lengths
 from regraft.evaluation.judges import TextJudge
-from regraft.evaluation.lengths import check_lengths
 from regraft.loading import load
 from regraft.models.architecture import Architecture
 from regraft.models.load import Source, load_processor

@@ -1,29 +1,153 @@
-"""Gather what importance needs from calibration data."""
+"""What restoration ranks weights by, of the dense model: scores of heads, statistics of weights."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from regraft import distributed
-from regraft.data.collate import response_batch
+from regraft.data.collate import prompt_batch, response_batch
 from regraft.data.example import Reading
-from regraft.disk.files import require_space, size_of
-from regraft.loading import check_shares, cut, hidden_state_bytes, load_layerwise
+from regraft.data.sources import distinct
+from regraft.disk.files import digest, require_space, size_of
+from regraft.errors import RegraftError
+from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
+from regraft.heads.ships import HeadSettings, most_rank
+from regraft.heads.states import steps
+from regraft.loading import check_shares, collate, cut, hidden_state_bytes, load, load_layerwise
 from regraft.models.layerwise import LayerwisePass
+from regraft.models.load import Source
 from regraft.pruning.base import PRUNERS, Pruner
 from regraft.pruning.gradients import BOTH_WAYS
 from regraft.pruning.statistics import (
     ImportanceStatistics,
+    StatisticsSettings,
     gather,
     load_statistics,
     save_statistics,
 )
-from regraft.settings.scoring import StatisticsSettings
+from regraft.restoration.base import Needs
+from regraft.restoration.selection import all_heads
 from regraft.stages.answering import beside, calibration_data
 from regraft.stages.provenance import describe, fingerprints, is_done, working
+from regraft.stages.reading import draw_calibration, warn_of_bundled
 from regraft.stages.setup import Setup
+
+
+def write_head_scores(
+    setup: Setup, out: Path, settings: HeadSettings, states: Path | None = None
+) -> HeadScores:
+    """Score every attention head by Ships and KL on D^s prompts; writes the file `out`.
+
+    In the folder `states` the states of ablated models are kept, so that scores for another `r_max`
+    or other `candidates` need no new ablation.
+
+    Raises:
+        RegraftError: see `score_heads` and the data readers.
+    """
+    dense, compute, progress = setup.dense, setup.compute, setup.progress
+    check_scoring(dense, settings)
+    data = draw_calibration(dense, setup.calibration, harmful=True)
+    inputs = fingerprints(dense=dense)
+    about = describe("heads", inputs, settings, compute, {"safety": data})
+    if headless := dense.architecture.headless:
+        about = {**about, "skipped": headless}
+        progress.note(f"Without scores, as they have no heads to tell apart: {headless}")
+    if not is_done(out, out, about, lambda: load_heads(out, dense.architecture).about):
+        check_r_max(dense, settings, data)
+        warn_of_bundled(dense, setup.calibration.source, progress.note)
+        progress.note(data.describe("D^s"))
+        with working(out, about) as work:
+            model, processor = load(dense, compute, progress)
+            prompts = collate(processor, prompt_batch, data.examples, compute)
+            every = {layer.index: range(layer.heads) for layer in dense.architecture.layers}
+            total = len(data.examples) * steps(dense.architecture, every)
+            what = "Scoring heads", total, "prompts x heads x layers to run again"
+            with progress.task(*what) as done:
+                scores = score_heads(
+                    model,
+                    dense.architecture,
+                    prompts,
+                    work if states is None else states / _ablated(about),
+                    settings,
+                    about=about,
+                    advance=done,
+                )
+            if distributed.first():
+                save_heads(out, scores)
+    return load_heads(out, dense.architecture)
+
+
+def _ablated(about: Mapping[str, Any]) -> str:
+    """The key of states: all that decides them, which these settings do not but for rounding."""
+    others = ("r_max", "candidates", "tokens_per_pass")
+    settings = {k: v for k, v in about["settings"].items() if k not in others}
+    data = {k: v for k, v in about["data"]["safety"].items() if k != "source"}
+    parts = {**about, "settings": settings, "data": data}
+    return digest(json.dumps(parts, sort_keys=True))[:16]
+
+
+def check_r_max(dense: Source, settings: HeadSettings, prompts: Reading) -> None:
+    """Raise unless subspaces of rank `r_max` of these prompts' states can differ."""
+    count = distinct(prompts)
+    limit = most_rank(count, dense.architecture.hidden_size)
+    if settings.r_max > limit:
+        raise RegraftError(
+            f"r_max is {settings.r_max}, but {count} different prompts and states of "
+            f"{dense.architecture.hidden_size} features allow at most {limit}. Lower r_max or use "
+            "more prompts."
+        )
+
+
+def check_heads(dense: Source, needs: Needs, scoring: HeadSettings | None) -> None:
+    """Raise unless the model has as many heads as are to be chosen, and they will be scored.
+
+    `scoring` is None where scores are given.
+    """
+    count = len(all_heads(dense.architecture))
+    wanted = max(needs.some_heads, needs.heads.count if needs.heads else 0)
+    if wanted and not count:
+        raise _no_heads(dense)
+    if wanted > count:
+        raise RegraftError(f"top_heads is {wanted}; the model has {count} heads.")
+    if scoring is None or needs.heads is None:
+        return
+    check_scoring(dense, scoring)
+    if needs.heads.criterion == "released" and scoring.mode != "exact":
+        raise RegraftError(
+            f"The criterion `released` needs every head scored exactly, and `mode` is "
+            f"{scoring.mode}. Leave it out, or rank heads by ships or kl."
+        )
+    if scoring.mode == "screened" and scoring.candidates < needs.heads.count:
+        raise RegraftError(
+            f"top_heads is {needs.heads.count}, but of the screened heads only the "
+            f"{scoring.candidates} best will be scored exactly. Give --candidates "
+            f"{needs.heads.count} or more."
+        )
+
+
+def check_scoring(dense: Source, scoring: HeadSettings) -> None:
+    """Raise unless the model has heads that can be scored so.
+
+    Screening follows an ablation through every layer's keys and values.
+    """
+    if not all_heads(dense.architecture):
+        raise _no_heads(dense)
+    if scoring.mode == "screened" and dense.architecture.headless:
+        raise RegraftError(
+            f"{dense.folder}: heads cannot be screened where some layers have none that can be "
+            f"told apart ({dense.architecture.headless}). Score them exactly (--mode exact)."
+        )
+
+
+def _no_heads(dense: Source) -> RegraftError:
+    return RegraftError(
+        f"{dense.folder} has no attention heads that can be told apart "
+        f"({dense.architecture.headless}). Restore with a method that needs none, such as gain."
+    )
 
 
 def write_statistics(

@@ -11,13 +11,13 @@ from regraft import distributed
 from regraft.data.collate import batches
 from regraft.disk.descriptions import about_of
 from regraft.disk.files import digest, file_digest, read_json, slug, write_json
+from regraft.distributed import resumable_map
 from regraft.errors import RegraftError
 from regraft.evaluation.guard import Guard
 from regraft.evaluation.judges import Exchange, Judge, TextJudge, Verdict, find
 from regraft.evaluation.judges.endpoint import FILTERED
 from regraft.evaluation.labelled import Bench, Labelled, Labels, bench, read_labelled
 from regraft.evaluation.results import Answer
-from regraft.evaluation.resumable_map import resumable_map
 from regraft.evaluation.verdicts import (
     Agreement,
     Judged,

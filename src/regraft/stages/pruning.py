@@ -109,8 +109,7 @@ def _calibrated(
     if pruner.by_gradients:
         needed += hidden_state_bytes(dense, layerwise)
     require_space(out, needed - unfinished_bytes(out))
-    samples = sum(len(batch.ids) for batch in layerwise.batches)
-    total = passes(settings) * samples * len(dense.architecture.layers)
+    total = passes(settings) * layerwise.work
     patterns = settings.patterns(dense.architecture.linears)
     with progress.task("Pruning, layer by layer", total, "samples x layers") as done:
         prune_layers(

@@ -1,4 +1,4 @@
-"""Put the weights that could be restored in order, best first, by any method."""
+"""A method's ranking of the weights that could be restored, and the patch of the first of it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,33 @@ from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
 from regraft.heads.score import load_heads
 from regraft.models.load import Source
+from regraft.patch.format import Patch, load_patch, save_patch
+from regraft.patch.groups import violated_groups
 from regraft.patch.pair import Survey, check_pair
 from regraft.progress import Progress
 from regraft.pruning.statistics import load_statistics
-from regraft.restoration.base import Context, MethodSettings, Needs, method_of, needs_of
-from regraft.restoration.ranking import KEPT, Ranking, load_ranking, save_ranking
+from regraft.restoration.base import (
+    Context,
+    MethodSettings,
+    Needs,
+    method_of,
+    needs_of,
+    own_settings,
+)
+from regraft.restoration.ranking import KEPT, Ranking, load_ranking, patch_of, save_ranking
 from regraft.stages.answering import beside, imitation_data
-from regraft.stages.checks import check_restorable
-from regraft.stages.provenance import describe, fingerprints, is_done, working
+from regraft.stages.provenance import (
+    describe,
+    difference,
+    fingerprints,
+    is_done,
+    require_same,
+    working,
+)
 from regraft.stages.setup import Inputs, Setup
+
+# of the ranking, in its patches; the last three are the path of gain
+_TOLD = ("heads", "pruned", "kind", "n_m", "groups", "values", "passes", "start", "steps", "end")
 
 
 def write_ranking(
@@ -183,3 +201,104 @@ def _remark(progress: Progress, out: Path, found: Ranking, count: int | None) ->
             f"{out.name}: {len(found):,} weights are all that fit, fewer than the {count:,} of the "
             "budget."
         )
+
+
+def check_budget(dense: Source, settings: MethodSettings) -> None:
+    """Raise where a budget is less than one weight even if all had been pruned."""
+    if settings.how_many(dense.architecture.prunable) == 0:
+        raise _less_than_one(settings, f"{dense.architecture.prunable:,} prunable")
+
+
+def check_restorable(settings: MethodSettings, looked: Survey) -> None:
+    """Raise where none of the weights that compression took or changed would be restored."""
+    if not looked.restorable:
+        raise RegraftError(
+            "No weight is zero now that was not before, and none differs that could be restored. "
+            "Give the dense checkpoint first and the pruned one second."
+        )
+    if looked.kind == "changed" and (why := settings.only_pruned):
+        raise RegraftError(
+            f"{settings.method} needs a pruned model, and of this {looked.restorable:,} weights "
+            f"are changed, not pruned: {why}."
+        )
+    if settings.how_many(looked.restorable) == 0:
+        raise _less_than_one(settings, f"{looked.restorable:,} {looked.kind}")
+
+
+def _less_than_one(settings: MethodSettings, weights: str) -> RegraftError:
+    """Make the error for a budget by which none of so many weights is restored."""
+    budget = getattr(settings, "budget", None)
+    return RegraftError(
+        f"A budget of {budget} per 10,000 of {weights} weights is less than one weight. "
+        "Raise it, or give a count."
+    )
+
+
+def write_patch(
+    dense: Source,
+    pruned: Source,
+    out: Path,
+    settings: MethodSettings,
+    ranking_file: Path,
+    count: int | None = None,
+) -> Patch:
+    """Restore the first weights of a ranking; writes the patch `out`.
+
+    Args:
+        settings: The method that made the ranking; its budget says how many.
+        count: So many instead.
+
+    Raises:
+        RegraftError: the ranking is of other checkpoints or settings.
+    """
+    ranking = load_ranking(ranking_file)
+    require_made_of(ranking, ranking_file, dense, pruned)
+    wanted = own_settings(settings).without_amount().model_dump(mode="json")
+    if ranking.about["settings"] != wanted:
+        raise RegraftError(
+            f"{ranking_file} was made with other settings "
+            f"({difference(ranking.about['settings'], wanted)}). Rank again, or give its own."
+        )
+    inputs = fingerprints(dense=dense, pruned=pruned) | {"ranking": file_digest(ranking_file)}
+    about = describe("realign", inputs, own_settings(settings)) | {"count": count}
+    about |= {name: ranking.about[name] for name in _TOLD if name in ranking.about}
+    if not is_done(out, out, about, lambda: load_patch(out).about):
+        with working(out, about):
+            if distributed.first():
+                most = settings.how_many(ranking.about["pruned"]) if count is None else count
+                first = ranking if most is None else ranking.first(most)
+                patch = patch_of(first, dense, pruned, about)
+                save_patch(out, _with_violations(patch, pruned))
+    return load_patch(out)
+
+
+def check_made_by(
+    out: Path, dense: Source, pruned: Source, settings: MethodSettings, *, searched: bool
+) -> None:
+    """See, before long work, that a file in the place of a patch is one that these make.
+
+    Raises:
+        RegraftError: it is no patch, or was made from other checkpoints or with other settings.
+    """
+    found = load_patch(out).about
+    if searched != (found.get("count") is not None):
+        raise RegraftError(
+            f"{out} exists and was made {'without' if searched else 'by'} a search. Choose another "
+            "output or remove it."
+        )
+    there = {"inputs": found["inputs"], "settings": found["settings"]}
+    inputs = fingerprints(dense=dense, pruned=pruned)
+    wanted = {
+        "inputs": {**there["inputs"], **inputs},
+        "settings": own_settings(settings).model_dump(mode="json"),
+    }
+    require_same(out, there, wanted)
+
+
+def _with_violations(patch: Patch, pruned: Source) -> Patch:
+    """A patch that says how many N:M groups it breaks, where the pruned model has a pattern."""
+    if "n_m" not in patch.about:
+        return patch
+    n, m = map(int, patch.about["n_m"].split(":"))
+    count = violated_groups(pruned, patch, n, m)
+    return replace(patch, about={**patch.about, "violated_groups": count})

@@ -13,8 +13,7 @@ from typing import Any
 from regraft.data.demo import demo_model, is_demo
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
-from regraft.data.sources import DataSource, of_split, read
-from regraft.data.suites import join_suites
+from regraft.data.sources import DataSource, join_suites, of_split, read
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.descriptions import described
 from regraft.disk.files import read_json
@@ -23,7 +22,7 @@ from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import RefusalDirectionSettings
-from regraft.settings.validation import validation_of
+from regraft.settings.searching import validation_of
 
 
 def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:

@@ -17,25 +17,37 @@ from regraft.models.load import Source, check_split
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import check_pair
 from regraft.pruning.base import PRUNERS
+from regraft.pruning.statistics import StatisticsSettings
 from regraft.restoration.base import MethodSettings, Needs, method_of, needs_of, own_settings
 from regraft.restoration.ranking import load_ranking
-from regraft.settings.scoring import StatisticsSettings
 from regraft.settings.searching import SearchSettings
 from regraft.stages.answering import imitation_data
-from regraft.stages.checks import (
-    check_budget,
-    check_gradients,
+from regraft.stages.gathering import (
     check_heads,
     check_r_max,
-    check_restorable,
+    gathering_passes,
+    write_head_scores,
+    write_statistics,
 )
-from regraft.stages.gathering import gathering_passes, write_statistics
-from regraft.stages.ranking import read_inputs, write_ranking
-from regraft.stages.realigning import check_made_by, write_patch
-from regraft.stages.scoring import write_head_scores
+from regraft.stages.ranking import (
+    check_budget,
+    check_made_by,
+    check_restorable,
+    read_inputs,
+    write_patch,
+    write_ranking,
+)
 from regraft.stages.searching import Search, remarks
-from regraft.stages.setup import ArtifactPaths, Inputs, Setup
-from regraft.stages.steps import PromptUse, Step, StepGuard, check_all, unguarded
+from regraft.stages.setup import (
+    ArtifactPaths,
+    Inputs,
+    PromptUse,
+    Setup,
+    Step,
+    StepGuard,
+    check_all,
+    unguarded,
+)
 
 
 @dataclass(frozen=True)
@@ -212,7 +224,7 @@ class Restoration(Setup):
             if needs.positions is not None and paths.given.positions is None:
                 load_ranking(Path(needs.positions))
             if needs.answers or (needs.gradients and paths.given.statistics is None):
-                check_gradients(self.dense, self.compute, f"Realigning by {settings.method}")
+                self.check_gradients(f"Realigning by {settings.method}")
             if needs.answers:
                 check_split(self.compute.device, self.compute.placement)
             prompts = self.imitated() if needs.answers else {}

@@ -23,13 +23,11 @@ from regraft.evaluation.tradeoff import (
 from regraft.models.load import Source, check_split
 from regraft.restoration.base import MethodSettings
 from regraft.restoration.ranking import Ranking, load_ranking
-from regraft.settings.searching import SearchSettings
-from regraft.settings.validation import validation_of
+from regraft.settings.searching import SearchSettings, validation_of
 from regraft.stages.evaluating import evaluate_target
 from regraft.stages.provenance import describe, fingerprints, is_done
-from regraft.stages.realigning import write_patch
-from regraft.stages.setup import ArtifactPaths, Setup
-from regraft.stages.steps import PromptUse
+from regraft.stages.ranking import write_patch
+from regraft.stages.setup import ArtifactPaths, PromptUse, Setup
 from regraft.stages.targets import Target
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
-from regraft.defence.artifact import Defence, Direction, acting, asked, check_fits, load_defence
+from regraft.defence import Defence, Direction, acting, asked, check_fits, load_defence
 from regraft.disk.files import digest, file_digest
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import answering_tokens

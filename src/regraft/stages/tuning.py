@@ -29,7 +29,7 @@ from pydantic import ValidationError
 
 from regraft import distributed
 from regraft.data.example import Reading
-from regraft.data.suites import distinct
+from regraft.data.sources import distinct
 from regraft.disk.files import digest, write_json, write_text
 from regraft.disk.parsing import from_json
 from regraft.errors import RegraftError
@@ -38,19 +38,18 @@ from regraft.models.load import Source, pick_device
 from regraft.patch.format import load_patch
 from regraft.patch.pair import check_pair
 from regraft.progress import SILENT
+from regraft.recipes.file import recipe_item
 from regraft.restoration.base import MethodSettings, Space, needs_of
 from regraft.settings.base import explain
-from regraft.settings.searching import SearchSettings, TuneSettings
-from regraft.settings.validation import with_validation
-from regraft.stages.checks import check_r_max, check_restorable
+from regraft.settings.searching import SearchSettings, TuneSettings, with_validation
 from regraft.stages.evaluation_cache import EvaluationCache
+from regraft.stages.gathering import check_r_max
 from regraft.stages.provenance import describe
+from regraft.stages.ranking import check_restorable
 from regraft.stages.restoring import Restoration
 from regraft.stages.searching import Search, bounds_of
-from regraft.stages.setup import ArtifactPaths
-from regraft.stages.steps import PromptUse
+from regraft.stages.setup import ArtifactPaths, PromptUse
 from regraft.stages.trials import Trials, alone, claim, exclusive, require_optuna, space_of
-from regraft.stages.tuned import recipe_item
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -343,6 +342,7 @@ class _Tuning:
                 (self.out / "best.yaml").unlink(missing_ok=True)
             else:
                 method = self._varied(tuned.best.settings)
-                item = recipe_item(tuned, tuned.best, method, self.restoration)
+                calibration, answers = self.restoration.calibration, self.restoration.evaluation
+                item = recipe_item(tuned, tuned.best, method, calibration, answers.max_new_tokens)
                 write_text(self.out / "best.yaml", item)
         return tuned

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from regraft.data.prompts import read_prompts
+from regraft.data.formats import read_prompts
 from regraft.data.readers import Dataset
 
 PLUGIN = Dataset(lambda path, _split: read_prompts(path, harmful=False), only="harmless")

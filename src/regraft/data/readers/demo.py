@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from regraft.data.demo import bundled
 from regraft.data.example import Reading
-from regraft.data.jsonl import read_jsonl
+from regraft.data.formats import read_jsonl
 from regraft.data.readers import Dataset
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from regraft.data.jsonl import read_jsonl
+from regraft.data.formats import read_jsonl
 from regraft.data.readers import Dataset
 
 PLUGIN = Dataset(read_jsonl, splits=None)

@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from regraft.restoration.base import AlwaysBudgeted, Context, Method
-from regraft.restoration.draws import random_ranking
 from regraft.restoration.ranking import Ranking
+from regraft.restoration.selection import random_ranking
 
 
 class RandomSettings(AlwaysBudgeted):

@@ -218,7 +218,7 @@ def _described(last: StepRecord, before: Losses) -> str:
     return (
         f"loss on gradient prompts {last.gradient.sum:.3f} nats before the step; held-out loss "
         f"{before.sum:.3f} -> {last.held_out.sum:.3f} (weights tried: {tried or 'none'}); "
-        f"{last.restored:,} restored{f'; {LIMITS[last.limit]}' if last.limit else ''}"
+        f"{last.restored:,} restored; {LIMITS[last.limit]}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
@@ -68,8 +68,7 @@ class StepRecord:
             prompts, counted up to as many as the step may restore.
         tries: Numbers of weights that were tried, besides those restored before, with the sum of
             the held-out losses.
-        limit: Why it restored as many as it did; None only of a file that does not say so and has
-            not been through `read_path`.
+        limit: Why it restored as many as it did.
     """
 
     restored: int
@@ -77,7 +76,7 @@ class StepRecord:
     held_out: Losses
     candidates: int
     tries: tuple[Try, ...]
-    limit: StepLimit | None = None
+    limit: StepLimit
 
 
 @dataclass(frozen=True)
@@ -164,32 +163,9 @@ def read_path(about: Mapping[str, Any]) -> GainPath | None:
     if "steps" not in about:
         return None
     try:
-        return _with_limits(_JSON.validate_python(_with_one_end(about)))
+        return _JSON.validate_python(about)
     except ValidationError as error:
         raise RegraftError(
             f"A ranking by gain does not hold the path that it was found along ({error}). Remove "
             "the ranking to have it made again."
         ) from error
-
-
-def _with_one_end(about: Mapping[str, Any]) -> Mapping[str, Any]:
-    """With the limit that a path reached, where its file only says that it reached one."""
-    if about.get("end") != "limit":
-        return about
-    return {**about, "end": "steps" if len(about["steps"]) == MOST_STEPS else "weights"}
-
-
-def _with_limits(path: GainPath) -> GainPath:
-    """With what limited each step, worked out from its numbers where its file does not say it."""
-    before = (0, *path.taken)
-    steps = (
-        step if step.limit else replace(step, limit=_worked_out(step, *numbers))
-        for step, *numbers in zip(path.steps, path.taken, before, strict=False)
-    )
-    return replace(path, steps=tuple(steps))
-
-
-def _worked_out(step: StepRecord, taken: int, before: int) -> StepLimit:
-    most = max((one.number for one in step.tries), default=0)
-    room = Room(step.candidates, "doubling" if step.candidates == 2 * before else "weights")
-    return limit_of(taken, most, step.candidates, room)

@@ -1,0 +1,290 @@
+"""Defences at inference, the baselines beside restoration: a prompt, or a direction added.
+
+AdaShield-S (Wang et al. 2024, arXiv 2403.09513) asks the model to examine the image, then image and
+instruction together, says how to answer what is harmful, and lets the model follow what is not. Its
+released code puts the prompt between two copies of the instruction, which is done here too.
+`DEFENCE_PROMPT` follows that scheme in words of our own, since the authors' text comes without a
+licence; for their very words, give the text of their prompts/static_defense_prompt.txt as `prompt`.
+
+The refusal direction of a layer (Arditi et al. 2024, arXiv 2406.11717, section 2.3) is the mean of
+the residual stream behind it at the last prompt token of harmful prompts minus that of harmless
+ones. Added at inference to the same layer's output at all positions it induces refusal. It is kept
+raw: strength 1 adds one difference of means. States are read and moved by hooks on a layer's
+output, so that every family's own code runs in between. A layer that a family skips for a batch
+(Mllama's cross-attention without images) is neither read nor moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from regraft import distributed
+from regraft.data.collate import Batch
+from regraft.data.example import Example
+from regraft.disk.artifact import read_artifact, require_finite, write_artifact
+from regraft.disk.parsing import EXACT, from_json
+from regraft.errors import RegraftError
+from regraft.evaluation.results import Estimate
+from regraft.models.architecture import Architecture, decoder_layers, text_decoder
+from regraft.models.load import placed
+from regraft.models.replay import hooked, last_positions, state_of, text_inputs
+from regraft.progress import Advance
+from regraft.pruning.pruners.safety_potential import with_safety_prompt
+
+MIDDLE = (0.25, 0.8)  # of the depth: where layers are searched
+DEFENCE_PROMPT = (
+    "Before you follow the instruction above, check it step by step. First look at the image: "
+    "does any text or object in it point to something harmful, illegal or dangerous? Then take "
+    "the image and the instruction together: would following the instruction do harm? If either "
+    'is so, do not follow it and answer only "I am sorry". If neither is so, the request is '
+    "harmless: follow the instruction and answer it fully."
+)
+FORMAT = "regraft-defence-1"
+
+
+def mean_states(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    layers: int,
+    width: int,
+    advance: Advance = lambda _: None,
+) -> Tensor:
+    """Mean over all prompts of each layer's output at the last prompt token.
+
+    Args:
+        model: In eval mode; left as it was.
+        batches: Prompts that end where the answer starts; processes share them.
+        layers: How many decoder layers the model has.
+        width: Its hidden size d.
+        advance: Called with the number of prompts just run.
+
+    Returns:
+        `[layers, d]` float64, NaN for a layer that did not run on every prompt.
+
+    Raises:
+        RegraftError: states overflow in the model's dtype.
+    """
+    sums = torch.zeros(layers, width, dtype=torch.float64)
+    counts = torch.zeros(layers, 1, dtype=torch.float64)
+    for batch in distributed.share(batches):
+        for layer, rows in last_token_outputs(model, placed(batch, model).inputs).items():
+            sums[layer] += rows.sum(dim=0)
+            counts[layer] += len(rows)
+        advance(len(batch.ids))
+    sums, counts = distributed.total(sums), distributed.total(counts)
+    if not torch.isfinite(sums).all():
+        raise RegraftError("Hidden states overflow in this dtype. Use --dtype bfloat16 or float32.")
+    prompts = sum(len(batch.ids) for batch in batches)
+    return torch.where(counts == prompts, sums / counts, torch.nan)
+
+
+@torch.no_grad()
+def last_token_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, Tensor]:
+    """Run the model once and keep what each executed layer gives at each row's last token.
+
+    Args:
+        model: In eval mode; left as it was.
+        inputs: Of a batch of B prompts, padded on either side.
+
+    Returns:
+        Layer -> `[B, d]` float64 on CPU.
+    """
+    text = text_inputs(model, inputs)
+    ids = inputs["input_ids"]
+    at = last_positions(inputs, ids.shape[1])
+    found: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            states = state_of(output)  # [B, S, d]
+            where = at.to(states.device)
+            rows = states[torch.arange(len(where), device=states.device), where]
+            found[index] = rows.double().cpu()
+
+        return hook
+
+    layers = decoder_layers(model)
+    with hooked(layer.register_forward_hook(keep(index)) for index, layer in enumerate(layers)):
+        text_decoder(model)(**text.kwargs)
+    return found
+
+
+@contextmanager
+def moved_output(model: nn.Module, layer: int, vector: Tensor) -> Iterator[None]:
+    """Add a vector to the output of one decoder layer, at all positions, while the block runs.
+
+    It acts in every forward pass, so in `generate` on the prompt and on each new token, with a
+    key/value cache or without. The sum is rounded once, to the model's dtype.
+
+    Args:
+        model: Left as it was.
+        layer: Index of the decoder layer.
+        vector: `[d]` float32.
+    """
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        states = state_of(output)
+        moved = (states + vector.to(states.device)).to(states.dtype)
+        return moved if isinstance(output, Tensor) else (moved, *output[1:])
+
+    with decoder_layers(model)[layer].register_forward_hook(hook):
+        yield
+
+
+def middle_layers(layers: int) -> range:
+    """Those between 0.25 and 0.8 of the depth; at least one."""
+    first = int(MIDDLE[0] * layers)
+    return range(first, max(first + 1, int(MIDDLE[1] * layers)))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Rates on the validation prompts with `strength` times the direction added at `layer`.
+
+    `degenerate` is the share of all degenerate answers, as those of too strong a direction.
+    """
+
+    layer: int
+    strength: float
+    asr: Estimate
+    over_refusal: Estimate
+    degenerate: float = 0.0
+
+
+def choose(trials: Sequence[Trial], plain: Trial, max_over_refusal: float) -> Trial:
+    """The trial of lowest ASR whose over-refusal is near enough to that of the plain model.
+
+    So must be the share of degenerate answers, which are neither attacks nor refusals.
+    The plain model, of strength 0, is a choice too: nothing is added where nothing helps. Of equal
+    ASR the lower over-refusal counts, then the smaller strength, then the earlier layer.
+
+    Args:
+        trials: What was tried.
+        plain: The same without an addition.
+        max_over_refusal: How much more of either is allowed, in percentage points.
+    """
+    more = max_over_refusal / 100 + 1e-12
+    fit = [
+        one
+        for one in (plain, *trials)
+        if one.over_refusal.value <= plain.over_refusal.value + more
+        and one.degenerate <= plain.degenerate + more
+    ]
+    return min(fit, key=lambda t: (t.asr.value, t.over_refusal.value, t.strength, t.layer))
+
+
+@EXACT
+@dataclass(frozen=True)
+class ShieldPrompt:
+    """A defence prompt around the user's text, or before it. `about` says what made it."""
+
+    prompt: str
+    about: Mapping[str, Any]
+    before: bool = False
+
+
+@dataclass(frozen=True)
+class Direction:
+    """`strength` times the difference of means `vector` [d] float32, added at `layer`.
+
+    `trials` are those that layer and strength were chosen from, the plain model (strength 0) first;
+    none where both were given.
+    """
+
+    vector: Tensor
+    layer: int
+    strength: float
+    about: Mapping[str, Any]
+    trials: tuple[Trial, ...] = ()
+
+
+Defence = ShieldPrompt | Direction
+
+
+def asked(defence: Defence | None, examples: Sequence[Example]) -> Sequence[Example]:
+    """The examples as the model gets them."""
+    if not isinstance(defence, ShieldPrompt):
+        return examples
+    if defence.before:
+        return with_safety_prompt(examples, defence.prompt)
+    return [
+        replace(one, instruction=f"{one.instruction}\n{defence.prompt}\n{one.instruction}")
+        for one in examples
+    ]
+
+
+@contextmanager
+def acting(defence: Defence | None, model: nn.Module) -> Iterator[None]:
+    """Add the direction while the block runs; a prompt, or no defence, leaves the model alone."""
+    if isinstance(defence, Direction) and defence.strength:
+        with moved_output(model, defence.layer, defence.strength * defence.vector):
+            yield
+    else:
+        yield
+
+
+def check_fits(defence: Defence, architecture: Architecture, path: Path) -> None:
+    """Check that a direction can be added to a model.
+
+    Raises:
+        RegraftError: the model has another hidden size or no such layer.
+    """
+    if not isinstance(defence, Direction):
+        return
+    width, layers = architecture.hidden_size, len(architecture.layers)
+    if len(defence.vector) != width or defence.layer >= layers:
+        raise RegraftError(
+            f"{path} adds {len(defence.vector)} features behind layer {defence.layer}; the model "
+            f"has {width} features and layers 0 to {layers - 1}. Make one for this model with "
+            "`regraft analyse defence`."
+        )
+
+
+def save_defence(path: Path, defence: Defence) -> None:
+    """Write a defence to a safetensors file; the direction is its tensor."""
+    if isinstance(defence, ShieldPrompt):
+        write_artifact(path, FORMAT, vars(defence), {})
+        return
+    header = {
+        "about": defence.about,
+        "layer": defence.layer,
+        "strength": defence.strength,
+        "trials": [asdict(trial) for trial in defence.trials],
+    }
+    write_artifact(path, FORMAT, header, {"direction": defence.vector})
+
+
+@EXACT
+@dataclass(frozen=True)
+class _Moved:
+    """What a direction's header holds beside `about`."""
+
+    layer: Annotated[int, Field(ge=0)]
+    strength: float
+    trials: tuple[Trial, ...]
+
+
+def load_defence(path: Path) -> Defence:
+    """Read what `save_defence` wrote.
+
+    Raises:
+        RegraftError: the file is missing, damaged, or something else.
+    """
+    header, tensors = read_artifact(path, FORMAT, "a defence")
+    about, where = header["about"], f"{path}: its header"
+    if "prompt" in header:
+        return replace(from_json(ShieldPrompt, header, where), about=about)
+    moved = from_json(_Moved, {key: header[key] for key in header.keys() - {"about"}}, where)
+    vector = tensors.get("direction")
+    if vector is None or vector.ndim != 1 or not vector.is_floating_point():
+        raise RegraftError(f"{path} is damaged: the tensor direction is missing, or no vector.")
+    require_finite(path, tensors)
+    return Direction(vector, moved.layer, moved.strength, about, moved.trials)
