@@ -8,7 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start: the cores are taken
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -65,11 +66,25 @@ def pico_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return cache(lambda name: pico.save(name, tmp_path_factory.mktemp("pico") / name))
 
 
+@contextmanager
+def _without_figures() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (drawing, rate_figures, weight_figures):
+            patch.setattr(module, "to_svg", lambda *_, **__: "<svg/>")
+        yield
+
+
+@pytest.fixture(scope="session")
+def without_figures() -> Callable[[], AbstractContextManager[None]]:
+    """`with without_figures():` reports have none, which take most of the time of a report."""
+    return _without_figures
+
+
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports without figures, which take most of the time of a report, for tests of the rest."""
-    for module in (drawing, rate_figures, weight_figures):
-        monkeypatch.setattr(module, "to_svg", lambda *_, **__: "<svg/>")
+def undrawn() -> Iterator[None]:
+    """Reports without figures in a whole test, of the rest."""
+    with _without_figures():
+        yield
 
 
 @pytest.fixture(params=pico.FAMILIES)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,11 @@ def ended(words: Sequence[object], code: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three models in `run`, one of them with two prunings, on data sets a and b; recipe.yaml."""
+def made(
+    tmp_path_factory: pytest.TempPathFactory,
+    without_figures: Callable[[], AbstractContextManager[None]],
+) -> tuple[Path, Study]:
+    """A run of three models and its study; see `world` and `table`."""
     root = tmp_path_factory.mktemp("several")
     for seed, name in enumerate(("one", "two", "three")):
         pico.save("llava", root / "models" / name, seed=seed)
@@ -89,12 +93,31 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "compute": {"device": "cpu", "batch_size": 12},
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(content))
-    recipe_runs.run_recipe(read_recipe(root / "recipe.yaml"), root / "run")
-    _answer_otherwise(root / "run")
-    recipe_runs.report_recipe(root / "run")
-    for name in ("one", "two", "third"):
-        ended(["report", folder_of_model(root / "run", name)], 0)
-    return root
+    with without_figures():
+        recipe_runs.run_recipe(read_recipe(root / "recipe.yaml"), root / "run")
+        _answer_otherwise(root / "run")
+        for name in ("one", "two", "third"):
+            ended(["report", folder_of_model(root / "run", name)], 0)
+    return root, recipe_runs.report_recipe(root / "run")
+
+
+@pytest.fixture(scope="module")
+def world(made: tuple[Path, Study]) -> Path:
+    """Three models in `run`, one of them with two prunings, on data sets a and b; recipe.yaml."""
+    return made[0]
+
+
+@pytest.fixture(scope="module")
+def table(made: tuple[Path, Study]) -> Study:
+    """The report over the models of the world."""
+    return made[1]
+
+
+@pytest.fixture(scope="module")
+def bundled(world: Path) -> Mapping[str, bytes]:
+    """The files of the bundle of the world's run."""
+    write_bundle(world / "run", world / "bundle.zip")
+    return _unzipped(world / "bundle.zip")
 
 
 def _answer_otherwise(run: Path) -> None:
@@ -178,10 +201,6 @@ def test_the_papers_recipe_is_of_its_six_models() -> None:
 # The table
 
 
-def _table(world: Path) -> Study:
-    return recipe_runs.report_recipe(world / "run")
-
-
 def _row(table: Study, model: str, name: str) -> Row:
     pruning, _, method = name.partition("/")
     tables = [one for one in table.tables if one.model == model]
@@ -201,8 +220,7 @@ def _complied(world: Path, model: str, evaluation: str) -> dict[str, float]:
     return {name: sum(of_it) / len(of_it) for name, of_it in found.items()}
 
 
-def test_the_table_counts_each_data_set_the_same(world: Path) -> None:
-    table = _table(world)
+def test_the_table_counts_each_data_set_the_same(world: Path, table: Study) -> None:
     assert [one.name for one in table.tables] == [
         *("one: wanda-50", "one: wanda-60", "two: wanda-50", "third: wanda-50"),
     ]
@@ -237,8 +255,7 @@ def test_the_table_counts_each_data_set_the_same(world: Path) -> None:
         assert recovered.interval[0] <= recovered.recovery.value <= recovered.interval[1]
 
 
-def test_total_ships_are_related_to_the_rise_in_mean_asr(world: Path) -> None:
-    table = _table(world)
+def test_total_ships_are_related_to_the_rise_in_mean_asr(world: Path, table: Study) -> None:
     assert table.correlation is not None
     ships, rises = [], []
     for name, folder in (("one", "one"), ("two", "two"), ("third", "three")):
@@ -257,8 +274,7 @@ def test_total_ships_are_related_to_the_rise_in_mean_asr(world: Path) -> None:
         assert table.correlation.rho == pytest.approx(float(spearmanr(ships, rises).statistic))
 
 
-def test_the_page_sets_published_figures_beside(world: Path) -> None:
-    table = _table(world)
+def test_the_page_sets_published_figures_beside(world: Path, table: Study) -> None:
     beside = _row(table, "one", "wanda-50/hsr").published
     assert beside is not None
     assert beside.row.rsr == 0.5
@@ -346,6 +362,7 @@ def test_bad_input_of_several_models_writes_nothing(world: Path, tmp_path: Path)
 # The bundle
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_bundle_is_the_same_each_time_and_checks_out(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -367,10 +384,11 @@ def test_a_bundle_is_the_same_each_time_and_checks_out(
     assert found.digest in shown
 
 
-def test_a_bundle_holds_no_texts_weights_or_paths(world: Path, tmp_path: Path) -> None:
-    write_bundle(world / "run", tmp_path / "plain.zip")
+def test_a_bundle_holds_no_texts_weights_or_paths(
+    world: Path, bundled: Mapping[str, bytes], tmp_path: Path
+) -> None:
     write_bundle(world / "run", tmp_path / "texts.zip", texts=True)
-    plain, texts = (_unzipped(tmp_path / f"{name}.zip") for name in ("plain", "texts"))
+    plain, texts = bundled, _unzipped(tmp_path / "texts.zip")
     assert plain.keys() == texts.keys()
     assert {name.rpartition(".")[2] for name in plain} == {
         *("json", "jsonl", "md", "html", "txt", "yaml"),
@@ -472,15 +490,19 @@ def _set_rsr(content: Any) -> None:
     ],
 )
 def test_a_changed_bundle_is_found_out(
-    world: Path, tmp_path: Path, change: Callable[[Any], None], signed: bool, message: str
+    bundled: Mapping[str, bytes],
+    tmp_path: Path,
+    change: Callable[[Any], None],
+    signed: bool,
+    message: str,
 ) -> None:
-    write_bundle(world / "run", tmp_path / "bundle.zip")
-    files = _unzipped(tmp_path / "bundle.zip")
+    files = {**bundled}
     change(files)
     with pytest.raises(RegraftError, match=message):
         read_bundle(_zipped(tmp_path / "changed.zip", files, signed=signed))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_bad_input_of_bundles(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -515,6 +537,7 @@ def test_a_bundle_of_one_run(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_the_papers_recipe_from_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

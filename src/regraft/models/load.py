@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -271,6 +271,7 @@ def has_processor(source: Source) -> bool:
     return "tokenizer_config.json" in names and bool(names & images or not source.has_vision)
 
 
+@cache
 def transformers_version() -> str:
     """The installed version of transformers, which need not be imported for it."""
     return version("transformers")

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import yaml
@@ -212,8 +213,9 @@ def _weight_figures(run: Run) -> Iterator[Figure]:
         yield Figure(head_map_figure(one, heads), caption)
 
 
+@cache
 def _environment() -> Environment:
-    """Templates with the filters of all pages; text is escaped in HTML."""
+    """Templates with the filters of all pages, compiled once; text is escaped in HTML."""
     environment = Environment(
         loader=PackageLoader("regraft.report"),
         autoescape=lambda name: bool(name and name.endswith(".html.j2")),

@@ -59,8 +59,11 @@ class Planner:
                 yield from _titled("Defending", self._defend(pruning.name, defence))
 
     def pruned(self, name: str) -> Source:
-        """A pruned checkpoint, which must be there."""
-        return self.existing or self._open(self.run_dir.pruned(name))
+        """A pruned checkpoint, which must be there; nothing changes it any more."""
+        folder = self.run_dir.pruned(name)
+        return self.existing or self.setup.cache.once(
+            ("pruned", folder), lambda: self._open(folder)
+        )
 
     def _open(self, folder: Path) -> Source:
         return open_source(folder, trust_remote_code=self.recipe.compute.trust_remote_code)
