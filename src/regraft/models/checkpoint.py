@@ -17,7 +17,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from regraft.disk.files import digest, file_digest
+from regraft.disk.artifact import require_finite
+from regraft.disk.files import digest, file_digest, in_threads
 from regraft.disk.parsing import json_object, read_json, shown
 from regraft.disk.paths import is_name, require_file, within
 from regraft.errors import RegraftError
@@ -25,6 +26,8 @@ from regraft.models.places import Place
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights that are not quantised
+_CHUNK = 2**22  # elements read at a time
 _SAMPLE = 4096
 _SAMPLED = 1024
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
@@ -105,6 +108,24 @@ class Checkpoint:
         with (self.folder / record.shard).open("rb") as handle:
             handle.seek(record.start + first * size)
             return as_tensor(handle.read(count * size), replace(record, shape=(count,)))
+
+    @cached_property
+    def finite(self) -> bool:
+        """Whether no tensor of floats holds NaN or infinity; reads them all, the first time.
+
+        Raises:
+            RegraftError: one does, by its name.
+        """
+
+        def check(name: str) -> None:
+            record = self.tensors[name]
+            size = math.prod(record.shape)
+            for first in range(0, size, _CHUNK):
+                part = self._elements(record, first, min(_CHUNK, size - first))
+                require_finite(self.folder, {name: part})
+
+        in_threads(check, [name for name, one in self.tensors.items() if one.dtype in FLOATS])
+        return True
 
     def record(self, name: str) -> TensorRecord:
         """Look up a tensor by its name on disk."""

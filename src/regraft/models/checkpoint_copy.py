@@ -126,7 +126,8 @@ def check_target(source: Checkpoint, target: Path) -> None:
     """Check that a copy of `source` can be written to `target`; writes and removes nothing.
 
     Raises:
-        RegraftError: `target` is no new folder, lies inside `source`, or the disk is too full.
+        RegraftError: `target` is no new folder, lies inside `source`, or the disk is too full; a
+            tensor of `source` holds NaN or infinity.
     """
     require_new(target)
     if target.resolve().is_relative_to(source.folder.resolve()):
@@ -135,6 +136,7 @@ def check_target(source: Checkpoint, target: Path) -> None:
             "Choose a folder outside it."
         )
     require_space(target, source.bytes - leftover_bytes(target))
+    _ = source.finite
 
 
 def copy_file(source: Path, target: Path, advance: Advance) -> None:

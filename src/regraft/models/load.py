@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from regraft import distributed
 from regraft.data.collate import Batch
+from regraft.disk.artifact import require_finite
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.architecture import Architecture, LinearArchitecture
@@ -27,11 +28,11 @@ from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.describe import read_architecture
 from regraft.models.foreign import check_template, foreign, of_processor
 from regraft.models.loaded import (
+    check_headers,
     check_loading,
     check_weights,
     describe_unused,
     enough_memory,
-    require_finite,
 )
 from regraft.models.placement import PlacedModel
 from regraft.models.quantised import check_quantised, quantisation_of, require_unquantised
@@ -84,7 +85,7 @@ class Source:
         """
         require_unquantised(self.config, self.folder)
         require_greedy(self.config, self.folder)
-        network = self.without_weights()
+        network = self.without_weights
         if getattr(self.config, "tie_word_embeddings", False):
             network.tie_weights()
         try:
@@ -98,12 +99,20 @@ class Source:
                 f"({type(error).__name__}: {error}), so that it can be evaluated, not pruned."
             ) from error
 
+    @cached_property
     def without_weights(self) -> Any:
-        """The model on the meta device."""
+        """The model on the meta device, which the files fit (`check_headers`; quantised ones may).
+
+        Raises:
+            RegraftError: they do not, or no model can be built from config.json.
+        """
         with torch.device("meta"), quiet(), bad_config(self.folder):
-            return auto_class(self.config, self.folder).from_config(
+            network = auto_class(self.config, self.folder).from_config(
                 self.config, trust_remote_code=self.trust_remote_code
             )
+        if quantisation_of(self.config) is None:
+            check_headers(network, self.checkpoint)
+        return network
 
     @cached_property
     def readable_architecture(self) -> Architecture | None:
@@ -139,12 +148,13 @@ def open_answering(model: str | Path, *, trust_remote_code: bool = False) -> Sou
     source = Source(open_checkpoint(resolve(model)), trust_remote_code)
     require_greedy(source.config, source.folder)
     check_quantised(source.config, source.folder)
+    _ = source.without_weights
     return source
 
 
 def linear_layers(source: Source) -> set[str]:
     """Dotted names of all linear layers of the model in memory; loads no weights."""
-    modules = source.without_weights().named_modules()
+    modules = source.without_weights.named_modules()
     return {name for name, module in modules if isinstance(module, nn.Linear)}
 
 
@@ -186,7 +196,8 @@ def load_model(
     model = _load_weights(source, dtype, target, split, note)
     if not (split or quantisation_of(source.config)):
         model = model.to(target)
-    require_finite(model, source.folder)  # where the weights are: an accelerator reads them sooner
+    # where the weights are: an accelerator reads them sooner
+    require_finite(source.folder, dict(model.named_parameters()))
     return model
 
 
@@ -201,7 +212,7 @@ def load_placed(
     model = _load_weights(source, dtype, target, split=False)
     if not streamed:
         model = model.to(target)
-    require_finite(model, source.folder)
+    require_finite(source.folder, dict(model.named_parameters()))
     return PlacedModel(model, target, next(model.parameters()).dtype, streamed)
 
 

@@ -13,8 +13,7 @@ from regraft import distributed
 from regraft.disk.artifact import ABOUT_FILE, save_tensors
 from regraft.disk.files import atomic_folder, to_json
 from regraft.errors import RegraftError
-from regraft.models.architecture import FLOATS
-from regraft.models.checkpoint import open_checkpoint
+from regraft.models.checkpoint import FLOATS, open_checkpoint
 from regraft.models.load import linear_layers, open_source
 from regraft.models.resolve import resolve
 from regraft.patch import peft, vllm
