@@ -131,21 +131,26 @@ def _foreseen(error: BaseException) -> str | None:
             return _HOST
         place = error.filename or "Standard output or a file cannot be written"
         return f"{place}: {error.strerror}."
-    if _by_transformers(error):
+    if model := _by_transformers(error):
         said = _said(error)
         return (
-            f"transformers cannot run the model ({said}). A value of its config.json is wrong, or "
+            f"transformers cannot run {model} ({said}). A value of its config.json is wrong, or "
             "it was made for another version of transformers; if neither is so, it is a fault of "
             "regraft. --debug shows where."
         )
     return None
 
 
-def _by_transformers(error: BaseException) -> bool:
-    """Whether the code of a model raised it, which takes its config.json as it is."""
-    frames = traceback.extract_tb(error.__traceback__)
-    packages = (Path(one.filename).parts for one in reversed(frames))
-    return "transformers" in next((one for one in packages if "torch" not in one), ())
+def _by_transformers(error: BaseException) -> str:
+    """The model, by its folder, whose code raised it, which takes its config.json as it is."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
+    packages = (Path(one.f_code.co_filename).parts for one in frames)
+    if "transformers" not in next((one for one in packages if "torch" not in one), ()):
+        return ""
+    owners = (frame.f_locals.get("self") for frame in frames)
+    configs = (getattr(one, "config", None) for one in owners)
+    folders = (getattr(one, "name_or_path", "") for one in configs)
+    return str(next(filter(None, folders), "the model"))
 
 
 def _said(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from jinja2 import nodes
 from regraft.data.collate import lent_template
 from regraft.disk.parsing import read_json, shown
 from regraft.disk.paths import require_file
-from regraft.errors import RegraftError, is_device_memory, is_host_memory
+from regraft.errors import RegraftError, is_device_memory, is_fault, is_host_memory
 
 _SETTINGS = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "processor_config.json"),
@@ -107,11 +107,6 @@ def _require_ids(path: Path, content: dict[str, Any]) -> None:
                 )
 
 
-def is_panic(error: BaseException) -> bool:
-    """Whether an error is a panic of tokenizers or safetensors, which is no `Exception`."""
-    return type(error).__name__ == "PanicException"
-
-
 @contextmanager
 def foreign(folder: Path, what: str, advice: str) -> Iterator[None]:
     """Turn whatever others raise while they make `what` of a model's folder into a clear error.
@@ -124,10 +119,50 @@ def foreign(folder: Path, what: str, advice: str) -> Iterator[None]:
     except BaseException as error:
         memory = is_host_memory(error) or is_device_memory(error)  # which is no fault of a file
         ours = isinstance(error, RegraftError) or memory
-        if ours or not (isinstance(error, Exception) or is_panic(error)):
+        if ours or not is_fault(error):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise RegraftError(f"{folder}: {what} could not be loaded ({reason}). {advice}") from error
+        raise RegraftError(
+            f"{folder}: {what} could not be loaded ({reason}{_suspects(folder, reason)}). {advice}"
+        ) from error
+
+
+def _suspects(folder: Path, reason: str) -> str:
+    """Fields of settings that are no use which the reason names, or unlike by default; in words."""
+    from transformers import CONFIG_MAPPING
+
+    odd: list[str] = []
+    for name in _SETTINGS:
+        try:
+            given = read_json(folder / name, lenient=True)
+            kind: str = given.get("model_type", "") if name == "config.json" else ""
+            default = CONFIG_MAPPING[kind]().to_dict() if kind in CONFIG_MAPPING else {}
+            odd += [f"{field} of {name}" for field in _odd(given, default, reason)]
+        except Exception:  # there is no default of this type, or no such file: nothing is suspected
+            continue
+    return f"; look at {', '.join(odd[:3])}" if odd else ""
+
+
+def _odd(given: Mapping[str, Any], default: Mapping[str, Any], reason: str) -> Iterator[str]:
+    """Names of fields with a list, say, or 0, where there is a positive number by default."""
+    for name, value in given.items():
+        usual = default.get(name)
+        if isinstance(value, dict):
+            inside = usual if isinstance(usual, dict) else {}
+            yield from (f"{name}.{inner}" for inner in _odd(value, inside, reason))
+        named = isinstance(value, str) and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", reason)
+        if value is None or usual is None:
+            unlike = False
+        else:
+            unlike = _kind(value) is not _kind(usual) or (
+                _kind(value) is float and value <= 0 < usual
+            )
+        if unlike or (named and value != usual and len(value) > 2):
+            yield name
+
+
+def _kind(value: object) -> type:
+    return float if type(value) is int else type(value)
 
 
 @contextmanager

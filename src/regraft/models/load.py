@@ -38,7 +38,6 @@ from regraft.models.placement import PlacedModel
 from regraft.models.quantised import check_quantised, quantisation_of, require_unquantised
 from regraft.models.resolve import (
     auto_class,
-    bad_config,
     quiet,
     read_config,
     require_greedy,
@@ -48,6 +47,7 @@ from regraft.models.resolve import (
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Placement = Literal["resident", "streamed"]
+_ADVICE = "Export the whole model again."
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class Source:
         Raises:
             RegraftError: they do not, or no model can be built from config.json.
         """
-        with torch.device("meta"), quiet(), bad_config(self.folder):
+        described = foreign(self.folder, "the model of its config.json", _ADVICE)
+        with torch.device("meta"), quiet(), described:
             network = auto_class(self.config, self.folder).from_config(
                 self.config, trust_remote_code=self.trust_remote_code
             )
@@ -228,8 +229,7 @@ def _load_weights(
     if quantisation_of(source.config) and target.type != "cpu":
         require_accelerate("Quantised weights go to an accelerator")
         whole = {"": target}
-    advice = "Export the whole model again."
-    with quiet(), enough_memory(source.folder), foreign(source.folder, "the model", advice):
+    with quiet(), enough_memory(source.folder), foreign(source.folder, "the model", _ADVICE):
         model, loading = auto_class(source.config, source.folder).from_pretrained(
             source.folder,
             config=deepcopy(source.config),  # which loading changes

@@ -39,7 +39,7 @@ def check_quantised(config: Any, folder: Path) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
     names = AUTO_QUANTIZATION_CONFIG_MAPPING
-    where = f"{folder} is quantised ({method})"
+    where = f"{folder} is quantised ({method}, by quantization_config of its config.json)"
     known = {name.removesuffix("_4bit").removesuffix("_8bit") for name in names}
     if method not in known:
         raise RegraftError(
