@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import re
 import sys
 import tempfile
 import traceback
@@ -28,6 +29,7 @@ from regraft.launcher import processes
 
 BAD, FAULT, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # which a terminal obeys
 _SHORTEST_SECRET = 8  # characters; shorter ones are words
 _MEMORY = (
     "is out of memory. Lower --batch-size (in a recipe compute.batch_size), in scoring heads "
@@ -87,9 +89,10 @@ def finish() -> None:
 
 
 def fail(console: Console, message: str, code: int = BAD) -> NoReturn:
+    shown = _CONTROL.sub(lambda found: repr(found[0])[1:-1], message.strip())
     with suppress(OSError):
         console.print("[bold red]Error:[/] ", end="")
-        console.print(message.strip(), markup=False, highlight=False, soft_wrap=True)
+        console.print(shown, markup=False, highlight=False, soft_wrap=True)
     leave(code)
 
 

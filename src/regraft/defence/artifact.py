@@ -21,6 +21,7 @@ from regraft.models.architecture import Architecture
 from regraft.pruning.pruners.safety_potential import with_safety_prompt
 
 FORMAT = "regraft-defence-1"
+_MOST = 1e6  # of a strength; states have no such lengths
 
 
 @EXACT
@@ -106,7 +107,7 @@ class _Moved:
     """What a direction's header holds beside `about`."""
 
     layer: Annotated[int, Field(ge=0)]
-    strength: float
+    strength: Annotated[float, Field(ge=-_MOST, le=_MOST)]
     trials: tuple[Trial, ...]
 
 

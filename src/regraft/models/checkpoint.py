@@ -32,6 +32,7 @@ _SAMPLE = 4096
 _SAMPLED = 1024
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
 _SETTINGS = {".json", ".jinja", ".txt", ".model", ".py"}
+_MOST_SETTINGS = 2**30  # bytes
 _MOST_HEADER = 100_000_000  # bytes, as safetensors itself
 _AGAIN = "Download or export the file again."
 _LFS_POINTER = b"version https://git-lfs"
@@ -180,7 +181,14 @@ class Checkpoint:
     def _settings(self) -> list[Path]:
         """Config, tokenizer, processor and template files."""
         files = sorted(self.folder.iterdir())
-        return [path for path in files if path.suffix in _SETTINGS and path.is_file()]
+        found = [path for path in files if path.suffix in _SETTINGS and path.is_file()]
+        for path in found:
+            if path.stat().st_size > _MOST_SETTINGS:
+                raise RegraftError(
+                    f"{path} is larger than any such file of a model: {path.stat().st_size:,} "
+                    "bytes. Take it out of the model's folder."
+                )
+        return found
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -265,6 +273,8 @@ def _listed(folder: Path) -> dict[str, str]:
             raise RegraftError(
                 f"{folder}: shard {shard}, listed in {INDEX_FILE} for {name!r}, is missing."
             )
+    if not isinstance(content.get("metadata"), dict):  # without which transformers loads nothing
+        raise RegraftError(f"{index}: field metadata is missing, or no JSON object.")
     return weight_map
 
 
