@@ -125,7 +125,10 @@ _QUICK = ("qwen2_5_vl", "mllama", "qwen3")
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(one, marks=() if one in _QUICK else pytest.mark.slow) for one in pico.FAMILIES],
+    [
+        pytest.param(one, marks=() if one in _QUICK else pytest.mark.slow)
+        for one in (*pico.FAMILIES, "qwen3_5", "lfm2_vl", "gemma4", "phi4_multimodal")
+    ],
 )
 def test_peft_of_other_families(tmp_path: Path, name: str) -> None:
     world = _world(tmp_path, pico.save(name, tmp_path / "dense", torch.bfloat16))

@@ -48,6 +48,7 @@ DEFENCE_PROMPT = (
     "harmless: follow the instruction and answer it fully."
 )
 FORMAT = "regraft-defence-1"
+_MOST = 1e6  # of a strength; states have no such lengths
 
 
 def mean_states(
@@ -268,7 +269,7 @@ class _Moved:
     """What a direction's header holds beside `about`."""
 
     layer: Annotated[int, Field(ge=0)]
-    strength: float
+    strength: Annotated[float, Field(ge=-_MOST, le=_MOST)]
     trials: tuple[Trial, ...]
 
 

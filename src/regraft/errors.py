@@ -24,3 +24,8 @@ def is_host_memory(error: BaseException) -> bool:
 def is_device_memory(error: BaseException) -> bool:
     """Whether an accelerator's memory was too small; by its name, so that torch is not needed."""
     return type(error).__name__ == "OutOfMemoryError"
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an error says that something is wrong: a panic of tokenizers is no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

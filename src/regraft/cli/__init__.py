@@ -15,6 +15,7 @@ from rich.console import Console
 
 import regraft
 from regraft.cli.exits import end, finish, joined, prepare_streams
+from regraft.errors import RegraftError
 
 __all__ = ["app", "main"]
 
@@ -130,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _joined(words: Sequence[str]) -> list[str]:
     """The words with `--data NAME PATH` as `--data NAME:PATH`; settings take a flag's one word."""
+    if wrong := [word for word in words if "\0" in word]:
+        raise RegraftError(f"{wrong[0]!r} holds a NUL, which nothing here may be called.")
     if not {"--data", "--validation"}.intersection(words):
         return list(words)
     from regraft.data.sources import words_of_first

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import re
 import sys
 import tempfile
 import traceback
@@ -28,6 +29,7 @@ from regraft.launcher import processes
 
 BAD, FAULT, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # which a terminal obeys
 _SHORTEST_SECRET = 8  # characters; shorter ones are words
 _MEMORY = (
     "is out of memory. Lower --batch-size (in a recipe compute.batch_size), in scoring heads "
@@ -87,9 +89,10 @@ def finish() -> None:
 
 
 def fail(console: Console, message: str, code: int = BAD) -> NoReturn:
+    shown = _CONTROL.sub(lambda found: repr(found[0])[1:-1], message.strip())
     with suppress(OSError):
         console.print("[bold red]Error:[/] ", end="")
-        console.print(message.strip(), markup=False, highlight=False, soft_wrap=True)
+        console.print(shown, markup=False, highlight=False, soft_wrap=True)
     leave(code)
 
 
@@ -131,21 +134,26 @@ def _foreseen(error: BaseException) -> str | None:
             return _HOST
         place = error.filename or "Standard output or a file cannot be written"
         return f"{place}: {error.strerror}."
-    if _by_transformers(error):
+    if model := _by_transformers(error):
         said = _said(error)
         return (
-            f"transformers cannot run the model ({said}). A value of its config.json is wrong, or "
+            f"transformers cannot run {model} ({said}). A value of its config.json is wrong, or "
             "it was made for another version of transformers; if neither is so, it is a fault of "
             "regraft. --debug shows where."
         )
     return None
 
 
-def _by_transformers(error: BaseException) -> bool:
-    """Whether the code of a model raised it, which takes its config.json as it is."""
-    frames = traceback.extract_tb(error.__traceback__)
-    packages = (Path(one.filename).parts for one in reversed(frames))
-    return "transformers" in next((one for one in packages if "torch" not in one), ())
+def _by_transformers(error: BaseException) -> str:
+    """The model, by its folder, whose code raised it, which takes its config.json as it is."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
+    packages = (Path(one.f_code.co_filename).parts for one in frames)
+    if "transformers" not in next((one for one in packages if "torch" not in one), ()):
+        return ""
+    owners = (frame.f_locals.get("self") for frame in frames)
+    configs = (getattr(one, "config", None) for one in owners)
+    folders = (getattr(one, "name_or_path", "") for one in configs)
+    return str(next(filter(None, folders), "the model"))
 
 
 def _said(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regraft.data.example import Example
 from regraft.data.images import open_image
-from regraft.errors import RegraftError
+from regraft.errors import RegraftError, is_fault
 
 T = TypeVar("T")
 IGNORED = -100  # torch's cross-entropy skips labels of this value
@@ -176,16 +176,19 @@ def _encode(
     mixed = len({example.image is None for example in examples}) == 2
     try:
         encoded = _apply_template(processor, conversations, prompt)
-    except Exception as error:
+    except BaseException as error:
+        if not is_fault(error) or isinstance(error, MemoryError):
+            raise
         culprit = _culprit(processor, examples, conversations, prompt)
+        image = f" (image {culprit.image})" if culprit and culprit.image else ""
         ids = ", ".join(repr(example.id) for example in examples)
-        what = f"example {culprit.id!r}" if culprit else f"the batch of {ids}"
+        what = f"example {culprit.id!r}{image}" if culprit else f"the batch of {ids}"
         hint = "" if culprit else f" {_UNMIX if mixed else _ALONE}"
-        folder = getattr(_tokenizer(processor), "name_or_path", "")
-        where = f" It is that of {folder}." if folder else ""
+        who = "chat template" if type(error).__module__.startswith("jinja2") else "processor"
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise RegraftError(
-            f"The processor cannot encode {what}: {type(error).__name__}: {reason}.{hint}{where}"
+            f"The {who} cannot encode {what}: {type(error).__name__}: {reason}.{hint}"
+            f"{_made_of(processor)}"
         ) from error
     if mixed and "cross_attention_mask" in encoded:
         # Mllama skips its cross-attention layers only where no row of the batch has an image.
@@ -193,6 +196,14 @@ def _encode(
             f"This model answers a prompt without image differently beside one with. {_UNMIX}"
         )
     return encoded
+
+
+def _made_of(processor: Any) -> str:
+    """Where a processor comes from, in words."""
+    folder = Path(getattr(_tokenizer(processor), "name_or_path", "") or ".")
+    kinds = ("*processor_config.json", "tokenizer*.json", "chat_template.*")
+    files = sorted(path.name for kind in kinds for path in folder.glob(kind))
+    return f" It is made of {', '.join(files)} of {folder}." if files else ""
 
 
 def _apply_template(
@@ -245,8 +256,10 @@ def _culprit(
     for example, conversation in zip(examples, conversations, strict=True):
         try:
             _apply_template(processor, [conversation], prompt)
-        except Exception:
-            return example
+        except BaseException as error:
+            if is_fault(error):
+                return example
+            raise
     return None
 
 

@@ -17,6 +17,9 @@ from regraft.data.storage import CACHED_IMAGE, image_cache
 from regraft.disk.paths import is_file
 from regraft.errors import PassingError, RegraftError
 
+_FORMATS = {  # of Pillow's; for EPS it runs Ghostscript
+    *("PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO", "TGA")
+}
 _NAMED = 3  # offenders named in an error
 
 
@@ -68,12 +71,18 @@ def open_image(path: Path) -> Image.Image:
         RegraftError: it is not a readable image.
     """
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             return _rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # decoders of a broken file raise all kinds, struct.error among them
         from_disk = isinstance(error, OSError) and error.errno is not None
         kind = PassingError if from_disk else RegraftError
         raise kind(f"{path} is not a readable image: {error}") from error
+
+
+def opened(path: Path) -> Image.Image:
+    """An image of which only the header was read."""
+    Image.init()
+    return Image.open(path, formats=[name for name in Image.OPEN if name in _FORMATS])
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -97,7 +106,7 @@ def length_class(example: Example) -> tuple[int, int]:
     """
     size = 0
     if example.image is not None:
-        with suppress(Exception), Image.open(example.image) as image:  # `open_image` tells of those
+        with suppress(Exception), opened(example.image) as image:  # `open_image` tells of those
             size = round(2 * math.log2(image.width * image.height + 1))
     return size, len(example.instruction)
 

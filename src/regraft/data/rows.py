@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,6 +18,7 @@ from regraft.disk.parsing import json_value, shown
 from regraft.disk.paths import is_text, read_text, require_file, unreadable
 from regraft.errors import RegraftError
 
+_MOST_TEXT = 2**20  # characters, of which no model reads as many
 _MOST_DIGITS = 18  # of a whole number, which has 64 bits then
 
 
@@ -72,7 +74,7 @@ class Row:
     def name(self, field: str) -> str:
         """Return what names the row, a string or a number, as a string."""
         value = self.values.get(field)
-        if not isinstance(value, str | int):
+        if not isinstance(value, str | int) or isinstance(value, bool):
             raise self.wrong_type(field, "a string or a number")
         return str(value)
 
@@ -118,6 +120,9 @@ def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
     lines = io.StringIO(read_text(path, what), newline="")
     table = csv.DictReader(lines, delimiter="\t" if tabs else ",", restkey="(more)", strict=True)
     try:
+        header = table.fieldnames or ()
+        if twice := [name for name, count in Counter(header).items() if name and count > 1]:
+            raise RegraftError(f"{path} has two columns {twice[0]!r}. Rename or remove one.")
         rows = [
             Row(f"{path}, row {number}", values, str(number))
             for number, values in enumerate(table, 1)
@@ -221,6 +226,11 @@ def _require_text(example: Example, source: str) -> None:
     texts = {"id": example.id, "instruction": example.instruction, "category": example.category}
     texts |= {"response": example.response or "", "image": image or ""}
     for field, text in texts.items():
+        if len(text) > _MOST_TEXT:
+            raise RegraftError(
+                f"{source}: {field} of the example {example.id[:60]!r} has {len(text):,} "
+                f"characters; at most {_MOST_TEXT:,} are read."
+            )
         if not is_text(text) or (field in ("id", "image") and "\0" in text):
             raise RegraftError(
                 f"{source}: {field} of the example {example.id!r} holds bytes that are no text: "

@@ -15,7 +15,7 @@ from regraft.data.example import Example, Reading
 from regraft.data.parquet import table_in
 from regraft.data.readers import DATASETS, Kind, Split
 from regraft.data.rows import checked
-from regraft.data.storage import located, only_entry, unpacked
+from regraft.data.storage import kept_if_read, located, only_entry, unpacked
 from regraft.disk.files import digest, file_digest
 from regraft.errors import RegraftError
 
@@ -84,6 +84,7 @@ class DataSource(BaseModel):
         return "#".join([text, *filter(None, (self.kind, self.part))])
 
 
+@kept_if_read()
 def read(source: DataSource) -> Reading:
     """Read the data set that `source` names; of a folder with several files see `of_split` first.
 

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import stat
 import zipfile
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from regraft.disk.files import (
     require_space,
 )
 from regraft.disk.paths import at_home, require_file
-from regraft.errors import RegraftError
+from regraft.errors import PassingError, RegraftError
 
 CACHE_VARIABLE = "REGRAFT_CACHE"
 PREFIX = "hf:"
@@ -30,6 +31,7 @@ MODEL_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@[\w./-]+)?")
 """ORG/NAME of a model, with or without @REVISION."""
 _LARGE, _MOST_RATIO = 2**30, 100  # bytes unpacked, and times the size of the archive
 _ALONE = (".csv", ".tsv", ".txt", ".parquet")
+_written: list[Path] = []  # into the cache, by this process
 CACHED_IMAGE = re.compile(r"[0-9a-f]{32}\.(png|jpg)")
 _SHARDS = re.compile(r"-\d{5}(-of-\d{5}\.parquet)$")  # all files of a table are one
 _ADDRESS = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<inner>.+))?")
@@ -136,6 +138,7 @@ def unpacked(archive: Path) -> Path:
                 with atomic_folder(folder) as temporary:
                     for member in members:
                         _extract(content, member, temporary)
+                _written.append(folder)
     except (RegraftError, OSError):
         raise
     except Exception as error:  # decoders of a broken archive raise all kinds
@@ -201,6 +204,7 @@ def cached_file(content: bytes, suffix: str) -> Path:
             if not whole():
                 with atomic_file(path) as temporary:
                     temporary.write_bytes(content)
+                _written.append(path)
     return path
 
 
@@ -212,6 +216,21 @@ def cached_image(content: bytes) -> Path:
 def image_cache() -> Path:
     """The folder in which images of cells lie, under names that `CACHED_IMAGE` matches."""
     return cache_folder() / "images"
+
+
+@contextmanager
+def kept_if_read() -> Iterator[None]:
+    """Take out of the cache again what the block put there, if it ends with bad input."""
+    before = len(_written)
+    try:
+        yield
+    except PassingError:
+        raise
+    except RegraftError:
+        for path in _written[before:]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        del _written[before:]
+        raise
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from regraft.disk.files import write_text
 from regraft.disk.parsing import EXACT, from_json, json_object
@@ -78,10 +78,19 @@ class Estimate:
     """
 
     value: float
-    n: int
+    n: Annotated[int, Field(ge=1)]
     low: float
     high: float
-    count: int | None = None
+    count: Annotated[int, Field(ge=0)] | None = None
+
+
+def _share(one: Estimate) -> Estimate:
+    if not (0 <= one.value <= 1 and one.low <= one.high and (one.count or 0) <= one.n):
+        raise ValueError("a share from 0 to 1 is needed, and no larger count than n")
+    return one
+
+
+Share = Annotated[Estimate, AfterValidator(_share)]  # checked where it is read
 
 
 @EXACT
@@ -92,9 +101,9 @@ class Rates:
     `over_refusal` is over all harmless prompts, questions of a utility benchmark too.
     """
 
-    asr: Estimate | None
-    over_refusal: Estimate | None
-    utility: Estimate | None
+    asr: Share | None
+    over_refusal: Share | None
+    utility: Share | None
 
 
 @EXACT
@@ -131,10 +140,10 @@ class EvalResult:
 
     suite: str
     judge: str
-    asr: Estimate | None
-    over_refusal: Estimate | None
-    utility: Estimate | None
-    asr_by_category: Mapping[str, Estimate]
+    asr: Share | None
+    over_refusal: Share | None
+    utility: Share | None
+    asr_by_category: Mapping[str, Share]
     by_suite: Mapping[str, Rates]
     degenerate: Mapping[str, int]
     answers: tuple[Answer, ...]

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
 from regraft.data.collate import batches
 from regraft.data.example import Example
-from regraft.data.images import open_image
+from regraft.data.images import open_image, opened
 from regraft.distributed import resumable_map
 from regraft.errors import PassingError
 from regraft.evaluation.chat_server import ChatServer, Reply, user_message
@@ -156,8 +156,8 @@ def portable(path: Path) -> tuple[str, bytes]:
     Raises:
         RegraftError: see `open_image`.
     """
-    opened = open_image(path)
-    with Image.open(path) as image:
+    pixels = open_image(path)
+    with opened(path) as image:
         plain = (
             image.format in _FORMATS
             and image.mode == "RGB"
@@ -169,5 +169,5 @@ def portable(path: Path) -> tuple[str, bytes]:
     if plain:
         return kind, path.read_bytes()
     written = io.BytesIO()
-    opened.save(written, "PNG")
+    pixels.save(written, "PNG")
     return "image/png", written.getvalue()

@@ -152,7 +152,6 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, run)) for run in runs)
 
 
-FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights that can be pruned, for safetensors
 HEAD_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
 ROUTERS = (
     "router",

@@ -17,7 +17,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from regraft.disk.files import digest, file_digest
+from regraft.disk.artifact import require_finite
+from regraft.disk.files import digest, file_digest, in_threads
 from regraft.disk.parsing import json_object, read_json, shown
 from regraft.disk.paths import is_name, require_file, within
 from regraft.errors import RegraftError
@@ -25,10 +26,13 @@ from regraft.models.places import Place
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights that are not quantised
+_CHUNK = 2**22  # elements read at a time
 _SAMPLE = 4096
 _SAMPLED = 1024
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
 _SETTINGS = {".json", ".jinja", ".txt", ".model", ".py"}
+_MOST_SETTINGS = 2**30  # bytes
 _MOST_HEADER = 100_000_000  # bytes, as safetensors itself
 _AGAIN = "Download or export the file again."
 _LFS_POINTER = b"version https://git-lfs"
@@ -106,6 +110,24 @@ class Checkpoint:
             handle.seek(record.start + first * size)
             return as_tensor(handle.read(count * size), replace(record, shape=(count,)))
 
+    @cached_property
+    def finite(self) -> bool:
+        """Whether no tensor of floats holds NaN or infinity; reads them all, the first time.
+
+        Raises:
+            RegraftError: one does, by its name.
+        """
+
+        def check(name: str) -> None:
+            record = self.tensors[name]
+            size = math.prod(record.shape)
+            for first in range(0, size, _CHUNK):
+                part = self._elements(record, first, min(_CHUNK, size - first))
+                require_finite(self.folder, {name: part})
+
+        in_threads(check, [name for name, one in self.tensors.items() if one.dtype in FLOATS])
+        return True
+
     def record(self, name: str) -> TensorRecord:
         """Look up a tensor by its name on disk."""
         try:
@@ -159,7 +181,14 @@ class Checkpoint:
     def _settings(self) -> list[Path]:
         """Config, tokenizer, processor and template files."""
         files = sorted(self.folder.iterdir())
-        return [path for path in files if path.suffix in _SETTINGS and path.is_file()]
+        found = [path for path in files if path.suffix in _SETTINGS and path.is_file()]
+        for path in found:
+            if path.stat().st_size > _MOST_SETTINGS:
+                raise RegraftError(
+                    f"{path} is larger than any such file of a model: {path.stat().st_size:,} "
+                    "bytes. Take it out of the model's folder."
+                )
+        return found
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -244,6 +273,8 @@ def _listed(folder: Path) -> dict[str, str]:
             raise RegraftError(
                 f"{folder}: shard {shard}, listed in {INDEX_FILE} for {name!r}, is missing."
             )
+    if not isinstance(content.get("metadata"), dict):  # without which transformers loads nothing
+        raise RegraftError(f"{index}: field metadata is missing, or no JSON object.")
     return weight_map
 
 

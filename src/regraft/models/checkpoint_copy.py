@@ -10,7 +10,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from threading import Event, Lock
 
@@ -99,7 +99,7 @@ def write_copy(
     check_target(source, target)
     stamps = source.stamps()
     with atomic_folder(target) as temporary:
-        _copy_side_files(source.folder, temporary, set(source.shards))
+        _copy_side_files(source, temporary)
         for name, content in (files or {}).items():
             (temporary / name).write_text(content, encoding="utf-8")
         stop = Event()
@@ -126,7 +126,8 @@ def check_target(source: Checkpoint, target: Path) -> None:
     """Check that a copy of `source` can be written to `target`; writes and removes nothing.
 
     Raises:
-        RegraftError: `target` is no new folder, lies inside `source`, or the disk is too full.
+        RegraftError: `target` is no new folder, lies inside `source`, or the disk is too full; a
+            tensor of `source` holds NaN or infinity.
     """
     require_new(target)
     if target.resolve().is_relative_to(source.folder.resolve()):
@@ -134,7 +135,9 @@ def check_target(source: Checkpoint, target: Path) -> None:
             f"The output folder {target} is inside the checkpoint {source.folder}. "
             "Choose a folder outside it."
         )
-    require_space(target, source.bytes - leftover_bytes(target))
+    needed = source.bytes + sum(path.stat().st_size for path in _side_files(source))
+    require_space(target, needed - leftover_bytes(target))
+    _ = source.finite
 
 
 def copy_file(source: Path, target: Path, advance: Advance) -> None:
@@ -168,20 +171,26 @@ def _one_at_a_time(advance: Advance, stop: Event) -> Advance:
     return locked
 
 
-def _copy_side_files(source: Path, target: Path, shards: set[str]) -> None:
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        weight_name = Path(path.name.removesuffix(".index.json"))
-        in_other_format = relative.parts[0] == "original" or weight_name.suffix in OTHER_WEIGHTS
-        is_weight = path.suffix == ".safetensors" or relative.name in shards
-        if not path.is_file() or hidden or in_other_format or is_weight:
-            continue
+def _copy_side_files(source: Checkpoint, target: Path) -> None:
+    for path in _side_files(source):
+        relative = path.relative_to(source.folder)
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         if str(relative) == "config.json":
             _copy_config(path, target / relative)
         else:
             shutil.copyfile(path, target / relative)
+
+
+def _side_files(source: Checkpoint) -> Iterator[Path]:
+    """What is copied of a model's folder besides its weights."""
+    for path in sorted(source.folder.rglob("*")):
+        relative = path.relative_to(source.folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        weight_name = Path(path.name.removesuffix(".index.json"))
+        in_other_format = relative.parts[0] == "original" or weight_name.suffix in OTHER_WEIGHTS
+        is_weight = path.suffix == ".safetensors" or relative.name in source.shards
+        if path.is_file() and not (hidden or in_other_format or is_weight):
+            yield path
 
 
 def _copy_config(source: Path, target: Path) -> None:

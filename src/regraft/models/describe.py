@@ -1,8 +1,7 @@
 """Read the architecture of a model off its modules, and find its weights in a checkpoint.
 
 Every layer's linears are prunable; heads are told apart where a layer has separate q, k, v and o
-projections. What cannot be pruned and patched is refused here: quantised weights, and files that
-belong to another model than config.json describes.
+projections.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from regraft.models.architecture import (
 )
 from regraft.models.checkpoint import Checkpoint
 from regraft.models.experts import parameters_of, transposed
-from regraft.models.on_disk import OnDisk, Part, check_stored, require_float
+from regraft.models.on_disk import OnDisk, Part
 from regraft.models.places import Place
 
 
@@ -35,10 +34,9 @@ def read_architecture(model: nn.Module, checkpoint: Checkpoint) -> Architecture:
     """Describe a model (weights may be on the meta device) and find its weights on disk.
 
     Raises:
-        RegraftError: there are no linears, no output head, quantised weights, or a checkpoint whose
-            decoder or head does not match the model.
+        RegraftError: there are no linears, no output head, or the checkpoint has no such weights.
     """
-    decoder, output = text_decoder(model), output_head(language_model(model))
+    output = output_head(language_model(model))
     assert output is not None
     shapes = [
         (index, name, (module.out_features, module.in_features))
@@ -52,11 +50,6 @@ def read_architecture(model: nn.Module, checkpoint: Checkpoint) -> Architecture:
         )
     on_disk = OnDisk.of(model, checkpoint, shapes)
     layers = _describe_layers(model, on_disk)
-    prunable = dict.fromkeys(linear.tensor for layer in layers for linear in layer.linears)
-    for tensor in prunable:
-        require_float(checkpoint, tensor)
-    if on_disk.prefix is not None:
-        check_stored(checkpoint, on_disk.prefix, decoder, output, prunable)
     pruned = {f"{li.module}.{li.parameter}" for layer in layers for li in layer.linears}
     return Architecture(
         family=model.config.model_type,  # type: ignore[union-attr, arg-type]

@@ -7,9 +7,11 @@ folder and the files.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from jinja2 import nodes
 from regraft.data.collate import lent_template
 from regraft.disk.parsing import read_json, shown
 from regraft.disk.paths import require_file
-from regraft.errors import RegraftError, is_device_memory, is_host_memory
+from regraft.errors import RegraftError, is_device_memory, is_fault, is_host_memory
 
 _SETTINGS = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "processor_config.json"),
@@ -29,19 +31,35 @@ _SETTINGS = (
 )
 _TEXT = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_MOST = (  # what a field's name ends in, and how much no model has
-    (re.compile(r"(layers?|depths?|blocks|stages)$"), 1024),  # an object each in a model
-    (re.compile(r"num_labels$"), 4096),
-    (re.compile(r"experts$"), 2**14),  # as Doge has
-    (re.compile(r"(_size|dim|dims|d_model|d_ff|n_embd|heads|channels)$"), 2**24),  # rows, columns
-)
+_ANY = -math.inf
+_BOUNDS = {  # what a field's name ends in, and from where to where all models have it
+    "config.json": (
+        (re.compile(r"(layers?|depths?|blocks|stages)$"), _ANY, 1024),  # an object each
+        (re.compile(r"num_labels$"), _ANY, 4096),
+        (re.compile(r"experts$"), _ANY, 2**14),  # as Doge has
+        (  # rows, columns
+            re.compile(r"(_size|dim|dims|d_model|d_ff|n_embd|heads|channels)$"),
+            *(_ANY, 2**24),
+        ),
+    ),
+    **dict.fromkeys(
+        ("processor_config.json", "preprocessor_config.json"),
+        (
+            (re.compile(r"image_std$|rescale_factor$"), 1e-6, 1e6),  # divided or multiplied by
+            (re.compile(r"(^|[._])(height|width|patch_size|merge_size)$"), 1, 2**16),
+            (re.compile(r"_edge$"), 1, 2**28),  # of some the number of pixels
+        ),
+    ),
+}
+_Bounds = Sequence[tuple[re.Pattern[str], float, float]]
 _LENGTH = re.compile(  # what positions.py reads
     r"(^|\.)(rope_(scaling|parameters)\.(.+\.)?factor|(original_)?max_position_embeddings)$"
 )
 _MOST_RENDERED = 20_000  # characters that a template makes of one word
 _MOST_NUMBER = 10**6  # in a template
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers' own
-_PATIENCE = 10.0  # seconds for a chat template
+_PATIENCE = 5.0  # seconds for a chat template
+_MOST_GROWN = 1000  # characters that a tokenizer may put in the place of one
 
 
 def check_settings(folder: Path) -> None:
@@ -56,13 +74,15 @@ def check_settings(folder: Path) -> None:
         if not (path.exists() or path.is_symlink()):
             continue
         require_file(path)  # to open a pipe may never end
+        if name == "tokenizer.json":
+            _require_small(path)
         if name in _TEXT:
             continue
         content = read_json(path, lenient=True)
         if not isinstance(content, dict):
             raise RegraftError(f"{path}: expected a JSON object, found {shown(content)}.")
+        _require_within(path, content, _BOUNDS.get(name, ()))
         if name == "config.json":
-            _require_countable(path, content)
             _require_names(path, content)
         if name == "generation_config.json":
             _require_ids(path, content)
@@ -71,28 +91,50 @@ def check_settings(folder: Path) -> None:
             raise RegraftError(f"{path}: model_max_length is {shown(length)}; expected a number.")
 
 
+def _require_small(path: Path) -> None:
+    """Raise where a tokenizer puts far longer texts in the place of short ones, or before all.
+
+    What such a normalizer makes of a prompt takes all memory, and the process ends.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):  # which tokenizers will tell
+        return
+    todo, grown = [content.get("normalizer") if isinstance(content, dict) else None], 1
+    while todo:
+        one = todo.pop()
+        if isinstance(one, dict):
+            inside = one.get("normalizers")
+            todo += inside if isinstance(inside, list) else []
+            grown *= max(len(str(one.get(name, ""))) for name in ("content", "prepend")) or 1
+    if grown > _MOST_GROWN:
+        raise RegraftError(
+            f"{path}: its normalizer makes {grown:,} characters of one; expected {_MOST_GROWN:,} "
+            "at most. Take the file of the base model."
+        )
+
+
 def _require_names(path: Path, content: dict[str, Any]) -> None:
     for name, kinds in {"model_type": str | None, "dtype": str | dict | None}.items():
         if not isinstance(value := content.get(name), kinds):
             raise RegraftError(f"{path}: {name} is {shown(value)}; expected a name.")
 
 
-def _require_countable(path: Path, content: Any, field: str = "") -> None:
+def _require_within(path: Path, content: Any, bounds: _Bounds, field: str = "") -> None:
     length = type(content) in (int, float) and abs(content) < 2**40
-    if _LENGTH.search(field) and not (content is None or length):
+    if bounds and _LENGTH.search(field) and not (content is None or length):
         raise RegraftError(f"{path}: {field} is {shown(content)}; expected a number.")
     if isinstance(content, dict):
         for name, inner in content.items():
-            _require_countable(path, inner, f"{field}.{name}" if field else name)
+            _require_within(path, inner, bounds, f"{field}.{name}" if field else name)
     elif isinstance(content, list):
         for inner in content:
-            _require_countable(path, inner, field)
-    elif isinstance(content, int | float):
-        for name, most in _MOST:
-            if name.search(field) and content > most:
-                raise RegraftError(
-                    f"{path}: {field} is {shown(content)}; expected {most:,} at most."
-                )
+            _require_within(path, inner, bounds, field)
+    elif isinstance(content, int | float) and not isinstance(content, bool):
+        for name, least, most in bounds:
+            if name.search(field) and not least <= content <= most:
+                wanted = f"{most:,} at most" if least == _ANY else f"{least:g} to {most:,}"
+                raise RegraftError(f"{path}: {field} is {shown(content)}; expected {wanted}.")
 
 
 def _require_ids(path: Path, content: dict[str, Any]) -> None:
@@ -107,11 +149,6 @@ def _require_ids(path: Path, content: dict[str, Any]) -> None:
                 )
 
 
-def is_panic(error: BaseException) -> bool:
-    """Whether an error is a panic of tokenizers or safetensors, which is no `Exception`."""
-    return type(error).__name__ == "PanicException"
-
-
 @contextmanager
 def foreign(folder: Path, what: str, advice: str) -> Iterator[None]:
     """Turn whatever others raise while they make `what` of a model's folder into a clear error.
@@ -124,10 +161,50 @@ def foreign(folder: Path, what: str, advice: str) -> Iterator[None]:
     except BaseException as error:
         memory = is_host_memory(error) or is_device_memory(error)  # which is no fault of a file
         ours = isinstance(error, RegraftError) or memory
-        if ours or not (isinstance(error, Exception) or is_panic(error)):
+        if ours or not is_fault(error):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise RegraftError(f"{folder}: {what} could not be loaded ({reason}). {advice}") from error
+        raise RegraftError(
+            f"{folder}: {what} could not be loaded ({reason}{_suspects(folder, reason)}). {advice}"
+        ) from error
+
+
+def _suspects(folder: Path, reason: str) -> str:
+    """Fields of settings that are no use which the reason names, or unlike by default; in words."""
+    from transformers import CONFIG_MAPPING
+
+    odd: list[str] = []
+    for name in _SETTINGS:
+        try:
+            given = read_json(folder / name, lenient=True)
+            kind: str = given.get("model_type", "") if name == "config.json" else ""
+            default = CONFIG_MAPPING[kind]().to_dict() if kind in CONFIG_MAPPING else {}
+            odd += [f"{field} of {name}" for field in _odd(given, default, reason)]
+        except Exception:  # there is no default of this type, or no such file: nothing is suspected
+            continue
+    return f"; look at {', '.join(odd[:3])}" if odd else ""
+
+
+def _odd(given: Mapping[str, Any], default: Mapping[str, Any], reason: str) -> Iterator[str]:
+    """Names of fields with a list, say, or 0, where there is a positive number by default."""
+    for name, value in given.items():
+        usual = default.get(name)
+        if isinstance(value, dict):
+            inside = usual if isinstance(usual, dict) else {}
+            yield from (f"{name}.{inner}" for inner in _odd(value, inside, reason))
+        named = isinstance(value, str) and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", reason)
+        if value is None or usual is None:
+            unlike = False
+        else:
+            unlike = _kind(value) is not _kind(usual) or (
+                _kind(value) is float and value <= 0 < usual
+            )
+        if unlike or (named and value != usual and len(value) > 2):
+            yield name
+
+
+def _kind(value: object) -> type:
+    return float if type(value) is int else type(value)
 
 
 @contextmanager
@@ -184,13 +261,17 @@ def _factor(template: str) -> int:
         return 1
     if tree.find(nodes.Pow):  # no prompt is made by powers
         return _MOST_NUMBER + 1
-    numbers = [one.value for one in tree.find_all(nodes.Const) if isinstance(one.value, int)]
+    numbers = [  # in text as well, of which filters make numbers
+        int(digits)
+        for one in tree.find_all((nodes.Const, nodes.TemplateData))
+        for digits in re.findall(r"\d{1,18}", str(getattr(one, "value", "")))
+    ]
     product = 1
     for node in tree.find_all(nodes.Mul):
         for side in (node.left, node.right):
             if isinstance(side, nodes.Const) and isinstance(side.value, int):
                 product = min(_MOST_NUMBER + 1, product * max(1, abs(side.value)))
-    return max([product, *map(abs, numbers)])
+    return max([product, *numbers])
 
 
 def _templates(processor: Any) -> list[str]:

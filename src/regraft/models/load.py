@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from regraft import distributed
 from regraft.data.collate import Batch
+from regraft.disk.artifact import require_finite
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.architecture import Architecture, LinearArchitecture
@@ -27,16 +28,15 @@ from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.describe import read_architecture
 from regraft.models.foreign import check_template, foreign, of_processor
 from regraft.models.loaded import (
+    check_headers,
     check_loading,
     check_weights,
     describe_unused,
     enough_memory,
-    require_finite,
 )
 from regraft.models.placement import PlacedModel
 from regraft.models.resolve import (
     auto_class,
-    bad_config,
     check_quantised,
     quantisation_of,
     quiet,
@@ -49,6 +49,7 @@ from regraft.models.resolve import (
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Placement = Literal["resident", "streamed"]
+_ADVICE = "Export the whole model again."
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Source:
         """
         require_unquantised(self.config, self.folder)
         require_greedy(self.config, self.folder)
-        network = self.without_weights()
+        network = self.without_weights
         if getattr(self.config, "tie_word_embeddings", False):
             network.tie_weights()
         try:
@@ -100,12 +101,21 @@ class Source:
                 f"({type(error).__name__}: {error}), so that it can be evaluated, not pruned."
             ) from error
 
+    @cached_property
     def without_weights(self) -> Any:
-        """The model on the meta device."""
-        with torch.device("meta"), quiet(), bad_config(self.folder):
-            return auto_class(self.config, self.folder).from_config(
+        """The model on the meta device, which the files fit (`check_headers`; quantised ones may).
+
+        Raises:
+            RegraftError: they do not, or no model can be built from config.json.
+        """
+        described = foreign(self.folder, "the model of its config.json", _ADVICE)
+        with torch.device("meta"), quiet(), described:
+            network = auto_class(self.config, self.folder).from_config(
                 self.config, trust_remote_code=self.trust_remote_code
             )
+        if quantisation_of(self.config) is None:
+            check_headers(network, self.checkpoint)
+        return network
 
     @cached_property
     def readable_architecture(self) -> Architecture | None:
@@ -141,12 +151,13 @@ def open_answering(model: str | Path, *, trust_remote_code: bool = False) -> Sou
     source = Source(open_checkpoint(resolve(model)), trust_remote_code)
     require_greedy(source.config, source.folder)
     check_quantised(source.config, source.folder)
+    _ = source.without_weights
     return source
 
 
 def linear_layers(source: Source) -> set[str]:
     """Dotted names of all linear layers of the model in memory; loads no weights."""
-    modules = source.without_weights().named_modules()
+    modules = source.without_weights.named_modules()
     return {name for name, module in modules if isinstance(module, nn.Linear)}
 
 
@@ -188,7 +199,8 @@ def load_model(
     model = _load_weights(source, dtype, target, split, note)
     if not (split or quantisation_of(source.config)):
         model = model.to(target)
-    require_finite(model, source.folder)  # where the weights are: an accelerator reads them sooner
+    # where the weights are: an accelerator reads them sooner
+    require_finite(source.folder, dict(model.named_parameters()))
     return model
 
 
@@ -203,7 +215,7 @@ def load_placed(
     model = _load_weights(source, dtype, target, split=False)
     if not streamed:
         model = model.to(target)
-    require_finite(model, source.folder)
+    require_finite(source.folder, dict(model.named_parameters()))
     return PlacedModel(model, target, next(model.parameters()).dtype, streamed)
 
 
@@ -219,8 +231,7 @@ def _load_weights(
     if quantisation_of(source.config) and target.type != "cpu":
         require_accelerate("Quantised weights go to an accelerator")
         whole = {"": target}
-    advice = "Export the whole model again."
-    with quiet(), enough_memory(source.folder), foreign(source.folder, "the model", advice):
+    with quiet(), enough_memory(source.folder), foreign(source.folder, "the model", _ADVICE):
         model, loading = auto_class(source.config, source.folder).from_pretrained(
             source.folder,
             config=deepcopy(source.config),  # which loading changes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import nn
 
 from regraft.errors import RegraftError, is_host_memory
 from regraft.models.architecture import Architecture, LinearArchitecture
-from regraft.models.checkpoint import Checkpoint
+from regraft.models.checkpoint import FLOATS, Checkpoint
+from regraft.models.layout import read_layout
 
 
 def check_loading(folder: Path, loading: Mapping[str, Any]) -> None:
@@ -33,6 +35,43 @@ def check_loading(folder: Path, loading: Mapping[str, Any]) -> None:
         )
 
 
+def check_headers(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """`check_loading` by shapes alone, and that floats are stored as floats; reads no weights.
+
+    Args:
+        model: On the meta device, of weights that are not quantised.
+        checkpoint: Its files. What few weights they lack is seen when it is loaded.
+    """
+    wanted = model.state_dict()
+    layout = read_layout(model, checkpoint)
+    mismatched = []
+    for name, laid in layout.items():
+        if name not in wanted or isinstance(laid, str):
+            continue
+        records = [checkpoint.tensors[piece.tensor] for piece in laid.pieces]
+        for record in records if wanted[name].is_floating_point() else ():
+            require_float(checkpoint, record.name)
+        if [one.shape for one in records] == [laid.shape] != [tuple(wanted[name].shape)]:
+            mismatched.append((records[0].name, laid.shape, wanted[name].shape))
+    tied = getattr(model, "all_tied_weights_keys", {})
+    missing = [name for name in wanted if name not in layout and name not in tied]
+    stored = sum(math.prod(one.shape) for one in checkpoint.tensors.values())
+    most = sum(wanted[name].numel() for name in missing) > stored
+    check_loading(
+        checkpoint.folder,
+        {"mismatched_keys": mismatched, "missing_keys": missing if most else ()},
+    )
+
+
+def require_float(checkpoint: Checkpoint, tensor: str) -> None:
+    dtype = checkpoint.record(tensor).dtype
+    if dtype not in FLOATS:
+        raise RegraftError(
+            f"{checkpoint.folder}: {tensor} is stored as {dtype}: it is quantised, and config.json "
+            f"does not say how. Give a checkpoint whose weights are {', '.join(FLOATS)}."
+        )
+
+
 def describe_unused(folder: Path, loading: Mapping[str, Any]) -> str | None:
     """What to say of weights on disk that the model has no place for, if there are any."""
     unused = sorted(loading["unexpected_keys"])
@@ -43,17 +82,6 @@ def describe_unused(folder: Path, loading: Mapping[str, Any]) -> str | None:
         f"place for, {unused[0]} the first: they are left out. If they belong to it, weights and "
         "config are of different models, and what is measured is neither."
     )
-
-
-def require_finite(model: nn.Module, folder: Path) -> None:
-    """Raise where a weight is NaN or infinite, by its name: all that is made of it would be."""
-    for name, weight in model.named_parameters():
-        if weight.is_meta or not weight.numel() or not weight.is_floating_point():
-            continue
-        if weight.element_size() > 1 and not torch.stack(weight.aminmax()).isfinite().all():
-            raise RegraftError(
-                f"{folder}: the tensor {name} holds NaN or infinite numbers. Export it again."
-            )
 
 
 def check_weights(model: nn.Module, checkpoint: Checkpoint, architecture: Architecture) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from torch import nn
 
 from regraft.errors import RegraftError
-from regraft.models.architecture import FLOATS, decoder_layers
+from regraft.models.architecture import decoder_layers
 from regraft.models.checkpoint import Checkpoint
 from regraft.models.layout import Laid, Layout, Piece, cut, flat_first, read_layout, swapped
 from regraft.models.places import Place, whole
@@ -150,39 +150,3 @@ def disk_prefix(checkpoint: Checkpoint, shapes: Sequence[Shape]) -> str:
         f"{list(wanted[name])}, the file has {list(stored) if stored else 'none'}. "
         "Weights and config belong to different models, or the weights are quantised or fused."
     )
-
-
-def check_stored(
-    checkpoint: Checkpoint,
-    prefix: str,
-    decoder: nn.Module,
-    output: nn.Module,
-    prunable: Collection[str],
-) -> None:
-    """Compare shapes on disk with the model's: of the decoder's embedding and norms, the head.
-
-    Not of `prunable` tensors, which were found by their shapes, and of which experts may lie on
-    disk transposed.
-    """
-    parameters = ((f"{prefix}{name}", one.shape) for name, one in decoder.named_parameters())
-    wanted = {name: shape for name, shape in parameters if name not in prunable}
-    head = f"{prefix.removesuffix('model.')}lm_head.weight"
-    for name in {"lm_head.weight", head} - wanted.keys():
-        wanted[name] = output.weight.shape  # type: ignore[assignment]
-    for name, shape in wanted.items():
-        record = checkpoint.tensors.get(name)
-        if record is not None and record.shape != tuple(shape):
-            raise RegraftError(
-                f"{checkpoint.folder}: config.json describes {name} of shape {list(shape)}, the "
-                f"file has {list(record.shape)}. Weights and config belong to different models, "
-                "or the vocabulary was changed in one of them alone."
-            )
-
-
-def require_float(checkpoint: Checkpoint, tensor: str) -> None:
-    dtype = checkpoint.record(tensor).dtype
-    if dtype not in FLOATS:
-        raise RegraftError(
-            f"{checkpoint.folder}: {tensor} is stored as {dtype}: it is quantised. Give a "
-            f"checkpoint whose weights are {', '.join(FLOATS)}."
-        )

@@ -8,16 +8,15 @@ it lacks; some methods are for accelerators only. They answer prompts and are ne
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from regraft.data.demo import demo_model
 from regraft.data.storage import MODEL_ID, from_hub
-from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
-from regraft.models.foreign import check_settings
+from regraft.models.foreign import check_settings, foreign
 
 _NOT_FROM_HUB = ["original/*", "consolidated*"]
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
@@ -47,18 +46,16 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     if not (folder / "config.json").is_file():
         raise RegraftError(f"{folder} holds no config.json: it is not a model folder.")
     check_settings(folder)
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        if "trust_remote_code" in str(error):
+    with foreign(folder, "its config.json", "Take that of the base model."):
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception as error:
+            if "trust_remote_code" not in str(error):
+                raise
             raise RegraftError(
                 f"{folder} comes with Python code of its own. Read it and, if you trust it, run it "
                 "with --trust-remote-code."
             ) from error
-        reason = " ".join(str(error).split())[:300]
-        raise RegraftError(
-            f"{folder / 'config.json'} cannot be used: {reason}{_suspects(folder)}"
-        ) from error
 
 
 def auto_class(config: Any, folder: Path) -> Any:
@@ -119,49 +116,6 @@ def _classes(config: Any, folder: Path) -> tuple[Any, Any]:
 
 
 @contextmanager
-def bad_config(folder: Path) -> Iterator[None]:
-    """Whatever transformers makes of a config it cannot build a model from."""
-    try:
-        yield
-    except (RegraftError, MemoryError):
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise RegraftError(
-            f"{folder / 'config.json'} describes no model that transformers can build: {reason}"
-            f"{_suspects(folder)}"
-        ) from error
-
-
-def _suspects(folder: Path) -> str:
-    """What in a config.json that is no use is unlike by default, in words."""
-    from transformers import CONFIG_MAPPING
-
-    try:
-        given = read_json(folder / "config.json", lenient=True)
-        odd = [*_odd(given, CONFIG_MAPPING[given["model_type"]]().to_dict())][:3]
-    except Exception:  # there is no default of this type: nothing is suspected
-        return ""
-    return f" (unlike by default: {', '.join(odd)})" if odd else ""
-
-
-def _odd(given: Mapping[str, Any], default: Mapping[str, Any]) -> Iterator[str]:
-    """Names of fields with a list, say, or 0, where there is a positive number by default."""
-    for name, value in given.items():
-        usual = default.get(name)
-        if isinstance(value, dict) and isinstance(usual, dict):
-            yield from (f"{name}.{inner}" for inner in _odd(value, usual))
-        elif value is None or usual is None:
-            continue
-        elif _kind(value) is not _kind(usual) or (_kind(value) is float and value <= 0 < usual):
-            yield name
-
-
-def _kind(value: object) -> type:
-    return float if type(value) is int else type(value)
-
-
-@contextmanager
 def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
@@ -203,7 +157,7 @@ def check_quantised(config: Any, folder: Path) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
     names = AUTO_QUANTIZATION_CONFIG_MAPPING
-    where = f"{folder} is quantised ({method})"
+    where = f"{folder} is quantised ({method}, by quantization_config of its config.json)"
     known = {name.removesuffix("_4bit").removesuffix("_8bit") for name in names}
     if method not in known:
         raise RegraftError(

@@ -21,11 +21,10 @@ from torch import Tensor
 
 from regraft.errors import RegraftError
 from regraft.models.architecture import (
-    FLOATS,
     LayerArchitecture,
-    LinearArchitecture,
     check_same_architecture,
 )
+from regraft.models.checkpoint import FLOATS
 from regraft.models.load import Source
 from regraft.models.places import inside
 from regraft.patch.format import Patch
@@ -55,13 +54,15 @@ def check_pair(dense: Source, compressed: Source) -> None:
     """Check that a compressed checkpoint can be realigned with this dense one.
 
     Raises:
-        RegraftError: they are different models, a weight that is read is not finite, or none
+        RegraftError: they are different models, a tensor of one is not finite, or no weight
             differs.
     """
     architectures = dense.architecture, compressed.architecture
     check_same_architecture(*architectures, (str(dense.folder), str(compressed.folder)))
+    for source in (dense, compressed):
+        _ = source.checkpoint.finite
     for a, b in zip(*(one.linears for one in architectures), strict=True):
-        before, after = _read(dense, a), _read(compressed, b)
+        before, after = dense.weight(a), compressed.weight(b)
         if (before.to(after.dtype) != after).any():
             return
     raise RegraftError(
@@ -113,14 +114,14 @@ def survey(dense: Source, compressed: Source) -> Survey:
     """Look over every prunable weight of both checkpoints, one in memory at a time.
 
     Raises:
-        RegraftError: a weight is NaN or infinite, or the checkpoints are in the wrong order.
+        RegraftError: the checkpoints are in the wrong order.
     """
     counts = {"pruned": 0, "changed": 0}
     kept, found, groupings = 0, _Differences(), []
     equal, compared = 0, 0
     pairs = zip(dense.architecture.linears, compressed.architecture.linears, strict=True)
     for a, b in pairs:
-        before, after = _read(dense, a), _read(compressed, b)
+        before, after = dense.weight(a), compressed.weight(b)
         taken = int(restorable(before, after).count_nonzero())
         counts["pruned"] += taken
         counts["changed"] += int(restorable(before, after, "changed").count_nonzero())
@@ -223,17 +224,6 @@ def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the coarser of their dtypes."""
     dtype = max(a.dtype, b.dtype, key=lambda one: torch.finfo(one).eps)
     return a.to(dtype), b.to(dtype)
-
-
-def _read(source: Source, linear: LinearArchitecture) -> Tensor:
-    """One prunable weight, which must be finite."""
-    weight = source.weight(linear)
-    if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
-        raise RegraftError(
-            f"{source.folder}: {linear.tensor} holds values that are NaN or infinite. Make or "
-            "download the checkpoint again."
-        )
-    return weight
 
 
 def is_changed(patch: Patch) -> bool:

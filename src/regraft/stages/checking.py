@@ -154,10 +154,10 @@ def _read(folder: Path) -> Evaluation:
     """
     found = read_evaluation(folder)
     for name in ("inputs", "settings", "versions"):
-        if not isinstance(found.about.get(name), Mapping):
+        if not (isinstance(one := found.about.get(name), Mapping) and one):
             raise RegraftError(
-                f"{folder / 'results.json'}: field 'about.{name}' is no JSON object, so it is not "
-                "known how the model was evaluated. Evaluate it again."
+                f"{folder / 'results.json'}: field 'about.{name}' is no JSON object, or empty, so "
+                "it is not known how the model was evaluated. Evaluate it again."
             )
     ids = Counter(answer.id for answer in found.result.answers)
     if twice := [one for one, count in ids.items() if count > 1]:

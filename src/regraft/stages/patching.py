@@ -15,11 +15,10 @@ from regraft.disk.artifact import ABOUT_FILE, save_tensors
 from regraft.disk.descriptions import described
 from regraft.disk.files import atomic_folder, file_digest, read_json, to_json
 from regraft.errors import RegraftError
-from regraft.models.architecture import FLOATS
-from regraft.models.checkpoint import Checkpoint, open_checkpoint
+from regraft.models.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from regraft.models.checkpoint_copy import check_target
 from regraft.models.load import linear_layers, open_source
-from regraft.models.resolve import resolve
+from regraft.models.resolve import auto_class, resolve
 from regraft.patch import peft, vllm
 from regraft.patch.apply import Operation, Plan, make_plan, write_plan
 from regraft.patch.format import Patch, load_patch
@@ -291,11 +290,10 @@ def _for_peft(plan: Plan, trust_remote_code: bool) -> _Content:
         for change in plan.changes
     ]
     adapter = peft.shira(plan.changes, held, modules)
-    vision = source.architecture.has_vision
     readme = _ABOUT_PEFT.format(
         weights=plan.weights,
         tensors=len(plan.changes),
-        auto="AutoModelForImageTextToText" if vision else "AutoModelForCausalLM",
+        auto=auto_class(source.config, source.folder).__name__,
     )
     texts = {README: readme, peft.CONFIG_FILE: to_json(adapter.config)}
     return _Content(texts, peft.WEIGHTS_FILE, adapter.tensors, {"format": "pt"})

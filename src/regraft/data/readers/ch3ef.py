@@ -27,9 +27,9 @@ def read_ch3ef(folder: Path) -> Reading:
 
 
 def _example(row: Row) -> Example:
-    name, images = row.values.get("id"), _images(row)
+    images = _images(row)
     return Example(
-        id=f"ch3ef-{row.key if name is None else name}",
+        id=f"ch3ef-{row.key if row.values.get('id') is None else row.name('id')}",
         instruction=row.text("query"),
         harmful=True,
         category=row.optional_text("source") or "uncategorised",
