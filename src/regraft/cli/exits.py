@@ -147,8 +147,9 @@ def _foreseen(error: BaseException) -> str | None:
 def _by_transformers(error: BaseException) -> str:
     """The model, by its folder, whose code raised it, which takes its config.json as it is."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
-    packages = (Path(one.f_code.co_filename).parts for one in frames)
-    if "transformers" not in next((one for one in packages if "torch" not in one), ()):
+    packages = (str(one.f_globals.get("__name__")).partition(".")[0] for one in frames)
+    # Between the two may be torch, or a package that holds quantised weights
+    if next((one for one in packages if one in ("transformers", "regraft")), "") != "transformers":
         return ""
     owners = (frame.f_locals.get("self") for frame in frames)
     configs = (getattr(one, "config", None) for one in owners)

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import Parameter
 
 from regraft.disk.descriptions import Fields, described
 from regraft.disk.files import atomic_file, digest
@@ -116,11 +117,12 @@ def load_unfinished(path: Path) -> dict[str, Tensor]:
 def require_finite(path: Path, tensors: Mapping[str, Tensor], *, nan: bool = False) -> None:
     """Raise where a tensor holds NaN (unless `nan`) or infinity, by its name; `path` is its file's.
 
-    Those of the meta device, and floats of 8 bits, which are quantised, are passed over.
+    Those of the meta device, and quantised ones, which are floats of 8 bits or classes of a
+    package's own (torchao), are passed over.
     """
     for name, tensor in tensors.items():
-        floats = tensor.is_floating_point() and tensor.element_size() > 1
-        if tensor.is_meta or not (floats and tensor.numel()):
+        plain = type(tensor) in (Tensor, Parameter) and tensor.is_floating_point()
+        if tensor.is_meta or not (plain and tensor.element_size() > 1 and tensor.numel()):
             continue
         known = tensor.nan_to_num(0.0, torch.inf, -torch.inf) if nan else tensor
         if not torch.stack(known.aminmax()).isfinite().all():
