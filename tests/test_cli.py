@@ -1106,7 +1106,13 @@ def test_a_config_that_only_running_the_model_shows_to_be_wrong(
     config["text_config"]["rope_parameters"]["mrope_section"] = [1, 1]
     file.write_text(json.dumps(config))
     message = refused("eval", world.model, "--suite", world.data, "--out", "out")
-    has(message, f"transformers cannot run {world.model}", "split_with_sizes", "config.json", "--debug")
+    has(
+        message,
+        f"transformers cannot run {world.model}",
+        "split_with_sizes",
+        "config.json",
+        "--debug",
+    )
 
 
 def test_weights_that_are_no_numbers_are_named_by_a_pruner_without_data(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -159,6 +160,39 @@ def test_an_evaluation_from_end_to_end(quantised: Callable[[str], Path], tmp_pat
     )
     for page in ("page", "pair"):
         assert "packed" in (tmp_path / page / "report.md").read_text()
+
+
+def package_config(package: str) -> Any:
+    """Of transformers: weights of 8 bits, activations as they are."""
+    pytest.importorskip(package)
+    if package == "bitsandbytes":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
+def test_what_other_packages_save_answers(package: str, tmp_path: Path) -> None:
+    config = package_config(package)
+    dense = pico.save("qwen2_5_vl", tmp_path / "dense", torch.bfloat16)
+    how = {"dtype": torch.bfloat16, "device_map": "cpu"}
+    model, plain = (
+        transformers.AutoModelForImageTextToText.from_pretrained(dense, **how, **more)
+        for more in ({"quantization_config": config}, {})
+    )
+    model.save_pretrained(tmp_path / "model")
+    pico.processor("qwen2_5_vl").save_pretrained(tmp_path / "model")
+    source, ids = open_answering(tmp_path / "model"), torch.arange(40, 52)[None]
+    with torch.no_grad():
+        expected, unrounded = (one(input_ids=ids).logits for one in (model, plain))
+        found = load_model(source, device="cpu", dtype="bfloat16")(input_ids=ids).logits
+    assert torch.equal(found, expected) and not torch.equal(found, unrounded)
+    target = stages.Target(source, ComputeSettings(device="cpu", dtype="bfloat16"))
+    prompts = suite(tmp_path / "data")
+    done = stages.evaluate_target(target, tmp_path / "out", prompts, EvalSettings(max_new_tokens=6))
+    assert len({one.answer for one in done.result.answers}) > 1
 
 
 @pytest.mark.parametrize(
