@@ -146,7 +146,7 @@ class Maker:
                 batch_size=self.compute.batch_size,
                 advance=done,
             )
-        return [judged(one, text, DEFAULT_JUDGE) for one, text in zip(prompts, texts, strict=True)]
+        return [judged(one, text) for one, text in zip(prompts, texts, strict=True)]
 
     def _calibration(self, seed: int, prompts: Sequence[Example]) -> Reading:
         """All prompts of the seed, enough of each kind with an answer of use."""

@@ -83,7 +83,7 @@ def calibration_data(setup: Setup, folder: Path, *, harmful: bool) -> Reading:
         prompts,
         calibration.samples,
         calibration.max_response_tokens,
-        _if_of_use,
+        judged,
         {"judge": DEFAULT_JUDGE.name},
         _none_of_use(len(prompts.examples), harmful=harmful),
     )
@@ -213,7 +213,7 @@ def _unless_blank(example: Example, text: str) -> Response:
     return Response(example.id, text, not blank, "blank" if blank else "")
 
 
-def _if_of_use(example: Example, text: str) -> Response:
+def judged(example: Example, text: str) -> Response:
     """Whether an answer of the dense model is of use: it refuses exactly what is harmful."""
     why: str = "blank" if not text.strip() else degeneration(text) or ""
     if not why:
