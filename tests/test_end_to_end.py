@@ -9,6 +9,8 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -215,15 +217,20 @@ class Stopping(Silent):
 
 
 @pytest.fixture(scope="module")
-def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def several(
+    tmp_path_factory: pytest.TempPathFactory,
+    without_figures: Callable[[], AbstractContextManager[None]],
+) -> Path:
     """A world with a finished run of two prunings in `run`, and its recipe's `recipe.yaml`."""
     root = tmp_path_factory.mktemp("several")
     pico.save("llava", root / "dense", torch.bfloat16, "100KB")
     write_data(root / "data", 6)
-    pipeline.run_one(_recipe(root, **SEVERAL), root / "run")
+    with without_figures():
+        pipeline.run_one(_recipe(root, **SEVERAL), root / "run")
     return root
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_says_that_test_prompts_were_used_before(several: Path) -> None:
     notes: list[str] = []
 
@@ -279,6 +286,7 @@ def test_report_of_several_prunings(several: Path) -> None:
     }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_several_prunings_go_on_where_they_stopped(several: Path, tmp_path: Path) -> None:
     recipe = _recipe(several, **SEVERAL)
     stops = {"Evaluating the mine model": "wanda-50/hsr", "Realigning: mine/hsr": "mine/hsr"}
@@ -311,6 +319,7 @@ def _p_value(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * tail)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_numbers_of_a_matrix_on_the_bundled_model(tmp_path: Path) -> None:
     """Against counts from the answers on disk."""
     fields: dict[str, Any] = {

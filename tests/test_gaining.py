@@ -322,6 +322,7 @@ def test_progress_moves_while_numbers_are_tried(benches, tmp_path, monkeypatch):
         tries.append(seen)
         return found
 
+    monkeypatch.setattr(gaining, "MOST_STEPS", 3)
     monkeypatch.setattr(gain_step, "line_search", heard)
     about = bench.rank(tmp_path / "ranking", progress=told).about
     steps = [units for what, units in told.tasks.items() if what.startswith("Step")]
@@ -365,6 +366,7 @@ def test_gradients_are_of_the_prompts_that_are_not_held_out(benches, tmp_path, m
         )
         return together(sides, advance)
 
+    monkeypatch.setattr(gaining, "MOST_STEPS", 2)
     monkeypatch.setattr(gain_step, "layer_gradients", gradients)
     monkeypatch.setattr(gain_step, "losses_together", losses)
     bench = benches("llama")
@@ -478,6 +480,7 @@ def test_one_prompt_of_a_kind_is_too_few(benches, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch):
     """In a run with searches too, whose points are of several budgets."""
     bench, walked = benches("llama"), []

@@ -416,12 +416,14 @@ def test_preview_refuses_what_the_command_refuses(bench: Bench, tmp_path: Path) 
 
 @dataclass(frozen=True)
 class Killable:
-    """A recipe at pico size, the folder of an uninterrupted run, and how often it changes files."""
+    """A recipe at pico size, the folder of an uninterrupted run, how often it changes files, and
+    what it left in its folder: name -> digest."""
 
     server: killed.Server
     recipe: Path
     finished: Path
     changes: int
+    left: Mapping[str, str]
 
     def run(self, folder: Path, kill_at: int | None = None) -> int:
         return self.server.run(self.recipe, folder, kill_at)[0]
@@ -438,7 +440,7 @@ def _recipe(root: Path) -> Recipe:
             a_variant(name="hsr", top_heads=3, q=0.9),
             a_variant(name="control", heads="random", top_heads=3, checkpoint=False),
         ),
-        evaluate=EvaluateSettings(suite=(data,), max_new_tokens=2),
+        evaluate=EvaluateSettings(suite=(data,), max_new_tokens=2, limit=2),  # two batches
         compute=ComputeSettings(device="cpu", batch_size=2),
     )
 
@@ -456,7 +458,7 @@ def killable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killable]:
     with killed.Server() as server:
         status, changes = server.run(recipe, root / "whole")
         assert status == 0
-        yield Killable(server, recipe, root / "whole", changes)
+        yield Killable(server, recipe, root / "whole", changes, tree(root / "whole"))
 
 
 def _moments(changes: int, count: int) -> Iterator[int]:
@@ -468,7 +470,7 @@ def _moments(changes: int, count: int) -> Iterator[int]:
 
 def _same(killable: Killable, folder: Path, when: str) -> None:
     """The same files, to the byte but for what they say of time."""
-    expected, found = tree(killable.finished), tree(folder)
+    expected, found = killable.left, tree(folder)
     assert found.keys() == expected.keys(), f"{when}: {sorted(found.keys() ^ expected.keys())}"
     results = [
         json.loads((one / "report" / "report.json").read_text(encoding="utf-8"))
