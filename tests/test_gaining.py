@@ -182,8 +182,9 @@ def approx(losses: Losses | Mapping[str, float]) -> Any:
     ("family", "way"),
     [("mllama", "half"), ("qwen2_vl", "half"), ("llama", "half"), ("qwen2_vl", "2 bits")],
 )
-def test_restoring_lowers_the_losses(family, way, benches, tmp_path):
+def test_restoring_lowers_the_losses(family, way, benches, tmp_path, monkeypatch):
     """As told of the path, by whole forward passes; streamed the same, and no file changes."""
+    monkeypatch.setattr(gaining, "MOST_STEPS", 3)
     bench = benches(family)
     before = tree(bench.root)
     ranking = bench.rank(tmp_path / "resident", way=way)
@@ -547,6 +548,7 @@ def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch)
 @pytest.mark.parametrize(("when", "swap"), [("before", False), ("after", True)])
 def test_stopped_anywhere_and_taken_up_again(when, swap, benches, tmp_path, monkeypatch):
     """The same file; finished steps are not repeated, nor is the dense model asked again."""
+    monkeypatch.setattr(gaining, "MOST_STEPS", 3)
     bench, settings = benches("llama"), GAIN.model_copy(update={"swap": swap})
     started: list[int] = []
     asked: list[int] = []
