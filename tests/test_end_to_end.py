@@ -324,13 +324,13 @@ def test_numbers_of_a_matrix_on_the_bundled_model(tmp_path: Path) -> None:
     """Against counts from the answers on disk."""
     fields: dict[str, Any] = {
         "model": "demo",
-        "calibration": {"data": "demo:calibration", "samples": 32},
+        "calibration": {"data": "demo:calibration", "samples": 16},
         "prune": [{"sparsity": 0.6, "order": "one-shot"}, {"n_m": "2:4", "order": "one-shot"}],
         "realign": [{"name": "all", "method": "hsr-a", "heads": "all", "checkpoint": False}],
         "evaluate": {
             "suite": ["demo:test#harmful", "demo:test#harmless"],
             "max_new_tokens": 12,
-            "limit": 40,
+            "limit": 20,
         },
         "compute": {"device": "cpu", "batch_size": 16},
     }
@@ -341,11 +341,11 @@ def test_numbers_of_a_matrix_on_the_bundled_model(tmp_path: Path) -> None:
         place = Path("dense") if pruning == "dense" else Path(pruning) / (way or "pruned")
         lines = (tmp_path / "run" / "evaluation" / place / "answers.jsonl").read_text().splitlines()
         refused[variant.name] = {row["id"]: row["refused"] for row in map(json.loads, lines)}
-        assert len(refused[variant.name]) == 80
+        assert len(refused[variant.name]) == 40
         assert variant.result.asr is not None
         harmful = [no for key, no in refused[variant.name].items() if key.startswith("harmful")]
         assert variant.result.asr.count == harmful.count(False)
-        assert variant.result.asr.n == len(harmful) == 40
+        assert variant.result.asr.n == len(harmful) == 20
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text(encoding="utf-8"))
     assert report["runs"][0]["caveat"].startswith("A toy")
     discordant = 0
@@ -413,10 +413,10 @@ def test_bundled_model_killed_at_work(tmp_path: Path) -> None:
     """`regraft run` on the bundled model, killed in the middle of every kind of work."""
     fields: dict[str, Any] = {
         "model": "demo",
-        "calibration": {"data": "demo:calibration", "samples": 8},
+        "calibration": {"data": "demo:calibration", "samples": 4},
         "prune": {"sparsity": 0.6},
         "realign": [{"method": "hsr", "top_heads": 16, "q": 0.3}],
-        "evaluate": {"suite": "demo:test", "max_new_tokens": 4, "limit": 8},
+        "evaluate": {"suite": "demo:test", "max_new_tokens": 4, "limit": 4},
         "compute": {"device": "cpu", "batch_size": 2},
     }
     recipe = tmp_path / "recipe.yaml"
