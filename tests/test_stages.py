@@ -39,6 +39,8 @@ from regraft.recipes.recipe import Recipe
 from regraft.restoration import base
 from regraft.restoration.ranking import load_ranking
 from regraft.runs import pipeline
+from regraft.runs.plan import Planner
+from regraft.runs.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
@@ -575,6 +577,15 @@ def test_run_on_an_existing_pruned_checkpoint(killable: Killable, tmp_path: Path
     ]
     assert results[0] == results[1]
     assert [variant.name for variant in made.variants] == ["dense", "pruned", "hsr", "control"]
+
+
+def test_a_run_opens_its_pruned_model_once(bench: Bench) -> None:
+    """And so reads all of its bytes once, to tell it apart from others."""
+    recipe, place = Recipe(model=str(bench.root / "dense")), RunDir(bench.root)
+    planner = Planner(recipe, place, stages.Restoration(bench.dense), None)
+    opened = planner.pruned(recipe.prune[0].name)
+    assert opened.folder == bench.root / "pruned"
+    assert planner.pruned(recipe.prune[0].name) is opened
 
 
 def test_heads_with_estimated_scores_are_not_taken(bench: Bench) -> None:
