@@ -32,9 +32,10 @@ settings.load_profile("untimed")
 
 # Files that take longest, in order: a worker that began one last would keep the others waiting.
 LONGEST = (
-    *("test_stages", "test_end_to_end", "test_families", "test_gaining", "test_types_table"),
-    *("test_several", "test_goldens", "test_fuzz", "test_tuning", "test_distributed"),
-    *("test_compare", "test_cli", "test_plugin_pruner", "test_method_plugin"),
+    *("test_end_to_end", "test_stages", "test_families", "test_fuzz", "test_several"),
+    *("test_goldens", "test_noninferiority", "test_cli", "test_types_table", "test_gaining"),
+    *("test_tuning", "test_distributed", "test_compare", "test_plugin_pruner"),
+    *("test_method_plugin", "test_ships", "test_paper", "test_selection"),
     *("test_reader_benchmark", "test_real_benchmark", "test_defence", "test_endpoint"),
 )
 

@@ -249,7 +249,10 @@ def write_artifact(path: Path, header: Any, tensors: Mapping[str, torch.Tensor])
 
 
 def of_tensors(source: Path) -> Iterator[Case]:
-    """Tensors of other types, shapes and values, missing and too many."""
+    """Tensors of other types, shapes and values, missing and too many.
+
+    Of tensors that are alike, as one a weight, the first and the last are changed.
+    """
     header, tensors = artifact(source)
 
     def case(called: str, change: dict[str, torch.Tensor | None]) -> Case:
@@ -261,7 +264,11 @@ def of_tensors(source: Path) -> Iterator[Case]:
 
     yield case("one more", {"x": torch.ones(2)})
     yield case("a long name", {"n" * 3000: torch.ones(2)})
+    alike: dict[Any, list[str]] = {}
     for name, tensor in tensors.items():
+        alike.setdefault((tensor.dtype, tensor.ndim), []).append(name)
+    for name in dict.fromkeys(name for names in alike.values() for name in (names[0], names[-1])):
+        tensor = tensors[name]
         flat = tensor.clone().flatten()
         yield case(f"{name} missing", {name: None})
         yield case(f"{name} empty", {name: flat[:0].clone()})
@@ -426,3 +433,12 @@ def linked(source: Path, target: Path) -> Path:
     """A copy of a folder of which each file is the same one on disk, so that it costs nothing."""
     shutil.copytree(source, target, copy_function=os.link)
     return target
+
+
+def put_back(path: Path, valid: Path) -> None:
+    """Whatever is at `path` goes, and what is valid is linked to it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    os.link(valid, path)

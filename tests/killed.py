@@ -15,9 +15,12 @@ import subprocess
 import sys
 import traceback
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from PIL import Image
 
 
 class Server:
@@ -124,8 +127,15 @@ def _serve() -> None:
     import transformers
 
     from regraft import costs, registry
-    from regraft.report import drawing, rate_figures, weight_figures
-    from regraft.runs import pipeline  # noqa: F401 - so that no fork has to
+    from regraft.report import drawing, page, rate_figures, weight_figures
+
+    # What every run imports, reads or compiles only when it gets there, so that no fork has to
+    for name in ("runs.pipeline", "data.readers.jsonl", "pruning.pruners.wanda"):
+        import_module(f"regraft.{name}")
+    import_module("regraft.restoration.methods.hsr")
+    Image.preinit()
+    for template in page._environment().list_templates():
+        page._environment().get_template(template)
 
     # else a busy machine writes the costs of more stages, and no two runs change as many files
     costs._WORTH_TELLING = costs._BETWEEN_WRITES = math.inf

@@ -304,6 +304,7 @@ def test_heads_stay_as_they_are(
     assert scores.about["data"]["safety"]["used"] == 3
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_writes_them_once(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

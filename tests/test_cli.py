@@ -983,6 +983,7 @@ def test_run_folder_is_taken(world: World, refused: Refused) -> None:
     has(refused("run", world.recipe(), "--out", "data"), "data is not empty")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_run_folder_of_another_recipe(world: World, refused: Refused) -> None:
     run_ok("run", world.recipe(), "--out", "run")
     message = refused("run", world.recipe(prune={"sparsity": 0.7}), "--out", "run")
@@ -999,6 +1000,7 @@ def test_run_folder_of_another_recipe(world: World, refused: Refused) -> None:
     has(message, "run is not finished", "hsr has not been evaluated", "regraft run")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_goes_on_with_smaller_batches(world: World) -> None:
     """As it is told to where memory was short: what is finished stays."""
     run = world.root / "run"
@@ -1247,6 +1249,7 @@ def test_disk_gets_full_while_writing(
     has(message, "The disk is full: could not write a/b/", "Free some space")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_disk_gets_full_in_a_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was finished stays, pruned layers too, to go on from; nothing is half-written."""
     recipe, run = world.recipe(), world.root / "run"

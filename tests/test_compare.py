@@ -6,7 +6,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -579,7 +580,10 @@ VARIANTS = [
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(
+    tmp_path_factory: pytest.TempPathFactory,
+    without_figures: Callable[[], AbstractContextManager[None]],
+) -> Path:
     """A study of two seeds and two prunings in `run`, with `recipe.yaml` beside it."""
     root = tmp_path_factory.mktemp("study")
     pico.save("llava", root / "dense", torch.bfloat16, "100KB")
@@ -595,7 +599,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "compute": {"device": "cpu", "batch_size": 6},
     }
     (root / "recipe.yaml").write_text(write_recipe(Recipe.model_validate(content)))
-    recipe_runs.run_recipe(read_recipe(root / "recipe.yaml"), root / "run")
+    with without_figures():
+        recipe_runs.run_recipe(read_recipe(root / "recipe.yaml"), root / "run")
     return root
 
 

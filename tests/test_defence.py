@@ -374,6 +374,7 @@ def test_the_prompt_reaches_the_model(source: Source, data: DataSource, tmp_path
 # A run
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_with_defences(source: Source, data: DataSource, tmp_path: Path) -> None:
     recipe = Recipe.model_validate(
         {

@@ -9,6 +9,8 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -215,15 +217,20 @@ class Stopping(Silent):
 
 
 @pytest.fixture(scope="module")
-def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def several(
+    tmp_path_factory: pytest.TempPathFactory,
+    without_figures: Callable[[], AbstractContextManager[None]],
+) -> Path:
     """A world with a finished run of two prunings in `run`, and its recipe's `recipe.yaml`."""
     root = tmp_path_factory.mktemp("several")
     pico.save("llava", root / "dense", torch.bfloat16, "100KB")
     write_data(root / "data", 6)
-    pipeline.run_one(_recipe(root, **SEVERAL), root / "run")
+    with without_figures():
+        pipeline.run_one(_recipe(root, **SEVERAL), root / "run")
     return root
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_says_that_test_prompts_were_used_before(several: Path) -> None:
     notes: list[str] = []
 
@@ -279,6 +286,7 @@ def test_report_of_several_prunings(several: Path) -> None:
     }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_several_prunings_go_on_where_they_stopped(several: Path, tmp_path: Path) -> None:
     recipe = _recipe(several, **SEVERAL)
     stops = {"Evaluating the mine model": "wanda-50/hsr", "Realigning: mine/hsr": "mine/hsr"}
@@ -311,17 +319,18 @@ def _p_value(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * tail)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_numbers_of_a_matrix_on_the_bundled_model(tmp_path: Path) -> None:
     """Against counts from the answers on disk."""
     fields: dict[str, Any] = {
         "model": "demo",
-        "calibration": {"data": "demo:calibration", "samples": 32},
+        "calibration": {"data": "demo:calibration", "samples": 16},
         "prune": [{"sparsity": 0.6, "order": "one-shot"}, {"n_m": "2:4", "order": "one-shot"}],
         "realign": [{"name": "all", "method": "hsr-a", "heads": "all", "checkpoint": False}],
         "evaluate": {
             "suite": ["demo:test#harmful", "demo:test#harmless"],
             "max_new_tokens": 12,
-            "limit": 40,
+            "limit": 20,
         },
         "compute": {"device": "cpu", "batch_size": 16},
     }
@@ -332,11 +341,11 @@ def test_numbers_of_a_matrix_on_the_bundled_model(tmp_path: Path) -> None:
         place = Path("dense") if pruning == "dense" else Path(pruning) / (way or "pruned")
         lines = (tmp_path / "run" / "evaluation" / place / "answers.jsonl").read_text().splitlines()
         refused[variant.name] = {row["id"]: row["refused"] for row in map(json.loads, lines)}
-        assert len(refused[variant.name]) == 80
+        assert len(refused[variant.name]) == 40
         assert variant.result.asr is not None
         harmful = [no for key, no in refused[variant.name].items() if key.startswith("harmful")]
         assert variant.result.asr.count == harmful.count(False)
-        assert variant.result.asr.n == len(harmful) == 40
+        assert variant.result.asr.n == len(harmful) == 20
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text(encoding="utf-8"))
     assert report["runs"][0]["caveat"].startswith("A toy")
     discordant = 0
@@ -404,10 +413,10 @@ def test_bundled_model_killed_at_work(tmp_path: Path) -> None:
     """`regraft run` on the bundled model, killed in the middle of every kind of work."""
     fields: dict[str, Any] = {
         "model": "demo",
-        "calibration": {"data": "demo:calibration", "samples": 8},
+        "calibration": {"data": "demo:calibration", "samples": 4},
         "prune": {"sparsity": 0.6},
         "realign": [{"method": "hsr", "top_heads": 16, "q": 0.3}],
-        "evaluate": {"suite": "demo:test", "max_new_tokens": 4, "limit": 8},
+        "evaluate": {"suite": "demo:test", "max_new_tokens": 4, "limit": 4},
         "compute": {"device": "cpu", "batch_size": 2},
     }
     recipe = tmp_path / "recipe.yaml"

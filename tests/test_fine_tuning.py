@@ -248,6 +248,7 @@ def run(root: Path, tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path / "run")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_says_that_values_are_trained(run: Path) -> None:
     read = recipe_runs.report_recipe(run).runs[0]
     labels = {one.name: one for one in read.variants}

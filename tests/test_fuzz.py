@@ -364,14 +364,20 @@ def attack(
 ) -> Callable[[str, Case], fuzz.Outcome]:
     """Give a malformed file to its reader; what is wrong with how it was taken fails the test."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    numbers = count()
+    numbers, whole = count(), fuzz.listing(world)
+    copy: Path | None = None
 
     def attempt(name: str, case: Case) -> fuzz.Outcome:
+        nonlocal copy
+        if copy is None:
+            copy = fuzz.linked(world, tmp_path / f"world-{next(numbers)}")
         reader = READERS[name]
-        copy = fuzz.linked(world, tmp_path / f"world-{next(numbers)}")
         path = reader.within(copy)
         fuzz.replaced(path.read_bytes())(path)  # which the linked one does not see
         outcome = fuzz.run(case, path, reader.act, copy)
+        fuzz.put_back(path, reader.within(world))
+        if fuzz.listing(copy) != whole:  # as after a file that could be read
+            copy = None
         TALLY[name] += 1
         return outcome
 

@@ -182,8 +182,9 @@ def approx(losses: Losses | Mapping[str, float]) -> Any:
     ("family", "way"),
     [("mllama", "half"), ("qwen2_vl", "half"), ("llama", "half"), ("qwen2_vl", "2 bits")],
 )
-def test_restoring_lowers_the_losses(family, way, benches, tmp_path):
+def test_restoring_lowers_the_losses(family, way, benches, tmp_path, monkeypatch):
     """As told of the path, by whole forward passes; streamed the same, and no file changes."""
+    monkeypatch.setattr(gaining, "MOST_STEPS", 3)
     bench = benches(family)
     before = tree(bench.root)
     ranking = bench.rank(tmp_path / "resident", way=way)
@@ -322,6 +323,7 @@ def test_progress_moves_while_numbers_are_tried(benches, tmp_path, monkeypatch):
         tries.append(seen)
         return found
 
+    monkeypatch.setattr(gaining, "MOST_STEPS", 3)
     monkeypatch.setattr(gain_step, "line_search", heard)
     about = bench.rank(tmp_path / "ranking", progress=told).about
     steps = [units for what, units in told.tasks.items() if what.startswith("Step")]
@@ -365,6 +367,7 @@ def test_gradients_are_of_the_prompts_that_are_not_held_out(benches, tmp_path, m
         )
         return together(sides, advance)
 
+    monkeypatch.setattr(gaining, "MOST_STEPS", 2)
     monkeypatch.setattr(gain_step, "layer_gradients", gradients)
     monkeypatch.setattr(gain_step, "losses_together", losses)
     bench = benches("llama")
@@ -478,6 +481,7 @@ def test_one_prompt_of_a_kind_is_too_few(benches, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch):
     """In a run with searches too, whose points are of several budgets."""
     bench, walked = benches("llama"), []
@@ -544,6 +548,7 @@ def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch)
 @pytest.mark.parametrize(("when", "swap"), [("before", False), ("after", True)])
 def test_stopped_anywhere_and_taken_up_again(when, swap, benches, tmp_path, monkeypatch):
     """The same file; finished steps are not repeated, nor is the dense model asked again."""
+    monkeypatch.setattr(gaining, "MOST_STEPS", 3)
     bench, settings = benches("llama"), GAIN.model_copy(update={"swap": swap})
     started: list[int] = []
     asked: list[int] = []

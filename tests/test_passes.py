@@ -222,6 +222,7 @@ def test_passes_in_words(value: float | None, told: str) -> None:
     assert passes_text(value) == told
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_counts_its_own_passes(tmp_path: Path) -> None:
     pico.save("llama", tmp_path / "dense")
     write_data(tmp_path / "data", 4, images=False)

@@ -113,6 +113,7 @@ def test_both_work_in_an_evaluation(installed: Path, prompts: Path, tmp_path: Pa
     assert verdicts["result"]["judge"] == "even-1"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_both_work_in_a_recipe(installed: Path, prompts: Path, tmp_path: Path) -> None:
     model = pico.save("qwen3", tmp_path / "model")
     recipe = {

@@ -554,7 +554,7 @@ def test_the_papers_recipe_from_end_to_end(
             one["budget"] = 0.5  # of a pico model's weights, 0.02 per 10,000 are none
     content["heads"]["r_max"] = 2  # of few prompts
     content["calibration"]["samples"] = 4
-    content["evaluate"]["max_new_tokens"] = 3
+    content["evaluate"]["max_new_tokens"] = 2
     content["compute"] = {"device": "cpu", "batch_size": 16}
     recipe, run = tmp_path / "recipes" / "paper.yaml", tmp_path / "run"
     recipe.write_text(yaml.safe_dump(content, sort_keys=False))

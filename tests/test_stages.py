@@ -39,6 +39,8 @@ from regraft.recipes.recipe import Recipe
 from regraft.restoration import base
 from regraft.restoration.ranking import load_ranking
 from regraft.runs import pipeline
+from regraft.runs.plan import Planner
+from regraft.runs.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
@@ -416,12 +418,14 @@ def test_preview_refuses_what_the_command_refuses(bench: Bench, tmp_path: Path) 
 
 @dataclass(frozen=True)
 class Killable:
-    """A recipe at pico size, the folder of an uninterrupted run, and how often it changes files."""
+    """A recipe at pico size, the folder of an uninterrupted run, how often it changes files, and
+    what it left in its folder: name -> digest."""
 
     server: killed.Server
     recipe: Path
     finished: Path
     changes: int
+    left: Mapping[str, str]
 
     def run(self, folder: Path, kill_at: int | None = None) -> int:
         return self.server.run(self.recipe, folder, kill_at)[0]
@@ -438,7 +442,7 @@ def _recipe(root: Path) -> Recipe:
             a_variant(name="hsr", top_heads=3, q=0.9),
             a_variant(name="control", heads="random", top_heads=3, checkpoint=False),
         ),
-        evaluate=EvaluateSettings(suite=(data,), max_new_tokens=2),
+        evaluate=EvaluateSettings(suite=(data,), max_new_tokens=2, limit=2),  # two batches
         compute=ComputeSettings(device="cpu", batch_size=2),
     )
 
@@ -456,7 +460,7 @@ def killable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killable]:
     with killed.Server() as server:
         status, changes = server.run(recipe, root / "whole")
         assert status == 0
-        yield Killable(server, recipe, root / "whole", changes)
+        yield Killable(server, recipe, root / "whole", changes, tree(root / "whole"))
 
 
 def _moments(changes: int, count: int) -> Iterator[int]:
@@ -468,7 +472,7 @@ def _moments(changes: int, count: int) -> Iterator[int]:
 
 def _same(killable: Killable, folder: Path, when: str) -> None:
     """The same files, to the byte but for what they say of time."""
-    expected, found = tree(killable.finished), tree(folder)
+    expected, found = killable.left, tree(folder)
     assert found.keys() == expected.keys(), f"{when}: {sorted(found.keys() ^ expected.keys())}"
     results = [
         json.loads((one / "report" / "report.json").read_text(encoding="utf-8"))
@@ -573,6 +577,15 @@ def test_run_on_an_existing_pruned_checkpoint(killable: Killable, tmp_path: Path
     ]
     assert results[0] == results[1]
     assert [variant.name for variant in made.variants] == ["dense", "pruned", "hsr", "control"]
+
+
+def test_a_run_opens_its_pruned_model_once(bench: Bench) -> None:
+    """And so reads all of its bytes once, to tell it apart from others."""
+    recipe, place = Recipe(model=str(bench.root / "dense")), RunDir(bench.root)
+    planner = Planner(recipe, place, stages.Restoration(bench.dense), None)
+    opened = planner.pruned(recipe.prune[0].name)
+    assert opened.folder == bench.root / "pruned"
+    assert planner.pruned(recipe.prune[0].name) is opened
 
 
 def test_heads_with_estimated_scores_are_not_taken(bench: Bench) -> None:

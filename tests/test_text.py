@@ -183,6 +183,7 @@ def test_an_evaluation_measures_it(pico_dir: Callable[[str], Path], tmp_path: Pa
         run("other", stages.OnText(file, tmp_path / "dense"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_sets_every_model_against_its_dense_one(
     pico_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -571,6 +571,7 @@ def recipe(root: Path, **fields: Any) -> Recipe:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_searches(tmp_path: Path) -> None:
     dense = open_source(pico.save("qwen2_vl", tmp_path / "dense", torch.bfloat16, "100KB"))
     pruned, _ = truth.pruned_at_random(dense, tmp_path / "pruned", 0.5)

@@ -137,6 +137,16 @@ _EXTRA: Mapping[str, Mapping[str, Any]] = {
         "text_config.top_k_experts": 2,
         "text_config.moe_intermediate_size": 32,
     },
+    "dots3_note": {
+        "text_config.per_layer_config": {
+            layer: {
+                **_all("num_attention_heads num_key_value_heads", 8),
+                **_all("q_lora_rank kv_lora_rank qk_nope_head_dim v_head_dim qk_rope_head_dim", 16),
+                "head_dim": 32,
+            }
+            for layer in (2, 3)
+        },
+    },
     "emu3": {"vocabulary_map": _MAP},
     "apertus1p5": {"image_token_offset": 100, "audio_token_offset": 164},
     "cohere_compass": {"text_config.rope_parameters": {"full_attention": _ROPE}},
@@ -144,6 +154,19 @@ _EXTRA: Mapping[str, Mapping[str, Any]] = {
         "text_config.mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
         "text_config.num_experts_per_tok": 2,
     },
+    "fast_vlm": {
+        "vision_config.architecture": "test_efficientnet_ln",
+        "vision_config.hidden_size": 256,
+        "vision_config.model_args": {},
+    },
+    "florence2": {
+        "vision_config.depths": [1, 1, 1, 1],
+        "vision_config.embed_dim": [16, 32, 64, 64],
+        "vision_config.num_heads": [2, 2, 4, 4],
+        "vision_config.num_groups": [2, 2, 4, 4],
+    },
+    "muse_spark": {"audio_config.hidden_sizes": [16, 32, 32, 64]},
+    "inkling_mm_model": {"vision_config.patch_size": 16},
     "blip-2": {"image_token_index": 9},
     "instructblip": {"image_token_index": 9},
     "glm5_next": {"text_config.index_topk": 16},

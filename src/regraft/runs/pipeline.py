@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from regraft.costs import Ledger, Metered
 from regraft.disk.files import discard_leftover, require_empty, require_space, write_text
 from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings
-from regraft.models.load import Source, open_source, pick_device
+from regraft.models.load import open_source, pick_device
 from regraft.patch.pair import check_pair
 from regraft.progress import SILENT, Progress
 from regraft.pruning.base import prune_settings
@@ -27,7 +28,6 @@ from regraft.runs.passes import count_pass, learns_from_both
 from regraft.runs.plan import Planner
 from regraft.runs.reporting import report_run
 from regraft.runs.run_dir import RunDir
-from regraft.settings.compute import ComputeSettings
 from regraft.stages.provenance import but_for_rounding, difference
 from regraft.stages.ranking import check_restorable
 from regraft.stages.reading import warn_of_bundled
@@ -73,7 +73,7 @@ class PlannedRun:
         )
         compute = self.setup.compute
         share = _SHARE.get(pick_device(compute.device).type, _ELSEWHERE)
-        speed = share * _speed(dense, compute)
+        speed = share * _speed(pick_device(compute.device), compute.dtype_of(dense))
         return 2 * dense.architecture.parameters * tokens / speed
 
 
@@ -155,10 +155,10 @@ def unread_in(recipe: Recipe) -> list[str]:
     return found
 
 
-def _speed(dense: Source, compute: ComputeSettings) -> float:
-    """FLOPs a second of one large matrix product, in the dtype that models are loaded in."""
-    device, dtype = pick_device(compute.device), getattr(torch, compute.dtype_of(dense))
-    matrix = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
+@cache
+def _speed(device: torch.device, dtype: str) -> float:
+    """FLOPs a second of one large matrix product, measured once; `dtype` as models are loaded."""
+    matrix = torch.ones(_SIDE, _SIDE, device=device, dtype=getattr(torch, dtype))
     float((matrix @ matrix)[0, 0])
     seconds = []
     for _ in range(_TRIES):
