@@ -46,6 +46,7 @@ _BOUNDS = {  # what a field's name ends in, and from where to where all models h
         ("processor_config.json", "preprocessor_config.json"),
         (
             (re.compile(r"image_std$|rescale_factor$"), 1e-6, 1e6),  # divided or multiplied by
+            (re.compile(r"image_mean$"), -1e6, 1e6),
             (re.compile(r"(^|[._])(height|width|patch_size|merge_size)$"), 1, 2**16),
             (re.compile(r"_edge$"), 1, 2**28),  # of some the number of pixels
         ),
