@@ -194,13 +194,11 @@ def _odd(given: Mapping[str, Any], default: Mapping[str, Any], reason: str) -> I
             inside = usual if isinstance(usual, dict) else {}
             yield from (f"{name}.{inner}" for inner in _odd(value, inside, reason))
         named = isinstance(value, str) and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", reason)
-        if value is None or usual is None:
-            unlike = False
-        else:
-            unlike = _kind(value) is not _kind(usual) or (
-                _kind(value) is float and value <= 0 < usual
-            )
-        if unlike or (named and value != usual and len(value) > 2):
+        if named and value != usual and len(value) > 2:
+            yield name
+        elif value is None or usual is None:
+            continue
+        elif _kind(value) is not _kind(usual) or (_kind(value) is float and value <= 0 < usual):
             yield name
 
 
