@@ -288,6 +288,6 @@ def test_what_is_refused_leaves_the_cache(tmp_path: Path, cache: Path) -> None:
 
 def test_folders_in_folders(tmp_path: Path, cache: Path) -> None:
     archive = _zip(tmp_path / "a.zip", **{"a/" * 1500 + "x.jsonl": b""})
-    with pytest.raises(RegraftError, match=r"a\.zip: the entry 'a/a/.* lies in 1,5 folders"):
+    with pytest.raises(RegraftError, match=r"a\.zip: the entry 'a/a/.* .*lies in 1,501 folders"):
         unpacked(archive)
     assert not [path for path in cache.rglob("*") if path.name.startswith("a-")]
