@@ -243,7 +243,7 @@ def test_broken_config(world: World, refused: Refused) -> None:
 
 def test_unknown_family(world: World, refused: Refused) -> None:
     (world.model / "config.json").write_text('{"model_type": "tomorrow"}')
-    has(refused(*prune(world)), "model/config.json", "tomorrow")
+    has(refused(*prune(world)), world.model, "its config.json", "tomorrow")
 
 
 def test_code_in_the_checkpoint(world: World, refused: Refused) -> None:
@@ -1106,7 +1106,13 @@ def test_a_config_that_only_running_the_model_shows_to_be_wrong(
     config["text_config"]["rope_parameters"]["mrope_section"] = [1, 1]
     file.write_text(json.dumps(config))
     message = refused("eval", world.model, "--suite", world.data, "--out", "out")
-    has(message, "transformers cannot run the model", "split_with_sizes", "config.json", "--debug")
+    has(
+        message,
+        f"transformers cannot run the model of {world.model}",
+        "split_with_sizes",
+        "config.json",
+        "--debug",
+    )
 
 
 def test_weights_that_are_no_numbers_are_named_by_a_pruner_without_data(

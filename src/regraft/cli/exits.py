@@ -153,7 +153,8 @@ def _by_transformers(error: BaseException) -> str:
     owners = (frame.f_locals.get("self") for frame in frames)
     configs = (getattr(one, "config", None) for one in owners)
     folders = (getattr(one, "name_or_path", "") for one in configs)
-    return str(next(filter(None, folders), "the model"))
+    folder = next(filter(None, folders), "")
+    return f"the model of {folder}" if folder else "the model"
 
 
 def _said(error: BaseException) -> str:
