@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 import signal
+import struct
 import time
 import traceback
 import zipfile
@@ -58,11 +59,13 @@ class Case:
         write: Writes it.
         fields: Groups of names; of each group the message must name one. None where there is
             nothing to be named.
+        refused: Whether it must not be taken.
     """
 
     name: str
     write: Callable[[Path], None]
     fields: tuple[tuple[str, ...], ...] = ()
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -319,6 +322,62 @@ def of_weights(valid: bytes) -> Iterator[Case]:
     yield case("metadata of a list", as_text({**header, "__metadata__": [1]}))
 
 
+def of_values(valid: bytes, *, run: bool) -> Iterator[Case]:
+    """A shard of float32 with numbers that are none, or said to be integers, which none can run."""
+    length = int.from_bytes(valid[:8], "little")
+    header = json.loads(valid[8 : 8 + length])
+    names = [one for one in header if one != "__metadata__"]
+    for name in (names[0], names[-1]):
+        stop = 8 + length + header[name]["data_offsets"][1]
+        for value in (float("nan"), float("inf"), -float("inf")):
+            content = valid[: stop - 4] + struct.pack("<f", value) + valid[stop:]
+            yield Case(f"{value} in {name}", replaced(content), ((name,),), refused=True)
+        for dtype in ("I32", "U32"):
+            head = as_text({**header, name: {**header[name], "dtype": dtype}}).encode()
+            content = len(head).to_bytes(8, "little") + head + valid[8 + length :]
+            yield Case(f"{name} as {dtype}", replaced(content), ((name,),), refused=run)
+
+
+# Values that make transformers or tokenizers go wrong, by reader: place and value.
+_LONG = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+ODD: Mapping[str, Sequence[tuple[str, Any]]] = {
+    "processor settings": [
+        *(("image_processor.image_std", one) for one in ([0, 0, 0], [1e-300] * 3, "x")),
+        *(("image_processor.image_mean", one) for one in ([f"{RAW}NaN"] * 3, "x")),
+        *(("image_processor.rescale_factor", one) for one in (0, f"{RAW}Infinity", "x")),
+        *((f"image_processor.{n}", 0) for n in ("patch_size", "merge_size", "temporal_patch_size")),
+        *(("image_processor.size", one) for one in ({}, {"shortest_edge": -5, "longest_edge": -1})),
+        ("image_processor.resample", 99),
+    ],
+    "tokenizer": [
+        ("normalizer", {"type": "Prepend", "prepend": "a" * 10**6}),
+        ("normalizer", {"type": "Sequence", "normalizers": [_LONG] * 4}),
+        ("normalizer", {"type": "Sequence", "normalizers": 5}),
+    ],
+    "config": [
+        *(("hidden_act", one) for one in ("nope", [1])),
+        *((name, 10**6) for name in ("intermediate_size", "vocab_size")),
+        ("num_hidden_layers", 1000),
+        ("rope_parameters", {"rope_type": "yarn"}),
+        ("quantization_config", {"quant_method": 5}),
+    ],
+    "index": [("metadata", 5)],
+    "results": [
+        *(("result.asr.n", one) for one in (-1, 0)),
+        *(("result.asr.value", one) for one in (-0.5, 7.5)),
+    ],
+    "checked results": [("about.inputs", {})],
+}
+
+
+def of_settings(valid: bytes, odd: Sequence[tuple[str, Any]]) -> Iterator[Case]:
+    """A file of JSON with one of its values changed."""
+    for place, value in odd:
+        changed = put(json.loads(valid), place.split("."), ("put", value))
+        name = f"{place} {value!r:.40}"
+        yield Case(name, replaced(as_text(changed).encode()), refused=True)
+
+
 # Zip files
 
 
@@ -373,6 +432,8 @@ def run(case: Case, path: Path, act: Words | Read, above: Path) -> Outcome:
     wrong, worked = "", time.process_time() - began
     if worked > PATIENCE:
         wrong = f"worked for {worked:.0f} s"
+    elif case.refused and not code:
+        wrong = "was taken"
     elif code not in (0, 2):
         wrong = f"ended with {code}"
     elif code and ("Traceback" in message or not message.startswith("Error:")):

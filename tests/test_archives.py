@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from regraft.data.readers.vlguard import read_vlguard
 from regraft.data.sources import DataSource, of_split, read
 from regraft.data.storage import CACHE_VARIABLE, cached_file, located, unpacked
 from regraft.errors import RegraftError
+from regraft.stages.reading import read_suites
 
 
 @pytest.fixture(autouse=True)
@@ -272,3 +274,20 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
     with pytest.raises(RegraftError, match="cannot be written: a file stands where a folder"):
         cached_file(b"x", ".png")
+
+
+def test_what_is_refused_leaves_the_cache(tmp_path: Path, cache: Path) -> None:
+    """Also by an image that cannot be decoded, which is found when all of it was read."""
+    _zip(tmp_path / "a.zip", **{"a.jsonl": b'{"instruction": 5}'})
+    (tmp_path / "b.tsv").write_text("index\tquestion\tA\tB\tanswer\timage\n1\tq\ta\tb\tA\tAAAA\n")
+    for name, file in {"jsonl": "a.zip", "mmbench": "b.tsv"}.items():
+        with pytest.raises(RegraftError, match=re.escape(file)):
+            read_suites(None, [DataSource(name=name, path=tmp_path / file)], None)
+        assert {path.name for path in cache.rglob("*") if path.is_file()} == {".lock"}
+
+
+def test_folders_in_folders(tmp_path: Path, cache: Path) -> None:
+    archive = _zip(tmp_path / "a.zip", **{"a/" * 1500 + "x.jsonl": b""})
+    with pytest.raises(RegraftError, match=r"a\.zip: the entry 'a/a/.* .*lies in 1,501 folders"):
+        unpacked(archive)
+    assert not [path for path in cache.rglob("*") if path.name.startswith("a-")]

@@ -346,7 +346,8 @@ def test_damaged_shards(small: Path, content: bytes, message: str) -> None:
             '{"weight_map": {"a": "gone.safetensors"}}',
             "listed in model.*json for .a.",
         ),
-        ('{"weight_map": {"z": "x-1.safetensors"}}', "lists tensor .z."),
+        ('{"weight_map": {"a": "x-1.safetensors"}}', "field metadata is missing"),
+        ('{"metadata": {}, "weight_map": {"z": "x-1.safetensors"}}', "lists tensor .z."),
     ],
 )
 def test_damaged_index(small: Path, index: str, message: str) -> None:

@@ -243,7 +243,7 @@ def test_broken_config(world: World, refused: Refused) -> None:
 
 def test_unknown_family(world: World, refused: Refused) -> None:
     (world.model / "config.json").write_text('{"model_type": "tomorrow"}')
-    has(refused(*prune(world)), "model/config.json", "tomorrow")
+    has(refused(*prune(world)), world.model, "its config.json", "tomorrow")
 
 
 def test_code_in_the_checkpoint(world: World, refused: Refused) -> None:
@@ -1110,7 +1110,7 @@ def test_a_config_that_only_running_the_model_shows_to_be_wrong(
     message = refused("eval", world.model, "--suite", world.data, "--out", "out")
     has(
         message,
-        f"transformers cannot run {world.model}",
+        f"transformers cannot run the model of {world.model}",
         "split_with_sizes",
         "config.json",
         "--debug",

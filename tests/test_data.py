@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from pydantic import TypeAdapter, ValidationError
 
 import pico
@@ -833,3 +833,30 @@ def test_what_is_held_out_is_in_no_other_part(letters: list[str]) -> None:
         assert sorted(sides[0] + sides[1]) == sorted(
             one.instruction for one in read(whole).examples
         )
+
+
+def test_two_columns_of_one_name(tmp_path):
+    (tmp_path / "a.csv").write_text("goal,target,goal\nx,y,z\n")
+    with pytest.raises(RegraftError, match=r"a\.csv has two columns 'goal'"):
+        read(DataSource(name="prompts", path=tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "a", "id": True}, "'id' must be a string or a number, found true"),
+        ({"instruction": "a" * (2**20 + 1)}, "instruction of the example 'a-1' has 1,048,577 char"),
+    ],
+)
+def test_rows_that_nobody_means(tmp_path, row, message):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(RegraftError, match=message):
+        read(DataSource(name="jsonl", path=tmp_path / "a.jsonl"))
+
+
+def test_no_other_program_decodes_an_image(tmp_path, monkeypatch):
+    """Pillow has Ghostscript run what an EPS file says."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("it was run"))
+    with pytest.raises(RegraftError, match=r"a\.eps is not a readable image"):
+        open_image(tmp_path / "a.eps")

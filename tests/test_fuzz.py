@@ -82,7 +82,8 @@ POINT = {
 }
 ELSE = {  # what a message may say where no field is at fault
     # a size that is missing is one by default, which the weights have not
-    **dict.fromkeys(("config", "a run's config"), ("weight",)),
+    **dict.fromkeys(("config", "a run's config"), ("weight", "cannot run")),
+    "processor settings": ("It is made of",),  # and names its files, not what is wrong in them
     "recipe": ("gain", "demo:test"),  # by default
     "JSON lines": ("JSON array",),
     **dict.fromkeys(
@@ -153,20 +154,24 @@ DRY = command("run", "{file}", "--out", "{world}/out", "--dry-run")
 JUDGE = ("judge", "answers", "{folder}", "--by", "gcg-1", "--out", "{world}/out")
 ANSWER = ("eval", "{folder}", "--suite", "{world}/one.jsonl", "--max-new-tokens", "1")
 EVAL = (*ANSWER, "--device", "cpu", "--out", "{world}/out")
+SEEN = (*EVAL, "--suite", "{world}/data/data.jsonl", "--limit", "1")  # prompts with images
+APPLY = ("apply", "{folder}", "{world}/run/patches/chosen.safetensors", "--out", "{world}/out")
 READERS: Mapping[str, Reader] = {
-    "weights": Reader("model/model.safetensors", command("analyse", "model", "{folder}")),
+    "weights": Reader("model/model.safetensors", command(*EVAL)),
+    "copied weights": Reader("run/pruned/model.safetensors", command(*APPLY)),
     "index": Reader(f"sharded/{INDEX_FILE}", command("analyse", "model", "{folder}")),
-    "config": Reader("model/config.json", command("analyse", "model", "{folder}")),
+    "config": Reader("model/config.json", command(*EVAL)),
     "tokenizer": Reader("model/tokenizer.json", command(*EVAL)),
     "tokenizer settings": Reader("model/tokenizer_config.json", command(*EVAL)),
     "chat template": Reader("model/chat_template.jinja", command(*EVAL)),
     "generation settings": Reader("model/generation_config.json", command(*EVAL)),
-    "processor settings": Reader("sharded/processor_config.json", command(*EVAL)),
+    "processor settings": Reader("sharded/processor_config.json", command(*SEEN)),
     "JSON lines": Reader("data/data.jsonl", rows("jsonl")),
     "CSV": Reader("labelled.csv", command("judge", "bench", "{file}")),
     "prompts as text": Reader("prompts.txt", rows("prompts")),
     "image": Reader(
-        "data/images/harmful-0-0.png", lambda path: JSONL(path.parents[1] / "data.jsonl")
+        "data/images/harmful-0-0.png",
+        command("eval", "{world}/sharded", *SEEN[2:]),
     ),
     "zip": Reader("data.zip", unpacked),
     "recipe": Reader("recipe.yaml", DRY),
@@ -474,6 +479,20 @@ def test_other_tensors(name: str, world: Path, attack: Callable[[str, Case], fuz
 def test_headers_of_weights(world: Path, attack: Callable[[str, Case], fuzz.Outcome]) -> None:
     valid = READERS["weights"].within(world).read_bytes()
     fail_with(failures(attack, "weights", fuzz.of_weights(valid)))
+
+
+@pytest.mark.parametrize("name", ["weights", "copied weights"])
+def test_values_of_weights(
+    name: str, world: Path, attack: Callable[[str, Case], fuzz.Outcome]
+) -> None:
+    valid = READERS[name].within(world).read_bytes()
+    fail_with(failures(attack, name, fuzz.of_values(valid, run=name == "weights")))
+
+
+@pytest.mark.parametrize("name", fuzz.ODD)
+def test_odd_settings(name: str, world: Path, attack: Callable[[str, Case], fuzz.Outcome]) -> None:
+    valid = READERS[name].within(world).read_bytes()
+    fail_with(failures(attack, name, fuzz.of_settings(valid, fuzz.ODD[name])))
 
 
 @pytest.mark.parametrize("name", ["zip", "bundle"])

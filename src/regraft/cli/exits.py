@@ -137,9 +137,9 @@ def _foreseen(error: BaseException) -> str | None:
     if model := _by_transformers(error):
         said = _said(error)
         return (
-            f"transformers cannot run {model} ({said}). A value of its config.json is wrong, or "
-            "it was made for another version of transformers; if neither is so, it is a fault of "
-            "regraft. --debug shows where."
+            f"transformers cannot run {model} ({said}). A value of its config.json, its "
+            "tokenizer or its chat template is wrong, or it was made for another version of "
+            "transformers; if neither is so, it is a fault of regraft. --debug shows where."
         )
     return None
 
@@ -154,7 +154,8 @@ def _by_transformers(error: BaseException) -> str:
     owners = (frame.f_locals.get("self") for frame in frames)
     configs = (getattr(one, "config", None) for one in owners)
     folders = (getattr(one, "name_or_path", "") for one in configs)
-    return str(next(filter(None, folders), "the model"))
+    folder = next(filter(None, folders), "")
+    return f"the model of {folder}" if folder else "the model"
 
 
 def _said(error: BaseException) -> str:

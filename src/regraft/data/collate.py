@@ -200,7 +200,7 @@ def _encode(
 
 def _made_of(processor: Any) -> str:
     """Where a processor comes from, in words."""
-    folder = Path(getattr(_tokenizer(processor), "name_or_path", "") or ".")
+    folder = Path(getattr(_tokenizer(processor), "name_or_path", "") or "no folder")
     kinds = ("*processor_config.json", "tokenizer*.json", "chat_template.*")
     files = sorted(path.name for kind in kinds for path in folder.glob(kind))
     return f" It is made of {', '.join(files)} of {folder}." if files else ""

@@ -91,6 +91,15 @@ def read(source: DataSource) -> Reading:
     Raises:
         RegraftError: see its reader; it has no prompt of the kind.
     """
+    try:
+        return _read(source)
+    except RegraftError as error:
+        if source.path is None or source.path.suffix != ".zip" or source.path.name in str(error):
+            raise
+        raise RegraftError(f"{source.path}: {error}") from error  # what was unpacked is gone
+
+
+def _read(source: DataSource) -> Reading:
     path = Path() if source.path is None else _found(source, source.path)
     split = source.split
     if source.path is not None and path.is_dir() and (table := table_in(path, split)):

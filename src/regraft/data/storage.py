@@ -30,6 +30,7 @@ PREFIX = "hf:"
 MODEL_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@[\w./-]+)?")
 """ORG/NAME of a model, with or without @REVISION."""
 _LARGE, _MOST_RATIO = 2**30, 100  # bytes unpacked, and times the size of the archive
+_MOST_NESTED = 64  # folders
 _ALONE = (".csv", ".tsv", ".txt", ".parquet")
 _written: list[Path] = []  # into the cache, by this process
 CACHED_IMAGE = re.compile(r"[0-9a-f]{32}\.(png|jpg)")
@@ -177,6 +178,11 @@ def _check(archive: Path, member: zipfile.ZipInfo) -> None:
         raise RegraftError(
             f"{archive}: the entry {member.filename!r} leaves the folder it is unpacked into. "
             "Nothing was unpacked; do not use this archive."
+        )
+    if len(path.parts) > _MOST_NESTED:
+        raise RegraftError(
+            f"{archive}: the entry {member.filename[:60]!r} ... lies in {len(path.parts):,} "
+            f"folders; expected {_MOST_NESTED} at most."
         )
     if stat.S_ISLNK(member.external_attr >> 16):
         raise RegraftError(f"{archive}: the entry {member.filename!r} is a link; expected files.")

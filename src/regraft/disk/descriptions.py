@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
@@ -78,6 +78,7 @@ class _About(TypedDict, total=False):
     pruned: _Count
     changed: _Count
     restored: _Count
+    kind: Literal["pruned", "changed"]  # of a pair, see patch/pair.py
     n_m: Annotated[str, Field(pattern="^[0-9]{1,4}:[0-9]{1,4}$")] | None
     groups: _Count
     violated_groups: _Count

@@ -118,14 +118,12 @@ class Checkpoint:
             RegraftError: one does, by its name.
         """
 
-        def check(name: str) -> None:
-            record = self.tensors[name]
-            size = math.prod(record.shape)
-            for first in range(0, size, _CHUNK):
+        def check(record: TensorRecord) -> None:
+            for first in range(0, size := math.prod(record.shape), _CHUNK):
                 part = self._elements(record, first, min(_CHUNK, size - first))
-                require_finite(self.folder, {name: part})
+                require_finite(self.folder, {record.name: part})
 
-        in_threads(check, [name for name, one in self.tensors.items() if one.dtype in FLOATS])
+        in_threads(check, [one for one in self.tensors.values() if one.dtype in FLOATS])
         return True
 
     def record(self, name: str) -> TensorRecord:
@@ -183,11 +181,8 @@ class Checkpoint:
         files = sorted(self.folder.iterdir())
         found = [path for path in files if path.suffix in _SETTINGS and path.is_file()]
         for path in found:
-            if path.stat().st_size > _MOST_SETTINGS:
-                raise RegraftError(
-                    f"{path} is larger than any such file of a model: {path.stat().st_size:,} "
-                    "bytes. Take it out of the model's folder."
-                )
+            if (size := path.stat().st_size) > _MOST_SETTINGS:
+                raise RegraftError(f"{path} has {size:,} bytes: no such file of a model does.")
         return found
 
 

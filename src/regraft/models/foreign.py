@@ -46,6 +46,7 @@ _BOUNDS = {  # what a field's name ends in, and from where to where all models h
         ("processor_config.json", "preprocessor_config.json"),
         (
             (re.compile(r"image_std$|rescale_factor$"), 1e-6, 1e6),  # divided or multiplied by
+            (re.compile(r"image_mean$"), -1e6, 1e6),
             (re.compile(r"(^|[._])(height|width|patch_size|merge_size)$"), 1, 2**16),
             (re.compile(r"_edge$"), 1, 2**28),  # of some the number of pixels
         ),
@@ -193,13 +194,11 @@ def _odd(given: Mapping[str, Any], default: Mapping[str, Any], reason: str) -> I
             inside = usual if isinstance(usual, dict) else {}
             yield from (f"{name}.{inner}" for inner in _odd(value, inside, reason))
         named = isinstance(value, str) and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", reason)
-        if value is None or usual is None:
-            unlike = False
-        else:
-            unlike = _kind(value) is not _kind(usual) or (
-                _kind(value) is float and value <= 0 < usual
-            )
-        if unlike or (named and value != usual and len(value) > 2):
+        if named and value != usual and len(value) > 2:
+            yield name
+        elif value is None or usual is None:
+            continue
+        elif _kind(value) is not _kind(usual) or (_kind(value) is float and value <= 0 < usual):
             yield name
 
 

@@ -103,7 +103,9 @@ class Source:
 
     @cached_property
     def without_weights(self) -> Any:
-        """The model on the meta device, which the files fit (`check_headers`; quantised ones may).
+        """The model on the meta device, which the files fit by `check_headers`.
+
+        That is not known of quantised ones and of code that comes with them.
 
         Raises:
             RegraftError: they do not, or no model can be built from config.json.
@@ -113,7 +115,7 @@ class Source:
             network = auto_class(self.config, self.folder).from_config(
                 self.config, trust_remote_code=self.trust_remote_code
             )
-        if quantisation_of(self.config) is None:
+        if quantisation_of(self.config) is None and not self.trust_remote_code:
             check_headers(network, self.checkpoint)
         return network
 

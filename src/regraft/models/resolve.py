@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ def resolve(model: str | Path) -> Path:
     A hub id is ORG/NAME[@REVISION], and downloaded once.
     """
     folder = demo_model() if model == "demo" else Path(model)
-    if folder.exists():
-        return folder
+    with suppress(OSError, ValueError):  # a name that no folder can have
+        if folder.exists():
+            return folder
     if isinstance(model, Path) or not MODEL_ID.fullmatch(str(model)):
         raise RegraftError(
             f"The model folder {model} does not exist. Give a folder that holds config.json and "
