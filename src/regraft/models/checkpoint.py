@@ -11,6 +11,7 @@ from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -27,7 +28,7 @@ from regraft.models.places import Place
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights that are not quantised
-_CHUNK = 2**22  # elements read at a time
+_CHUNK = 2**18  # elements read at a time, which a core's own cache holds
 _SAMPLE = 4096
 _SAMPLED = 1024
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
@@ -85,9 +86,7 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """Read one tensor in its own dtype, on CPU."""
         record = self.record(name)
-        return self._elements(record, 0, record.bytes // record.torch_dtype.itemsize).view(
-            record.shape
-        )
+        return self._elements(record, 0, math.prod(record.shape)).view(record.shape)
 
     def matrix(self, name: str, place: Place | None, shape: tuple[int, int]) -> Tensor:
         """Read the matrix at a place of one tensor, or the tensor, contiguous, in its own dtype."""
@@ -108,7 +107,7 @@ class Checkpoint:
         size = record.torch_dtype.itemsize
         with (self.folder / record.shard).open("rb") as handle:
             handle.seek(record.start + first * size)
-            return as_tensor(handle.read(count * size), replace(record, shape=(count,)))
+            return read_tensor(handle, replace(record, shape=(count,)))
 
     @cached_property
     def finite(self) -> bool:
@@ -342,9 +341,10 @@ def _require_size(path: Path, record: TensorRecord) -> None:
         )
 
 
-def as_tensor(data: bytes, record: TensorRecord) -> Tensor:
-    """A tensor of its own memory from the bytes that its record describes."""
-    dtype = record.torch_dtype
-    if not data:
-        return torch.empty(record.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(record.shape)
+def read_tensor(handle: BufferedReader | BufferedRandom, record: TensorRecord) -> Tensor:
+    """The tensor that a file holds from where it stands, as its record describes it."""
+    tensor = torch.empty(record.shape, dtype=record.torch_dtype)
+    memory = tensor.reshape(-1).view(torch.uint8).numpy().data
+    if handle.readinto(memory) != memory.nbytes:
+        raise RegraftError(f"{handle.name} became shorter while it was read. {_AGAIN}")
+    return tensor

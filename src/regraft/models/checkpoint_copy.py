@@ -27,7 +27,7 @@ from regraft.disk.files import (
 )
 from regraft.disk.parsing import read_json
 from regraft.errors import PassingError, RegraftError
-from regraft.models.checkpoint import OTHER_WEIGHTS, Checkpoint, as_tensor, open_checkpoint
+from regraft.models.checkpoint import OTHER_WEIGHTS, Checkpoint, open_checkpoint, read_tensor
 from regraft.progress import Advance
 
 Edit = Callable[[Tensor], Tensor]
@@ -69,7 +69,7 @@ def write_edited(
         with path.open("r+b") as handle:
             for record in sorted(touched, key=lambda r: r.start):
                 handle.seek(record.start)
-                before = as_tensor(handle.read(record.bytes), record)
+                before = read_tensor(handle, record)
                 after = edits[record.name](before)
                 if after.shape != before.shape or after.dtype != before.dtype:
                     raise ValueError(f"{record.name}: an edit changed shape or dtype")
