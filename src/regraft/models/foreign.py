@@ -53,7 +53,7 @@ _BOUNDS = {  # what a field's name ends in, and from where to where all models h
     ),
 }
 _Bounds = Sequence[tuple[re.Pattern[str], float, float]]
-_LENGTH = re.compile(  # what positions.py reads
+_LENGTH = re.compile(  # what generation.py reads
     r"(^|\.)(rope_(scaling|parameters)\.(.+\.)?factor|(original_)?max_position_embeddings)$"
 )
 _MOST_RENDERED = 20_000  # characters that a template makes of one word
