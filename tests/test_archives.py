@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import stat
 import subprocess
 import sys
@@ -277,13 +276,10 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_is_refused_leaves_the_cache(tmp_path: Path, cache: Path) -> None:
-    """Also by an image that cannot be decoded, which is found when all of it was read."""
     _zip(tmp_path / "a.zip", **{"a.jsonl": b'{"instruction": 5}'})
-    (tmp_path / "b.tsv").write_text("index\tquestion\tA\tB\tanswer\timage\n1\tq\ta\tb\tA\tAAAA\n")
-    for name, file in {"jsonl": "a.zip", "mmbench": "b.tsv"}.items():
-        with pytest.raises(RegraftError, match=re.escape(file)):
-            read_suites(None, [DataSource(name=name, path=tmp_path / file)], None)
-        assert {path.name for path in cache.rglob("*") if path.is_file()} == {".lock"}
+    with pytest.raises(RegraftError, match=r"a\.zip"):
+        read_suites(None, [DataSource(name="jsonl", path=tmp_path / "a.zip")], None)
+    assert {path.name for path in cache.rglob("*") if path.is_file()} == {".lock"}
 
 
 def test_folders_in_folders(tmp_path: Path, cache: Path) -> None:

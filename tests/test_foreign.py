@@ -19,6 +19,7 @@ from regraft.data.collate import prompt_batch
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.models import foreign
+from regraft.models.checkpoint_copy import check_target
 from regraft.models.load import load_model, load_processor, open_answering, open_source
 
 FAMILY = "llama"
@@ -73,7 +74,7 @@ def change(path: Path, **fields: Any) -> None:
         (
             "tokenizer.json",
             {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
-            r"tokenizer.json: its normalizer makes 1,000,000 characters of one",
+            r"tokenizer.json: its normalizer makes 1,000,001 characters of one",
         ),
         ("config.json", {"hidden_act": "nope"}, r"look at hidden_act of config.json"),
         (
@@ -111,6 +112,10 @@ def test_a_pipe_among_the_files(model: Path) -> None:
             "has not re",
         ),
         ("{{ 'a' * ('900000000' | int) }}", "multiplies by more than 1,000,000"),
+        (
+            "{% set n %}900000000{% endset %}{{ 'a' * (n | int) }}",
+            "multiplies by more than 1,000,000",
+        ),
         ("{{ 'a' * 10**10 }}", "holds a power, or multiplies by more than 1,000,000"),
         ("{{ 'a' * 99999 * 99999 }}", "multiplies by more than 1,000,000"),
         (
@@ -130,6 +135,65 @@ def test_chat_templates(
     with pytest.raises(RegraftError, match=message) as error:
         load_processor(source)
     assert str(model) in str(error.value)
+
+
+def test_digits_in_the_text_of_a_template_are_no_numbers(model: Path) -> None:
+    text = "{% set date = '20250131' %}1234567890 {{ date }} {{ messages[0].content }}"
+    (model / "chat_template.jinja").write_text(text)
+    assert load_processor(open_source(model)).chat_template == text
+
+
+def test_replacements_that_do_not_chain_are_few_characters(model: Path) -> None:
+    """Each makes several of one character; all together they make no more."""
+    kinds = {"…": "...", "½": "1/2", "™": "(TM)", "©": "(C)", "€": "EUR", "£": "GBP", "¼": "1/4"}
+    steps = [
+        {"type": "Replace", "pattern": {"String": one}, "content": by} for one, by in kinds.items()
+    ]
+    change(model / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
+    tokenizer = load_processor(open_source(model))
+    assert tokenizer("…")["input_ids"] == tokenizer("...")["input_ids"]
+    chain = [{"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"} for _ in range(6)]
+    change(model / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": chain})
+    with pytest.raises(RegraftError, match=r"tokenizer.json: its normalizer makes .* of one"):
+        open_source(model)
+
+
+def test_a_bound_of_one_number_may_be_infinite(model: Path, tmp_path: Path) -> None:
+    """As Gemma 4's of what is clipped; a number of a weight may not."""
+    tensors = load_file(model / "model.safetensors")
+    for name, extra in {"one": torch.tensor(torch.inf), "two": torch.tensor([torch.inf])}.items():
+        save_file(tensors | {"extra": extra}, model / "model.safetensors", {"format": "pt"})
+        checkpoint = open_source(model).checkpoint
+        if name == "one":
+            check_target(checkpoint, tmp_path / "new")
+            continue
+        with pytest.raises(RegraftError, match="the tensor extra holds numbers that are NaN or"):
+            check_target(checkpoint, tmp_path / "new")
+
+
+def test_layers_without_a_place_in_the_model_are_told_and_left(tmp_path: Path) -> None:
+    """Also where a tensor of theirs would be split."""
+    folder = pico.save("molmo2", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] -= 1
+    (folder / "config.json").write_text(json.dumps(config))
+    said: list[str] = []
+    load_model(open_answering(folder), note=said.append)
+    assert "no place for" in said[0]
+
+
+def test_code_of_a_model_may_look_at_numbers_while_it_is_built(model: Path) -> None:
+    """As InternVL's does, which has no numbers on the meta device."""
+    (model / "modeling_own.py").write_text(
+        "import torch\nfrom transformers import LlamaForCausalLM\n\n\n"
+        "class Own(LlamaForCausalLM):\n"
+        "    def __init__(self, config):\n"
+        "        super().__init__(config)\n"
+        "        self.rates = [one.item() for one in torch.linspace(0, 0.1, 4)]\n"
+    )
+    change(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    source = open_answering(model, trust_remote_code=True)
+    assert len(load_model(source).rates) == 4
 
 
 def test_the_template_of_a_tokenizer_that_its_processor_is_lent(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Independent, naive implementations that the fast ones are compared with.
 
 Everything here runs whole forward passes, one head or one layer at a time, from pixels to logits,
-through hooks and attention code of its own. Nothing of `regraft.models.replay` or `.ablation`.
+through hooks and attention code of its own. Nothing of `regraft.models.replay` or of
+`regraft.heads.ships`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from regraft.data.readers import DATASETS, Kind, Split
 from regraft.data.rows import checked
 from regraft.data.storage import kept_if_read, located, only_entry, unpacked
 from regraft.disk.files import digest, file_digest
-from regraft.errors import RegraftError
+from regraft.errors import PassingError, RegraftError
 
 Part = Literal["held-out", "rest"]
 _HELD_OUT = 4  # of so many prompts one is held out
@@ -93,6 +93,8 @@ def read(source: DataSource) -> Reading:
     """
     try:
         return _read(source)
+    except PassingError:
+        raise
     except RegraftError as error:
         if source.path is None or source.path.suffix != ".zip" or source.path.name in str(error):
             raise

@@ -234,7 +234,12 @@ def kept_if_read() -> Iterator[None]:
         raise
     except RegraftError:
         for path in _written[before:]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if path.is_dir():  # at once for others, who take a folder that is there for whole
+                gone = path.with_name(f".{path.name}-{os.getpid()}")
+                path.replace(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         del _written[before:]
         raise
 

@@ -111,7 +111,7 @@ class Checkpoint:
 
     @cached_property
     def finite(self) -> bool:
-        """Whether no tensor of floats holds NaN or infinity; reads them all, the first time.
+        """Whether no tensor of floats, but a bound of one number, holds NaN or infinity; reads all.
 
         Raises:
             RegraftError: one does, by its name.
@@ -122,7 +122,7 @@ class Checkpoint:
                 part = self._elements(record, first, min(_CHUNK, size - first))
                 require_finite(self.folder, {record.name: part})
 
-        in_threads(check, [one for one in self.tensors.values() if one.dtype in FLOATS])
+        in_threads(check, [t for t in self.tensors.values() if t.shape and t.dtype in FLOATS])
         return True
 
     def record(self, name: str) -> TensorRecord:

@@ -59,7 +59,7 @@ _LENGTH = re.compile(  # what generation.py reads
 _MOST_RENDERED = 20_000  # characters that a template makes of one word
 _MOST_NUMBER = 10**6  # in a template
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers' own
-_PATIENCE = 5.0  # seconds for a chat template
+_PATIENCE = 10.0  # seconds for a chat template
 _MOST_GROWN = 1000  # characters that a tokenizer may put in the place of one
 
 
@@ -101,18 +101,37 @@ def _require_small(path: Path) -> None:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError):  # which tokenizers will tell
         return
-    todo, grown = [content.get("normalizer") if isinstance(content, dict) else None], 1
-    while todo:
-        one = todo.pop()
-        if isinstance(one, dict):
-            inside = one.get("normalizers")
-            todo += inside if isinstance(inside, list) else []
-            grown *= max(len(str(one.get(name, ""))) for name in ("content", "prepend")) or 1
+    steps = list(_steps(content.get("normalizer") if isinstance(content, dict) else None))
+    grown = max((_grown(start, steps) for start, _ in [("a", ""), *steps] if start), default=1)
     if grown > _MOST_GROWN:
         raise RegraftError(
             f"{path}: its normalizer makes {grown:,} characters of one; expected {_MOST_GROWN:,} "
             "at most. Take the file of the base model."
         )
+
+
+def _steps(normalizer: Any) -> Iterator[tuple[str, str]]:
+    """(what is replaced, by what) of a normalizer, in order; "" is put before, or any pattern."""
+    if isinstance(normalizer, dict):
+        inside = normalizer.get("normalizers")
+        for one in inside if isinstance(inside, list) else ():
+            yield from _steps(one)
+        pattern = normalizer.get("pattern")
+        literal = pattern.get("String") if isinstance(pattern, dict) else ""
+        for name in ("content", "prepend"):
+            if isinstance(text := normalizer.get(name), str):
+                yield literal if isinstance(literal, str) and name == "content" else "", text
+
+
+def _grown(start: str, steps: Sequence[tuple[str, str]]) -> int:
+    """How many characters replacements make of each of `start`; stops where they are too many."""
+    text = start
+    for pattern, by in steps:
+        found = text.count(pattern) if pattern else len(text)
+        if len(text) + found * len(by) > 2 * _MOST_GROWN * len(start):
+            return len(text) + found * len(by)
+        text = text.replace(pattern, by) if pattern else text + by * (found if len(by) > 1 else 0)
+    return len(text) // len(start)
 
 
 def _require_names(path: Path, content: dict[str, Any]) -> None:
@@ -165,6 +184,8 @@ def foreign(folder: Path, what: str, advice: str) -> Iterator[None]:
         if ours or not is_fault(error):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if isinstance(error, ImportError):
+            raise RegraftError(f"{folder}: {what} needs what is not installed: {reason}") from error
         raise RegraftError(
             f"{folder}: {what} could not be loaded ({reason}{_suspects(folder, reason)}). {advice}"
         ) from error
@@ -190,6 +211,8 @@ def _odd(given: Mapping[str, Any], default: Mapping[str, Any], reason: str) -> I
     """Names of fields with a list, say, or 0, where there is a positive number by default."""
     for name, value in given.items():
         usual = default.get(name)
+        if name.endswith("token_id"):  # which differ, and may be several
+            continue
         if isinstance(value, dict):
             inside = usual if isinstance(usual, dict) else {}
             yield from (f"{name}.{inner}" for inner in _odd(value, inside, reason))
@@ -260,11 +283,10 @@ def _factor(template: str) -> int:
         return 1
     if tree.find(nodes.Pow):  # no prompt is made by powers
         return _MOST_NUMBER + 1
-    numbers = [  # in text as well, of which filters make numbers
-        int(digits)
-        for one in tree.find_all((nodes.Const, nodes.TemplateData))
-        for digits in re.findall(r"\d{1,18}", str(getattr(one, "value", "")))
-    ]
+    made = any(one.name in ("int", "float") for one in tree.find_all(nodes.Filter))  # of text
+    said = [one.value for one in tree.find_all(nodes.Const) if made or type(one.value) is int]
+    said += [one.data for one in tree.find_all(nodes.TemplateData) if made]
+    numbers = [int(digits) for one in said for digits in re.findall(r"\d{1,18}", str(one))]
     product = 1
     for node in tree.find_all(nodes.Mul):
         for side in (node.left, node.right):

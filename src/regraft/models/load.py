@@ -103,9 +103,7 @@ class Source:
 
     @cached_property
     def without_weights(self) -> Any:
-        """The model on the meta device, which the files fit by `check_headers`.
-
-        That is not known of quantised ones and of code that comes with them.
+        """The model on the meta device, which the files fit by `check_headers` if `comparable`.
 
         Raises:
             RegraftError: they do not, or no model can be built from config.json.
@@ -115,9 +113,14 @@ class Source:
             network = auto_class(self.config, self.folder).from_config(
                 self.config, trust_remote_code=self.trust_remote_code
             )
-        if quantisation_of(self.config) is None and not self.trust_remote_code:
+        if self.comparable:
             check_headers(network, self.checkpoint)
         return network
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the files hold what the model has: not quantised, no code that comes with it."""
+        return quantisation_of(self.config) is None and not self.trust_remote_code
 
     @cached_property
     def readable_architecture(self) -> Architecture | None:
@@ -153,7 +156,8 @@ def open_answering(model: str | Path, *, trust_remote_code: bool = False) -> Sou
     source = Source(open_checkpoint(resolve(model)), trust_remote_code)
     require_greedy(source.config, source.folder)
     check_quantised(source.config, source.folder)
-    _ = source.without_weights
+    if source.comparable:
+        _ = source.without_weights
     return source
 
 

@@ -14,7 +14,6 @@ from regraft.data.demo import demo_model, is_demo
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
 from regraft.data.sources import DataSource, join_suites, of_split, read
-from regraft.data.storage import kept_if_read
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.descriptions import described
 from regraft.disk.files import read_json
@@ -61,7 +60,6 @@ def order_calibration(
     return _taken(in_drawn_order, source, calibration, harmful=harmful, answered=answered)
 
 
-@kept_if_read()
 def _taken(
     take: Callable[..., Reading],
     source: Source,
@@ -116,7 +114,6 @@ def responses_are_given(calibration: CalibrationSettings, *, harmful: bool) -> b
     return any(one.response and one.response.strip() for one in whole.examples)
 
 
-@kept_if_read()
 def read_suites(source: Source | None, suites: Sequence[DataSource], limit: int | None) -> Reading:
     """Read what is to be evaluated, see `join_suites`; None is a model of which nothing is known.
 
@@ -129,7 +126,6 @@ def read_suites(source: Source | None, suites: Sequence[DataSource], limit: int 
     return _readable(source, joined)
 
 
-@kept_if_read()
 def read_validation(source: Source, settings: RefusalDirectionSettings) -> Reading:
     """Read the prompts on which a refusal direction's layer and strength are chosen.
 
