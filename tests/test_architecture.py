@@ -372,7 +372,7 @@ def test_unsuitable_model_is_refused_in_words(build, message, tmp_path):
     ("build", "heads", "why", "linears"),
     [
         (phi3, 0, "layers 0-1: Phi3Attention has no q_proj of its own", 2 * 4),
-        (opt, 0, "layers 0: OPTAttention has no o_proj of its own", 6),
+        (opt, 0, "layer 0: OPTAttention has no o_proj of its own", 6),
         (mixtral, 2, "", 2 * (4 + 2 * 3)),
         (qwen3_moe, 2, "", 2 * (4 + 4 * 3)),
         (qwen3_next, 2, "", 2 * 7),  # each query with its gate

@@ -485,7 +485,8 @@ def _cut(text: str) -> str:
     """Text of at most `_MOST` characters, cut where a part of its sentence ends."""
     if len(text) <= _MOST:
         return text
-    end = max(text.rfind(one, 0, _MOST) for one in ("; ", ": ", ", ", " ("))
+    ends = [text.rfind(one, 0, _MOST) for one in ("; ", ": ", ", ", " (")]
+    end = ends[0] if ends[0] > 0 else max(ends)
     head = text[: end if end > 0 else _MOST]
     return head + ")" * (head.count("(") - head.count(")"))
 

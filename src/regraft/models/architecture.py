@@ -135,9 +135,10 @@ class Architecture:
     def headless(self) -> str:
         """Which layers have no heads and why: "layers 0-2, 4: ..."; empty where all have some."""
         reasons = dict.fromkeys(layer.headless for layer in self.layers if layer.headless)
+        of = {why: [one.index for one in self.layers if one.headless == why] for why in reasons}
         return "; ".join(
-            f"layers {_ranges([one.index for one in self.layers if one.headless == why])}: {why}"
-            for why in reasons
+            f"{'layers' if indices[1:] else 'layer'} {_ranges(indices)}: {why}"
+            for why, indices in of.items()
         )
 
 
