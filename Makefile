@@ -33,7 +33,7 @@ real: $(VENV)/.run  ## docs/methods.md on the model in runs/real-model, with the
 	$(BIN)/regraft run recipes/real-prunings.yaml --out runs/real-prunings
 
 clean:  ## remove what make made
-	rm -rf $(VENV) demo-run site
+	rm -rf $(VENV) demo-run site .cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
