@@ -15,10 +15,11 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
+from regraft.data import sources
 from regraft.data.readers.vlguard import read_vlguard
 from regraft.data.sources import DataSource, of_split, read
 from regraft.data.storage import CACHE_VARIABLE, cached_file, located, unpacked
-from regraft.errors import RegraftError
+from regraft.errors import PassingError, RegraftError
 from regraft.stages.reading import read_suites
 
 
@@ -280,6 +281,20 @@ def test_what_is_refused_leaves_the_cache(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(RegraftError, match=r"a\.zip"):
         read_suites(None, [DataSource(name="jsonl", path=tmp_path / "a.zip")], None)
     assert {path.name for path in cache.rglob("*") if path.is_file()} == {".lock"}
+
+
+def test_a_full_disk_is_no_bad_archive(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that what is finished of a run is kept."""
+    _zip(tmp_path / "a.zip", **{"a.jsonl": b'{"instruction": "q", "harmful": true}'})
+
+    def full(*_: Any) -> None:
+        raise PassingError("The disk is full.")
+
+    monkeypatch.setattr(sources, "_read", full)
+    with pytest.raises(PassingError, match=r"^The disk is full\.$"):
+        read(DataSource(name="jsonl", path=tmp_path / "a.zip"))
 
 
 def test_folders_in_folders(tmp_path: Path, cache: Path) -> None:

@@ -260,3 +260,12 @@ def test_too_little_memory_is_no_fault_of_a_file(tmp_path: Path) -> None:
         foreign.foreign(tmp_path, "the model", ""),
     ):
         torch.zeros(2).view(3)
+
+
+def test_a_package_that_lacks_is_no_fault_of_a_file(tmp_path: Path) -> None:
+    message = r"model: the processor needs what is not installed: No module named 'timm'$"
+    with (
+        pytest.raises(RegraftError, match=message),
+        foreign.foreign(tmp_path / "model", "the processor", "Export the whole model again."),
+    ):
+        raise ImportError("No module named 'timm'")
