@@ -240,8 +240,9 @@ def kept_if_read() -> Iterator[None]:
                 shutil.rmtree(gone, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-        del _written[before:]
         raise
+    finally:
+        del _written[before:]
 
 
 @contextmanager
