@@ -51,7 +51,7 @@ from regraft.distributed import resumable_map
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation.chat_server import ChatServer, Reply
 from regraft.evaluation.served import as_they_come, portable
-from regraft.evaluation.server_words import KEY_VARIABLE
+from regraft.evaluation.server_key import KEY_VARIABLE
 from regraft.models.load import open_source
 from regraft.progress import Silent
 from regraft.report.pooling import study_of

@@ -37,7 +37,7 @@ from regraft.evaluation.labelled import Labelled, Labels, bench, quality, read_l
 from regraft.evaluation.metrics import wilson
 from regraft.evaluation.pairing import cohen_kappa
 from regraft.evaluation.results import Answer, result_to_json, write_answers
-from regraft.evaluation.server_words import KEY_VARIABLE
+from regraft.evaluation.server_key import KEY_VARIABLE
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.verdicts import (
     Judged,

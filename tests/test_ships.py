@@ -32,7 +32,7 @@ from regraft.heads.ships import (
     principal_angles,
     ships,
 )
-from regraft.heads.states import rounded_again, steps
+from regraft.heads.states import layers_run, rounded_again
 from regraft.models.replay import logits_of
 
 HALF_PI = math.pi / 2
@@ -270,7 +270,7 @@ def test_finished_layers_are_not_run_again(pico_dir, tmp_path):
     for other in (again, resumed):
         assert torch.equal(other.ships, first.ships) and torch.equal(other.kl, first.kl)
     rows = [len(batch.ids) for batch in cut]
-    assert ticks[-3:] == [n * steps(architecture, every_head(architecture)) for n in rows]
+    assert ticks[-3:] == [n * layers_run(architecture, every_head(architecture)) for n in rows]
     assert contents(partial) == content
 
 
@@ -402,7 +402,7 @@ def test_screening_scores_the_best_exactly(family, pico_dir, tmp_path):
     best = {head for one in found.estimate for head in ordered(one)[:4]}
     assert set(map(tuple, found.exact.nonzero().tolist())) == best and 4 <= len(best) <= 8
     again = sum(len(architecture.layers) - layer for layer, _ in best)
-    assert sum(ticks) == 3 * (steps(architecture, every_head(architecture)) + again)
+    assert sum(ticks) == 3 * (layers_run(architecture, every_head(architecture)) + again)
     for scores, estimate, truly in zip(
         (found.ships, found.kl), found.estimate, (exact.ships, exact.kl), strict=True
     ):

@@ -35,7 +35,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Restore pruned weights, so that the model refuses as before: write a patch.",
     ),
     "tune": (
-        "realigning:tune_app",
+        "tuning:app",
         "Search for a method's settings that give the lowest ASR within bounds, on validation "
         "prompts.",
     ),
@@ -62,7 +62,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
     "judge": ("judging:app", "Judge saved answers by other judges, or judges by people's labels."),
     "report": (
-        "running:report",
+        "reporting:report",
         "Write a report: JSON, Markdown and one HTML page, of a finished run again or of "
         "evaluations.",
     ),

@@ -1,21 +1,19 @@
-"""A dense and a pruned model to a patch, or to the best settings: `regraft realign` and `tune`."""
+"""A dense and a pruned model to a patch: `regraft realign`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Group, Parameter
 from pydantic import ValidationError
 
-from regraft.cli.options import OutFile, OutFolder, as_command, given, watching
-from regraft.console import ConsoleWatch, show_search, show_tuned
+from regraft.cli.options import OutFile, as_command, given, watching
+from regraft.console import ConsoleWatch, show_search
 from regraft.errors import RegraftError
-from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_tuning
+from regraft.flags import DEFAULT_VALIDATION_TOKENS
 from regraft.heads.ships import HeadSettings
-from regraft.models.load import open_source
 from regraft.patch.format import Patch
 from regraft.patch.pair import is_changed
 from regraft.restoration.base import METHODS, Budgeted, MethodSettings
@@ -24,8 +22,7 @@ from regraft.restoration.methods.gain.path import read_path, short_of
 from regraft.settings.base import EXPERT
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
-from regraft.settings.evaluating import EvalSettings
-from regraft.settings.searching import SearchSettings, TuneSettings
+from regraft.settings.searching import SearchSettings
 
 _SEARCH = Group("Search for a number of weights", sort_key=2)
 _DATA = Parameter(name="*", group=Group("Calibration prompts", sort_key=1))
@@ -44,17 +41,6 @@ StatisticsFile = Annotated[
 ]
 Scoring = Annotated[HeadSettings, Parameter(name="*", group=Group("Scoring of heads", sort_key=3))]
 Where = Annotated[ComputeSettings, Parameter(name="*", group=Group("Where it runs", sort_key=4))]
-Trials = Annotated[TuneSettings, Parameter(name="*", group=Group("Trials", sort_key=0))]
-_ABOUT_TUNING = (
-    "Search for a method's settings that give the lowest ASR within bounds, on validation "
-    "prompts.\n\n"
-    "Constrained TPE (Optuna: pip install 'regraft[tune]'). The same command continues after a "
-    "kill, goes on to more --trials, and started twice at once shares them. Of a ranking the best "
-    "prefix tried within the bounds counts. What is not tuned stays as given, the budget above "
-    "all. Writes tuned.json and best.yaml, an item of a recipe's `realign`.\n\n"
-    "Example: regraft tune hsr MODEL pruned --budget 2 --data vlguard VLGuard/train.json "
-    "--validation validation.jsonl --trials 40 --points 3 --out tuned"
-)
 
 
 def for_method(
@@ -174,46 +160,3 @@ for _name in METHODS.names():
         app.command(for_method(realign, _name, _text, _unread), name=_name)
     except Exception as _error:  # whatever a package's method raises: others go on
         app.command(_broken(_name, _error), name=_name)
-
-
-def tune(
-    name: str,
-    dense: Dense,
-    pruned: Pruned,
-    *,
-    out: OutFolder,
-    settings: MethodSettings,
-    tuning: Trials = TuneSettings(),
-    calibration: Prompts = CalibrationSettings(),
-    choice: Choice = SearchSettings(),
-    max_new_tokens: AnswerLength = DEFAULT_VALIDATION_TOKENS,
-    scoring: Scoring = HeadSettings(),
-    compute: Where = ComputeSettings(),
-) -> None:
-    from regraft import stages
-
-    calibration = calibration.with_responses()
-    with watching() as progress:
-        check_tuning(settings, tuning, choice, scoring, compute.device)
-        restoration = stages.Restoration(
-            open_source(dense, trust_remote_code=compute.trust_remote_code),
-            calibration,
-            compute,
-            progress,
-            scoring=scoring,
-            evaluation=EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
-        )
-        other = open_source(pruned, trust_remote_code=compute.trust_remote_code)
-        tuned = stages.tune_method(restoration, other, out, settings, tuning, choice)
-        show_tuned(progress.console, tuned)
-        progress.note(f"All trials: {out / 'tuned.json'}")
-        if tuned.best is not None:
-            progress.note(f"The best settings, for a recipe: {out / 'best.yaml'}")
-
-
-tune_app = App(name="tune", help=_ABOUT_TUNING)
-for _name in METHODS.working():
-    if METHODS.get(_name).tunes:
-        _text = f"Tune {_name}: {(METHODS.get(_name).settings_type.__doc__ or '').strip()}"
-        with suppress(Exception):  # a package's method; `realign` says what is wrong with it
-            tune_app.command(for_method(tune, _name, _text), name=_name)

@@ -1,13 +1,10 @@
-"""Whole recipes and what came out of them: `regraft run`, `demo`, `report`, `analyse compare`."""
+"""Whole recipes and what came out of them: `regraft run`, `demo`."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING
 
 from regraft.cli.options import MaybeOutFolder, OutFolder, watching
 from regraft.console import ConsoleWatch, show_preview, show_study
@@ -16,15 +13,6 @@ from regraft.recipes.file import read_recipe
 
 if TYPE_CHECKING:
     from regraft.report.study import Study
-    from regraft.runs.comparing import Pair
-
-Against = Annotated[
-    tuple[str, ...],
-    Parameter(consume_multiple=True, help="Methods to test all others against, one or several."),
-]
-Bundled = Annotated[
-    Path | None, Parameter(help="New .zip file to bundle the run's results in, to be sent.")
-]
 
 
 def run(
@@ -76,130 +64,6 @@ def demo(*, out: OutFolder = Path("demo-run")) -> None:
     from importlib.resources import files
 
     run(Path(str(files("regraft"))) / "demo" / "demo.yaml", out=out)
-
-
-def report(
-    *folder: Path,
-    out: MaybeOutFolder = None,
-    dense: Path | None = None,
-    pruned: Path | None = None,
-    bundle: Bundled = None,
-    texts: bool = False,
-) -> None:
-    """Write a report: JSON, Markdown and one HTML page, of a finished run again or of evaluations.
-
-    Or bundle a run's results in a zip file to be sent, or check such a file and show its table.
-
-    Example: regraft report ev-gain --dense ev-dense --pruned ev-pruned --out page
-
-    Parameters
-    ----------
-    folder
-        Of `regraft run`; or one or several of `regraft eval`, on the same prompts by the same
-        judge, of any checkpoints. All after the first are compared with it. Or a bundle, which is
-        checked: every digest, and every rate counted again.
-    texts
-        Put the texts of prompts and answers into the bundle too.
-    out
-        New folder, for evaluations; of a single one `report` in it if not given.
-    dense
-        The evaluation of the dense model, with --pruned: all others are compared with the pruned
-        model, and their RSR is reported.
-    pruned
-        The evaluation of the pruned model.
-    """
-    from regraft.runs.comparing import is_evaluation
-
-    pair = _pair(dense, pruned)
-    if not folder and pair is None:
-        raise RegraftError("Name the folder of a run, or folders of evaluations.")
-    if texts and bundle is None:
-        raise RegraftError("--texts is for a bundle: name its file with --bundle.")
-    with watching() as progress:
-        if folder and folder[0].suffix == ".zip":
-            _check_bundles(progress, folder)
-        elif pair is not None or any(map(is_evaluation, folder)):
-            if bundle is not None:
-                raise RegraftError("A bundle is of a run, and these are evaluations.")
-            _report_evaluations(progress, folder, pair, out)
-        else:
-            _report_run(progress, folder, out)
-            if bundle is not None:
-                _write_bundle(progress, folder[0], bundle, texts)
-
-
-def _report_evaluations(
-    progress: ConsoleWatch, folders: Sequence[Path], pair: Pair | None, out: Path | None
-) -> None:
-    from regraft.runs import comparing
-
-    if out is None and (pair is not None or len(folders) > 1):
-        raise RegraftError("Say where the report of several evaluations goes: --out.")
-    page = out or folders[0] / "report"
-    show_page(progress, comparing.report_evaluations(folders, page, pair), page)
-
-
-def _report_run(progress: ConsoleWatch, folders: Sequence[Path], out: Path | None) -> None:
-    from regraft.runs import recipe_runs
-
-    if len(folders) > 1:
-        raise RegraftError(
-            "Several folders are for evaluations, which hold a results.json; runs are compared "
-            "by `regraft analyse compare`."
-        )
-    if out is not None:
-        raise RegraftError("The report of a run lies in its own folder: leave out --out.")
-    run = folders[0]
-    show_page(progress, recipe_runs.report_recipe(run), run / "report")
-
-
-def _write_bundle(progress: ConsoleWatch, run: Path, file: Path, texts: bool) -> None:
-    from regraft.runs.bundle import write_bundle
-
-    write_bundle(run, file, texts=texts)
-    progress.note(f"Bundle: {file.absolute()} ({file.stat().st_size / 1e6:.1f} MB)")
-
-
-def _check_bundles(progress: ConsoleWatch, files: Sequence[Path]) -> None:
-    from regraft.runs.bundle_check import read_bundle
-
-    for file in files:
-        bundle = read_bundle(file)
-        answers = sum(len(one.answers) for one in bundle.evaluations.values())
-        progress.note(bundle.page)
-        progress.note(
-            f"{file}: {bundle.title}, regraft {bundle.version}. {bundle.files} files are as their "
-            f"digests say, and the verdicts on {answers:,} answers of {len(bundle.evaluations)} "
-            f"evaluations give the rates in it. Digest of all: {bundle.digest}"
-        )
-
-
-def _pair(dense: Path | None, pruned: Path | None) -> Pair | None:
-    if dense is None and pruned is None:
-        return None
-    if dense is None or pruned is None:
-        given, missing = ("--pruned", "--dense") if dense is None else ("--dense", "--pruned")
-        raise RegraftError(f"RSR needs both evaluations: beside {given} name {missing} too.")
-    from regraft.runs.comparing import Pair
-
-    return Pair(dense, pruned)
-
-
-def compare(*run: Path, out: OutFolder, against: Against = ()) -> None:
-    """Tell methods apart over finished runs: tests, intervals, verdicts and the trade-off plot.
-
-    Example: regraft analyse compare runs/study --out runs/study/comparison --against hsr
-
-    Parameters
-    ----------
-    run
-        Folders of `regraft run` whose recipes differ in the calibration seed alone; the folder of a
-        recipe with `seeds` stands for all its runs.
-    """
-    from regraft.runs.comparing import compare_runs
-
-    with watching() as progress:
-        show_page(progress, compare_runs(run, out, against), out)
 
 
 def show_page(progress: ConsoleWatch, study: Study, out: Path) -> None:

@@ -15,15 +15,8 @@ from http.client import HTTPException
 from typing import Any, Self, TypeVar
 
 from regraft.errors import PassingError, RegraftError
-from regraft.evaluation.server_words import (
-    FILTERED,
-    KEY_VARIABLE,
-    complaint,
-    is_filter,
-    not_taken,
-    server_key,
-    without_key,
-)
+from regraft.evaluation.server_key import KEY_VARIABLE, server_key, without_key
+from regraft.evaluation.server_words import FILTERED, complaint, is_filter, not_taken
 
 T = TypeVar("T")
 ENDPOINT = "endpoint:"  # what names of these models begin with

@@ -1,21 +1,15 @@
-"""What a chat server says, without its key and without what it only says again of a request.
+"""What of a chat server's complaint is its own, and not only said again of a request.
 
 OpenAI's form is {"error": {"message", "param", "code"}}, FastAPI's {"detail": [{"loc", "msg"}]} or
 {"detail": "words"}; others write plain words. Many repeat the prompt, whose words are no complaint.
-The key comes from the environment alone, and is blotted out where the server repeats it.
 """
 
 from __future__ import annotations
 
-import html
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any
-
-from regraft.errors import RegraftError
 
 FILTERED = "content_filter"  # how a reply ended that the server's filter cut or withheld
 _FILTERS = (FILTERED, "content_policy", "content management policy")
@@ -25,8 +19,6 @@ _INPUT = re.compile(
 )  # as pydantic repeats it
 _FIELDS = (("max_tokens", "max_completion_tokens"), ("temperature", "temperature"))
 _LEVELS = 8
-KEY_VARIABLE = "OPENAI_API_KEY"
-_SHORTEST_KEY = 6  # shorter ones are words such as EMPTY, for servers that want any
 
 
 def complaint(said: str, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -82,43 +74,3 @@ def _texts(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         for part in content if isinstance(content, list) else [{"text": content}]:
             if isinstance(text := part.get("text"), str):
                 yield text
-
-
-def without_key(text: str) -> str:
-    """A server's words without the key, if it says it, and without what no file takes."""
-    if len(key := _given_key()) >= _SHORTEST_KEY:
-        text = _spelled(key).sub(f"[{KEY_VARIABLE}]", text)
-    return text.encode("utf-8", "replace").decode()  # JSON may spell halves of surrogate pairs
-
-
-@cache
-def _spelled(key: str) -> re.Pattern[str]:
-    """The key, each letter as it is or as addresses, pages and JSON may spell it."""
-
-    def letter(one: str) -> str:
-        code, plain = ord(one), re.escape(one)
-        if one.isalnum() or one in "-_.":
-            return plain
-        coded = rf"(?i:%{code:02x}|\\u{code:04x}|&#x0*{code:x};|&#0*{code};)"
-        return rf"(?:\\?{plain}|{re.escape(html.escape(one))}|{coded})"
-
-    return re.compile("".join(map(letter, key)))
-
-
-def _given_key() -> str:
-    return os.environ.get(KEY_VARIABLE, "").strip()
-
-
-def server_key() -> str:
-    """The key to send, "" where none is set.
-
-    Raises:
-        RegraftError: it cannot be one.
-    """
-    key = _given_key()
-    if not (key.isascii() and key.isprintable()):
-        raise RegraftError(
-            f"The variable {KEY_VARIABLE} holds characters that no key has, such as a line's end "
-            "inside it. Set it to the key alone."
-        )
-    return key

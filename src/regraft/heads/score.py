@@ -16,7 +16,7 @@ from regraft.disk.artifact import read_artifact, require_finite, write_artifact
 from regraft.disk.files import digest
 from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings, first_feature_angles, most_rank, ships
-from regraft.heads.states import States, ablate_heads, steps
+from regraft.heads.states import States, ablate_heads, layers_run
 from regraft.models.architecture import Architecture
 from regraft.progress import Advance, expect
 
@@ -164,7 +164,7 @@ def score_heads(
     estimate = measured("estimate", every, settings).scores[:2]
     best = candidates(estimate, settings.candidates)
     exactly = settings.model_copy(update={"mode": "exact"})
-    expect(advance, samples * steps(architecture, best))
+    expect(advance, samples * layers_run(architecture, best))
     exact = measured(f"candidates-{digest(repr(best))[:16]}", best, exactly)
     is_exact = ~exact.scores[0].isnan()
     scores = torch.where(is_exact, exact.scores[:2], estimate)

@@ -104,7 +104,7 @@ def ablate_heads(
             if heads.get(layer.index) and not _layer_file(place, layer.index).exists()
         }
         there = {index: some for index, some in heads.items() if index not in missing}
-        expect(advance, -len(batch.ids) * steps(architecture, there))
+        expect(advance, -len(batch.ids) * layers_run(architecture, there))
         if missing or not _base_file(place).exists():
             _run_batch(model, architecture, placed(batch, model), place, how, missing, advance)
     distributed.barrier()
@@ -135,10 +135,10 @@ def _run_batch(
                 states |= run.jittered(index, hidden, seed)
         _require_finite(states, index)
         _save(_layer_file(folder, index), states)
-        advance(len(batch.ids) * steps(architecture, {index: some}))
+        advance(len(batch.ids) * layers_run(architecture, {index: some}))
 
 
-def steps(architecture: Architecture, heads: Mapping[int, Sequence[int]]) -> int:
+def layers_run(architecture: Architecture, heads: Mapping[int, Sequence[int]]) -> int:
     """Layers that run again for a prompt: of each ablated head its own and all behind."""
     return sum(len(some) * (len(architecture.layers) - index) for index, some in heads.items())
 

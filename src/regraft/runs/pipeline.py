@@ -31,7 +31,7 @@ from regraft.runs.run_dir import RunDir
 from regraft.stages.provenance import but_for_rounding, difference
 from regraft.stages.ranking import check_restorable
 from regraft.stages.reading import warn_of_bundled
-from regraft.stages.setup import PromptUse, Step, check_all, disk_bytes, left_of
+from regraft.stages.steps import PromptUse, Step, check_all, disk_bytes, left_of
 
 _SIDE = 2048
 _SHARE = {"cpu": 0.8}  # of the speed of one large product that whole models reach: measured

@@ -23,7 +23,7 @@ from regraft.settings.defending import RefusalDirectionSettings
 from regraft.settings.searching import SearchSettings
 from regraft.stages.defending import check_direction_layer
 from regraft.stages.reading import read_validation
-from regraft.stages.setup import PromptUse, Step
+from regraft.stages.steps import PromptUse, Step
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from regraft.disk.files import digest, require_space, size_of
 from regraft.errors import RegraftError
 from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
 from regraft.heads.ships import HeadSettings, most_rank
-from regraft.heads.states import steps
+from regraft.heads.states import layers_run
 from regraft.loading import check_shares, collate, cut, hidden_state_bytes, load, load_layerwise
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
@@ -64,7 +64,7 @@ def write_head_scores(
             model, processor = load(dense, compute, progress)
             prompts = collate(processor, prompt_batch, data.examples, compute)
             every = {layer.index: range(layer.heads) for layer in dense.architecture.layers}
-            total = len(data.examples) * steps(dense.architecture, every)
+            total = len(data.examples) * layers_run(dense.architecture, every)
             what = "Scoring heads", total, "prompts x heads x layers to run again"
             with progress.task(*what) as done:
                 scores = score_heads(

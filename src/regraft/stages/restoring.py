@@ -38,16 +38,8 @@ from regraft.stages.ranking import (
     write_ranking,
 )
 from regraft.stages.searching import Search, remarks
-from regraft.stages.setup import (
-    ArtifactPaths,
-    Inputs,
-    PromptUse,
-    Setup,
-    Step,
-    StepGuard,
-    check_all,
-    unguarded,
-)
+from regraft.stages.setup import ArtifactPaths, Inputs, Setup
+from regraft.stages.steps import PromptUse, Step, StepGuard, check_all, unguarded
 
 
 @dataclass(frozen=True)

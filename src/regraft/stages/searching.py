@@ -27,7 +27,8 @@ from regraft.settings.searching import SearchSettings, validation_of
 from regraft.stages.evaluating import evaluate_target
 from regraft.stages.provenance import describe, fingerprints, is_done
 from regraft.stages.ranking import write_patch
-from regraft.stages.setup import ArtifactPaths, PromptUse, Setup
+from regraft.stages.setup import ArtifactPaths, Setup
+from regraft.stages.steps import PromptUse
 from regraft.stages.targets import Target
 
 

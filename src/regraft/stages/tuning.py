@@ -48,7 +48,8 @@ from regraft.stages.provenance import describe
 from regraft.stages.ranking import check_restorable
 from regraft.stages.restoring import Restoration
 from regraft.stages.searching import Search, bounds_of
-from regraft.stages.setup import ArtifactPaths, PromptUse
+from regraft.stages.setup import ArtifactPaths
+from regraft.stages.steps import PromptUse
 from regraft.stages.trials import Trials, alone, claim, exclusive, require_optuna, space_of
 
 if TYPE_CHECKING:

@@ -1,0 +1,84 @@
+"""A dense and a pruned model to a method's best settings: `regraft tune`."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Annotated
+
+from cyclopts import App, Group, Parameter
+
+from regraft.cli.options import OutFolder, watching
+from regraft.cli.realigning import (
+    AnswerLength,
+    Choice,
+    Dense,
+    Prompts,
+    Pruned,
+    Scoring,
+    Where,
+    for_method,
+)
+from regraft.console import show_tuned
+from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_tuning
+from regraft.heads.ships import HeadSettings
+from regraft.models.load import open_source
+from regraft.restoration.base import METHODS, MethodSettings
+from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.searching import SearchSettings, TuneSettings
+
+Trials = Annotated[TuneSettings, Parameter(name="*", group=Group("Trials", sort_key=0))]
+_ABOUT_TUNING = (
+    "Search for a method's settings that give the lowest ASR within bounds, on validation "
+    "prompts.\n\n"
+    "Constrained TPE (Optuna: pip install 'regraft[tune]'). The same command continues after a "
+    "kill, goes on to more --trials, and started twice at once shares them. Of a ranking the best "
+    "prefix tried within the bounds counts. What is not tuned stays as given, the budget above "
+    "all. Writes tuned.json and best.yaml, an item of a recipe's `realign`.\n\n"
+    "Example: regraft tune hsr MODEL pruned --budget 2 --data vlguard VLGuard/train.json "
+    "--validation validation.jsonl --trials 40 --points 3 --out tuned"
+)
+
+
+def tune(
+    name: str,
+    dense: Dense,
+    pruned: Pruned,
+    *,
+    out: OutFolder,
+    settings: MethodSettings,
+    tuning: Trials = TuneSettings(),
+    calibration: Prompts = CalibrationSettings(),
+    choice: Choice = SearchSettings(),
+    max_new_tokens: AnswerLength = DEFAULT_VALIDATION_TOKENS,
+    scoring: Scoring = HeadSettings(),
+    compute: Where = ComputeSettings(),
+) -> None:
+    from regraft import stages
+
+    calibration = calibration.with_responses()
+    with watching() as progress:
+        check_tuning(settings, tuning, choice, scoring, compute.device)
+        restoration = stages.Restoration(
+            open_source(dense, trust_remote_code=compute.trust_remote_code),
+            calibration,
+            compute,
+            progress,
+            scoring=scoring,
+            evaluation=EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
+        )
+        other = open_source(pruned, trust_remote_code=compute.trust_remote_code)
+        tuned = stages.tune_method(restoration, other, out, settings, tuning, choice)
+        show_tuned(progress.console, tuned)
+        progress.note(f"All trials: {out / 'tuned.json'}")
+        if tuned.best is not None:
+            progress.note(f"The best settings, for a recipe: {out / 'best.yaml'}")
+
+
+app = App(name="tune", help=_ABOUT_TUNING)
+for _name in METHODS.working():
+    if METHODS.get(_name).tunes:
+        _text = f"Tune {_name}: {(METHODS.get(_name).settings_type.__doc__ or '').strip()}"
+        with suppress(Exception):  # a package's method; `realign` says what is wrong with it
+            app.command(for_method(tune, _name, _text), name=_name)
