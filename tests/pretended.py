@@ -65,7 +65,7 @@ class Pretended(Tensor):
         device = torch.device(kwargs.get("device") or NAME)
         if kwargs.get("device"):
             kwargs["device"] = "cpu"
-        found = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        found = _on_cpu(func, name, tree_map(_held, args), tree_map(_held, kwargs))
         if name == "copy_":
             return args[0]
         same = {id(_held(one)): one for one in given}  # what works in place gives back
@@ -76,6 +76,12 @@ class Pretended(Tensor):
             return Pretended(value) if device.type == NAME else value
 
         return tree_map(on_device, found)
+
+
+def _on_cpu(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    if name == "histc" and not args[0].is_floating_point():  # which GPUs alone count
+        return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
+    return func(*args, **kwargs)
 
 
 def _held(value: Any) -> Any:

@@ -37,10 +37,12 @@ from disk import shards, write_jsonl
 from regraft.data.collate import Batch, batches, prompt_batch, response_batch
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import Answerer
-from regraft.heads.ships import head_outputs, replay_ablated
+from regraft.heads.score import score_heads
+from regraft.heads.ships import HeadSettings, head_outputs, replay_ablated
 from regraft.models import layout
-from regraft.models.architecture import LinearArchitecture, head_block
+from regraft.models.architecture import LinearArchitecture, cross_attention_layers, head_block
 from regraft.models.checkpoint import SINGLE_FILE
+from regraft.models.key_values import last_token_replay, record
 from regraft.models.load import load_model, open_source, placed
 from regraft.models.places import Place, of_tensor
 from regraft.models.replay import replay, text_inputs
@@ -304,6 +306,39 @@ def test_ablation_equals_a_manual_edit_of_each_head(family, target, eps, pico_di
             wanted = manually_ablated(model, batch.inputs, layer.index, head, size, target, eps)
             torch.testing.assert_close(found[head][real], wanted[real], atol=1e-4, rtol=0)
             assert (found[head] - base.final)[real].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", WITH_HEADS)
+def test_ablation_seen_at_the_last_token_alone(family, pico_dir, tmp_path):
+    """What scores are made from where no prompt is padded on the right."""
+    _, model, processor, architecture = truth.opened(pico_dir(family))
+    text = text_inputs(model, truth.make_batch("left", family, processor, tmp_path).inputs)
+    whole, known = partial(replay, model, text), record(model, text, cross_attention_layers(model))
+    short = last_token_replay(model, text, known.known)
+    for layer in (one for one in architecture.layers if one.heads):
+        hidden, found = known.entering[layer.index], []
+        for run in (whole, short):
+            outputs = head_outputs(model, run, layer.index, hidden, layer.head_dim)
+            heads = range(layer.heads)
+            found.append(replay_ablated(model, run, layer.index, hidden, outputs, heads)[:, :, -1])
+        torch.testing.assert_close(*found, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ("qwen3_vl_moe", "glm4v_moe", "llama4_text", "molmo2"))
+def test_screened_candidates_are_scored_exactly(family, pico_dir, tmp_path):
+    _, model, processor, architecture = truth.opened(pico_dir(family))
+    examples = pico.write_examples(tmp_path, 2)
+    if family not in pico_today.VLM:
+        examples = [replace(one, image=None) for one in examples]
+    prompts = [prompt_batch(processor, examples)]
+    exact, screened = (
+        score_heads(model, architecture, prompts, tmp_path / how.mode, how)
+        for how in (HeadSettings(r_max=1), HeadSettings(r_max=1, mode="screened", candidates=2))
+    )
+    assert 2 <= screened.exact.sum() <= 4  # the best by either score
+    for found, wanted in ((screened.ships, exact.ships), (screened.kl, exact.kl)):
+        one = found[screened.exact], wanted[screened.exact]
+        torch.testing.assert_close(*one, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", WITH_HEADS)

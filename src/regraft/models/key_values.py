@@ -69,12 +69,19 @@ class KeyValues:
         return {self.layer: self}
 
     def get_seq_length(self, *_args: Any) -> int:
-        """How many positions are known; asked by Mllama in transformers below 5.20."""
+        """How many positions are known; asked by Llama 4, by Mllama in transformers below 5.20."""
         return self.keys.shape[2]
 
     def before(self, positions: int) -> KeyValues:
         """Without the last `positions`."""
         return KeyValues(self.layer, self.keys[:, :, :-positions], self.values[:, :, :-positions])
+
+
+class _Empty:
+    """Stands in for a cache that is empty."""
+
+    def get_seq_length(self, *_args: Any) -> int:
+        return 0
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,8 @@ def record(model: nn.Module, text: TextInputs, keep: Container[int] | None = Non
     added: dict[int, Tensor] = {}
     left: tuple[int, Tensor] | None = None  # the layer that ran last, and its output
 
-    class Recorder:
-        """Stands in for a cache that is empty."""
+    class Recorder(_Empty):
+        """Keeps what it is given."""
 
         def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Any:
             known[layer] = KeyValues(layer, keys, values)
@@ -199,8 +206,8 @@ def _on_last(forward: Callable[..., Any], layer: nn.Module) -> Callable[..., Any
     return last
 
 
-class _Finder:
-    """Stands in for a cache and ends the forward pass as soon as it is given keys and values."""
+class _Finder(_Empty):
+    """Ends the forward pass as soon as it is given keys and values."""
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> None:
         raise Stop(KeyValues(layer, keys, values))

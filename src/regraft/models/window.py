@@ -118,6 +118,9 @@ class _Fixed(NamedTuple):
     def update(self, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         return self.keys, self.values
 
+    def get_seq_length(self, *_args: Any) -> int:
+        return self.keys.shape[2] - 1  # the last position is the one that asks
+
 
 def _pick_axes(name: str, tensor: Tensor, dim: int, positions: Tensor) -> Tensor:
     """`_pick` of a layer's argument, of each axis where those of multi-axis rotary come first.
