@@ -129,6 +129,7 @@ _UNASKED = {  # in words, where a text prompt fails
 _MAP = {"<image>": 9, "<|image|>": 9, "<|extra_200|>": 10, "IMGIMGAA": 11}
 _SECTIONS = {"mrope_section": [2, 3, 3]}  # of rotary embeddings, in a head of 16 features
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, **_SECTIONS}
+_BLOCKS = {"text_config.n_layers_per_attn_res_block": 2}  # of which later layers read the input
 # What default configs leave out or fix at full size, by type and dotted name.
 _EXTRA: Mapping[str, Mapping[str, Any]] = {
     "chameleon": {"vocabulary_map": _MAP},
@@ -189,6 +190,9 @@ _EXTRA: Mapping[str, Mapping[str, Any]] = {
     "hunyuan_vl": {"text_config.head_dim": 16},
     "mistral4": {"head_dim": 32},
     "mllama": {"text_config.cross_attention_layers": [1]},  # which no model ends with
+    "inkling2": _BLOCKS,
+    "inkling2_loop": _BLOCKS
+    | {"text_config.loop_layer_index_start": 2, "text_config.loop_layer_index_end": 4},
     "molmo2": {"adapter_config.vision_feature_layer": [0, 1]},
     "perception_lm": {
         "vision_config.architecture": "test_vit",
