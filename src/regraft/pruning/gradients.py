@@ -27,7 +27,7 @@ from regraft.models.architecture import Architecture, LayerArchitecture, LinearA
 from regraft.models.experts import ExpertLinear, opened
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
-from regraft.models.replay import MORE, Shared, hooked, logits_of
+from regraft.models.replay import Shared, hooked, logits_of
 from regraft.progress import Advance
 from regraft.pruning.inputs import overflow, require_same_layers
 
@@ -144,9 +144,13 @@ def _back(
     entered = load_unfinished(path)
     hidden = leaf(entered["hidden"])
     assert hidden is not None
-    given = {name: tuple(map(leaf, several)) for name, several in layerwise.shared[i].items()}
-    if MORE in given:  # the last layer's, so far
-        given[MORE] = tuple(leaf(entered.get(_more(k))) for k in range(len(given[MORE])))
+    given = {
+        name: tuple(
+            leaf(one if name.isdigit() else entered.get(f"{name}.{k}"))
+            for k, one in enumerate(several)
+        )
+        for name, several in layerwise.shared[i].items()
+    }
     handed: Shared = dict(given)
     output = layerwise.replay(i, layer, hidden, gradient=True, shared=handed)
     roots: list[tuple[Tensor, Tensor]] = [(output, gradient.to(device))]
@@ -169,9 +173,13 @@ def _forward(
             scratch.mkdir(parents=True, exist_ok=True)
             for layer in architecture.layers:
                 for i, state in enumerate(layerwise.states):
-                    more = enumerate(layerwise.shared[i].get(MORE, ()))
-                    tensors = {_more(k): one.contiguous() for k, one in more if one is not None}
-                    tensors["hidden"] = state.contiguous()
+                    replaced = {  # by a later layer, as inputs of layers never are
+                        f"{name}.{k}": one.clone(memory_format=torch.contiguous_format)
+                        for name, several in layerwise.shared[i].items()
+                        for k, one in enumerate(several)
+                        if one is not None and not name.isdigit()
+                    }
+                    tensors = {"hidden": state.contiguous(), **replaced}
                     save_file(tensors, _path(scratch, layer.index, i))
                 with layerwise.model.layer(layer.index):
                     layerwise.advance(layer.index, advance)
@@ -277,10 +285,6 @@ def product(dy: Tensor, x: Tensor) -> Tensor:
     if dy.is_cuda and dy.dtype != torch.float32:
         return torch.mm(dy.T, x, out_dtype=torch.float32)
     return torch.mm(dy.T, x).float()
-
-
-def _more(place: int) -> str:
-    return f"{MORE}.{place}"
 
 
 def _path(scratch: Path, layer: int, batch: int) -> Path:
