@@ -788,6 +788,33 @@ def _inkling2() -> Parts:
     )
 
 
+def _git() -> Parts:
+    """GIT: built as BERT is; the image comes before the prompt, without a token there."""
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>")
+    tokenizer.chat_template = chatml("")
+    return Parts(
+        T.GitForCausalLM,
+        T.GitConfig(vision_config=VISION, **text_config(tokenizer)),
+        T.GitProcessor(T.CLIPImageProcessor(size=28, crop_size=28), tokenizer),
+    )
+
+
+def _blip() -> Parts:
+    """BLIP: built as BERT is, with cross-attention to the image in every layer."""
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>")
+    tokenizer.chat_template = chatml("")
+    text = text_config(tokenizer, encoder_hidden_size=32, sep_token_id=tokenizer.eos_token_id)
+    return Parts(
+        T.BlipForConditionalGeneration,
+        T.BlipConfig(
+            text_config=text | {"projection_dim": 32},
+            vision_config=VISION | {"initializer_range": 0.15},
+            projection_dim=32,
+        ),
+        T.BlipProcessor(T.BlipImageProcessor(size={"height": 28, "width": 28}), tokenizer),
+    )
+
+
 VLM: dict[str, Callable[[], Parts]] = {
     "qwen3_5": partial(_qwen_with_vision, "qwen3_5"),
     "qwen3_vl_moe": partial(_qwen_with_vision, "qwen3_vl_moe"),
@@ -808,6 +835,8 @@ VLM: dict[str, Callable[[], Parts]] = {
     "hy_v4_vl": _hunyuan4,
     "glm5_next": _glm5,
     "inkling2": _inkling2,
+    "git": _git,
+    "blip": _blip,
 }
 LLM: dict[str, Callable[[], Parts]] = {
     "llama4_text": _llama4_text,

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
-from regraft.data.collate import Batch
+from regraft.data.collate import IGNORED, Batch
 from regraft.errors import RegraftError
 from regraft.models.architecture import cross_attention_layers, decoder_layers, text_decoder
 from regraft.models.placement import PlacedModel, free_bytes, moved, tensors_within
@@ -33,7 +34,7 @@ from regraft.models.replay import (
 )
 from regraft.progress import Advance
 
-_EMBEDDED = ("inputs_embeds", "input_ids")
+_EMBEDDED = ("inputs_embeds", "input_ids", "hidden_states")  # the last one of GIT and BLIP
 _COPIES = 4  # of the states that a backward pass has at a time, the embeddings aside
 
 
@@ -83,7 +84,7 @@ class LayerwisePass:
                 kwargs = moved(self._without_embeddings(text.kwargs), self._home)
                 self._texts.append(TextInputs(kwargs, text.batch))
                 self.states.append(embedded.to(self._home))
-                self.batches.append(_without_image(batch))
+                self.batches.append(_without_image(batch, self._shapes[-1][1]))
                 self._make_room()
         self.tokens = sum(state.numel() // state.shape[-1] for state in self.states)
         self.shared: list[Shared] = self._nothing_shared()
@@ -193,7 +194,8 @@ class LayerwisePass:
         """
         if self._embeddings_kept:
             return kwargs
-        return {**kwargs, "inputs_embeds": value.expand(self._shapes[i])}
+        name = "hidden_states" if "hidden_states" in kwargs else "inputs_embeds"
+        return {**kwargs, name: value.expand(self._shapes[i])}
 
     def _filled(self, kwargs: Mapping[str, Any], like: Tensor, value: float) -> dict[str, Any]:
         return self._with_embeddings(0, self._without_embeddings(kwargs), like.new_full((), value))
@@ -216,7 +218,7 @@ class LayerwisePass:
 
 def _embeddings_shape(text: TextInputs, states: Tensor) -> torch.Size:
     """`[B, S, d]` of what the decoder was called with, embeddings or ids; states may have more."""
-    given = text.kwargs.get("inputs_embeds")
+    given = text.kwargs.get("inputs_embeds", text.kwargs.get("hidden_states"))
     if given is None:
         return torch.Size((*text.kwargs["input_ids"].shape, states.shape[-1]))
     return torch.Size(given.shape)
@@ -277,7 +279,13 @@ def _no_chain(what: str) -> RegraftError:
     return RegraftError(f"{what}, so that layers cannot be run one by one. {WITHOUT_DATA}")
 
 
-def _without_image(batch: Batch) -> Batch:
-    """A batch whose pixels need not be moved again."""
+def _without_image(batch: Batch, positions: int) -> Batch:
+    """A batch whose pixels need not be moved again, with labels for all positions.
+
+    GIT's image has some of its own, before the prompt.
+    """
     kept = {name: one for name, one in batch.inputs.items() if not name.startswith("pixel")}
-    return replace(batch, inputs=kept)
+    labels = batch.labels
+    if labels is not None:
+        labels = F.pad(labels, (positions - labels.shape[1], 0), value=IGNORED)
+    return replace(batch, inputs=kept, labels=labels)

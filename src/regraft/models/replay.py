@@ -9,6 +9,7 @@ where there is no image, Gemma3TextModel gives its layers two kinds of mask and 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ def text_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> TextInputs:
         )
     decoder = text_decoder(model)
     args, kwargs = first_call(decoder, lambda: model(**inputs, use_cache=False))
-    assert not args, "decoders are called with keywords in every family"
+    names = list(inspect.signature(type(decoder).forward).parameters)[1:]  # without `self`
+    kwargs |= dict(zip(names, args, strict=False))  # GIT gives its embeddings without a name
     # A cache left among the arguments would give later runs the keys and values of earlier ones,
     # without an error for a single row that is not padded.
     return TextInputs(kwargs | {cache_argument(decoder): None}, len(inputs["input_ids"]))
@@ -244,7 +246,7 @@ def logits_of(model: nn.Module, states: Tensor, *, gradient: bool = False) -> Te
     output = Output(last_hidden_state=rows)
     with (
         torch.set_grad_enabled(gradient),
-        replaced_forwards({text_decoder(model): lambda **_: output}),
+        replaced_forwards({text_decoder(model): lambda *_, **__: output}),
     ):
         ids = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
         logits: Tensor = language_model(model)(input_ids=ids, use_cache=False).logits
