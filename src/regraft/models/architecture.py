@@ -132,8 +132,7 @@ class Architecture:
     def left_dense(self) -> list[str]:
         """What decoder layers have beside prunable weights, by name in them: routers, kernels."""
         first = next(self.linears)
-        lists = "|".join(LAYER_LISTS)
-        own = re.match(rf"((?:.+\.)?(?:{lists})\.){first.layer}\.", f"{first.module}.")
+        own = re.match(rf"(.*?\b(?:{'|'.join(LAYER_LISTS)})\.){first.layer}\.", f"{first.module}.")
         assert own is not None
         pattern = re.compile(rf"{re.escape(own[1])}\d+\.(.+)")
         matches = (pattern.fullmatch(name) for name, shape in self.others if len(shape) > 1)
@@ -243,7 +242,9 @@ def text_decoder(model: nn.Module) -> nn.Module:
         find = getattr(decoder, "get_decoder", None)
         found = find() if callable(find) else None
         if found is decoder:  # it knows of no other: Llama 4's language model, BERT's kin
-            found = getattr(decoder, "model", getattr(decoder, "encoder", None))
+            encodes = not getattr(getattr(decoder, "config", None), "is_decoder", True)
+            inner = None if encodes else getattr(decoder, "encoder", None)
+            found = getattr(decoder, "model", inner)
         if found is None or found is decoder:
             raise RegraftError(
                 f"{type(model).__name__} has no text decoder with layers in a list of a usual name "
