@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import transformers as T  # noqa: N812
 from torch import Tensor
 
 import pico
@@ -97,6 +98,27 @@ def test_answers_are_the_most_likely_tokens(kind: str, tmp_path: Path) -> None:
 def test_layers_one_by_one_are_the_whole_model(kind: str, tmp_path: Path) -> None:
     assert types_table.saved(kind, tmp_path / "model") == ""
     assert types_table._prunes(kind, tmp_path / "model", [])[0] == ""
+
+
+@pytest.mark.parametrize(
+    ("build", "settings"),
+    [
+        (T.BloomForCausalLM, T.BloomConfig(n_head=4)),  # layers in `h`
+        (T.MptForCausalLM, T.MptConfig(n_heads=4, d_model=64)),  # `blocks`
+        (T.BertLMHeadModel, T.BertConfig(is_decoder=True, intermediate_size=96)),  # `layer`
+        (T.RwkvForCausalLM, T.RwkvConfig()),  # three outputs of a layer
+    ],
+)
+def test_lists_of_layers_have_several_names(build: Any, settings: Any, tmp_path: Path) -> None:
+    small = {"vocab_size": 320, "hidden_size": 64, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    settings.update(small | {"num_hidden_layers": 3, "initializer_range": 0.12})
+    build(settings).save_pretrained(tmp_path / "dense")
+    source = open_source(tmp_path / "dense")
+    inputs = types_table.prompts("", source.config)[0]
+    model = load_model(source, device="cpu")
+    assert types_table.calibrated(model, source.architecture, inputs, tmp_path) == []
+    assert_patched_alike(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -293,8 +293,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(layer_list(text_decoder(model)))
 
 
-# Mllama's, what Nemotron-H calls all, and BERT's kin
-ATTENTIONS = ("self_attn", "cross_attn", "mixer", "attention")
+# Mllama's, what Nemotron-H calls all, and other names
+ATTENTIONS = ("self_attn", "cross_attn", "mixer", "attention", "attn", "self_attention")
 
 
 def find_attention(layer: nn.Module) -> tuple[str, nn.Module] | None:

@@ -231,17 +231,16 @@ def _handed_on(model: nn.Module, given: Callable[[float], Mapping[str, Any]]) ->
     them. It runs on layers that put out NaN, so that what else a layer is given is NaN if it was
     made of these.
     """
-    more: tuple[None, ...] = ()
     layers, nan = range(len(decoder_layers(model))), torch.nan
-    try:
-        found = _read_again(model, given(nan), layers, more)
-    except (TypeError, ValueError):  # such as of unpacking
-        more = (None,)
+    outputs: tuple[tuple[None, ...], ...] = ((), (None,), (None, None))
+    for more in outputs:
         try:
             found = _read_again(model, given(nan), layers, more)
-        except (TypeError, ValueError) as error:
-            kind = type(model).__name__
-            raise _no_chain(f"What layers of {kind} put out is not understood ({error})") from error
+            break
+        except (TypeError, ValueError) as error:  # such as of unpacking
+            cause = error
+    else:
+        raise _no_chain(f"What layers of {type(model).__name__} put out is not known") from cause
     read = [i for i in layers if found and _read_again(model, given(0 if i else nan), {i}, more)]
     return *((MORE,) if more else ()), *map(str, read)
 
