@@ -27,6 +27,7 @@ from regraft.models.replay import (
     Shared,
     TextInputs,
     hooked,
+    input_of,
     replaced_forwards,
     replay,
     stand_ins,
@@ -80,7 +81,7 @@ class LayerwisePass:
                 if not self.states:
                     given = partial(self._filled, text.kwargs, embedded)
                     self._handed_on = _handed_on(model.network, given)
-                    self._embeddings_kept |= "0" in self._handed_on
+                    self._embeddings_kept |= input_of(0) in self._handed_on
                 kwargs = moved(self._without_embeddings(text.kwargs), self._home)
                 self._texts.append(TextInputs(kwargs, text.batch))
                 self.states.append(embedded.to(self._home))
@@ -242,7 +243,7 @@ def _handed_on(model: nn.Module, given: Callable[[float], Mapping[str, Any]]) ->
     else:
         raise _no_chain(f"What layers of {type(model).__name__} put out is not known") from cause
     read = [i for i in layers if found and _read_again(model, given(0 if i else nan), {i}, more)]
-    return *((MORE,) if more else ()), *map(str, read)
+    return *((MORE,) if more else ()), *map(input_of, read)
 
 
 def _read_again(

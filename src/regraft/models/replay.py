@@ -44,9 +44,20 @@ Shared = dict[str, tuple[Any, ...]]
 
 Keys and values that later layers read, too, by the kind of layer (Gemma 3n, Gemma 4). And where the
 name is there already: what a layer puts out behind its state (`MORE`; the tokens that GLM-5-Next's
-indexers choose), and inputs of layers that later ones read, too, by index (Inkling 2: "6").
+indexers choose), and inputs of layers that later ones read, too (`input_of`; Inkling 2).
 """
 MORE = "more"
+_INPUT = "input of layer "
+
+
+def input_of(layer: int) -> str:
+    """The name in `Shared` of what enters a layer."""
+    return f"{_INPUT}{layer}"
+
+
+def is_input(name: object) -> bool:
+    """Whether a name is one of these. Kinds of layers are numbers in transformers below 5.20."""
+    return str(name).startswith(_INPUT)
 
 
 class Replay(Protocol):
@@ -144,13 +155,13 @@ def replay(
     # states of other shapes, as Gemma 3n's four a token, are never stacked
     copies = 1 if hidden is None or hidden.ndim != 3 else len(hidden) // text.batch
     shared = {} if shared is None else shared
-    if str(start) in shared:
-        shared[str(start)] = (hidden,)
+    if input_of(start) in shared:
+        shared[input_of(start)] = (hidden,)
     entry = _Entry(hidden, stop, shared)
     hooks = (hook for i in range(start, len(layers)) for hook in entry.hooks(i, layers[i]))
 
     def put_out(index: int, whole: Tensor) -> Tensor:
-        return next(iter(shared.get(str(index + 1), ())), whole)
+        return next(iter(shared.get(input_of(index + 1), ())), whole)
 
     skipped = stand_ins(layers[:start], put_out, shared.get(MORE, ()))
     try:
@@ -212,7 +223,7 @@ class _Entry:
             if self.waiting is not None:
                 args, self.waiting = (self.waiting, *args[1:]), None
                 if left is not None:
-                    kinds = (name for name in self._shared if name != MORE and not name.isdigit())
+                    kinds = (n for n in self._shared if n != MORE and not is_input(n))
                     left.update({name: self._shared[name] for name in kinds})
             if self._stop is not None and index >= self._stop:
                 raise Stop(args[0])

@@ -27,7 +27,7 @@ from regraft.models.architecture import Architecture, LayerArchitecture, LinearA
 from regraft.models.experts import ExpertLinear, opened
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
-from regraft.models.replay import Shared, hooked, logits_of
+from regraft.models.replay import Shared, hooked, is_input, logits_of
 from regraft.progress import Advance
 from regraft.pruning.inputs import overflow, require_same_layers
 
@@ -146,7 +146,7 @@ def _back(
     assert hidden is not None
     given = {
         name: tuple(
-            leaf(one if name.isdigit() else entered.get(f"{name}.{k}"))
+            leaf(one if is_input(name) else entered.get(f"{name}.{k}"))
             for k, one in enumerate(several)
         )
         for name, several in layerwise.shared[i].items()
@@ -177,7 +177,7 @@ def _forward(
                         f"{name}.{k}": one.clone(memory_format=torch.contiguous_format)
                         for name, several in layerwise.shared[i].items()
                         for k, one in enumerate(several)
-                        if one is not None and not name.isdigit()
+                        if one is not None and not is_input(name)
                     }
                     tensors = {"hidden": state.contiguous(), **replaced}
                     save_file(tensors, _path(scratch, layer.index, i))
