@@ -753,7 +753,7 @@ def _glm5() -> Parts:
 
 
 def _inkling2() -> Parts:
-    """Inkling 2: what enters every second layer is read by all behind."""
+    """Inkling 2: what enters every third layer is read by all behind, and at the end."""
     tokenizer = tokenizer_of("<s>", "</s>", image_token="<image>")
     text = text_config(
         tokenizer,
@@ -768,7 +768,7 @@ def _inkling2() -> Parts:
         moe_intermediate_size=24,
         n_routed_experts=4,
         num_experts_per_tok=2,
-        n_layers_per_attn_res_block=2,
+        n_layers_per_attn_res_block=3,
         unpadded_vocab_size=len(tokenizer),
     )
     vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -228,7 +228,7 @@ def _other_shape(a: Mapping[str, tuple[int, ...]], b: Mapping[str, tuple[int, ..
     return None
 
 
-LAYER_LISTS = ("layers", "layer", "h", "blocks")  # what decoders call the list of their layers
+LAYER_LISTS = ("layers", "layer", "h", "block", "blocks")  # as decoders call them
 
 
 def text_decoder(model: nn.Module) -> nn.Module:

@@ -249,7 +249,10 @@ def _handed_on(model: nn.Module, given: Callable[[float], Mapping[str, Any]]) ->
 def _read_again(
     model: nn.Module, kwargs: Mapping[str, Any], nans: Container[int], more: tuple[Any, ...]
 ) -> bool:
-    """Whether NaN, as the state that enters some layers, comes to one in another way, too."""
+    """Whether NaN, as the state that enters some layers, comes elsewhere, too.
+
+    To a layer in another way, or to the end: the last layer puts out 0.
+    """
     kind, ran, layers, seen = type(model).__name__, set(), decoder_layers(model), False
 
     def check(index: int) -> Callable[..., None]:
@@ -271,8 +274,8 @@ def _read_again(
         for i, layer in enumerate(layers)
     )
     with torch.no_grad(), hooked(checks), replaced_forwards(stand_ins(layers, put_out, more)):
-        text_decoder(model)(**kwargs)
-    return seen
+        final: Tensor = text_decoder(model)(**kwargs).last_hidden_state
+    return seen or bool(final.isnan().any())
 
 
 def _no_chain(what: str) -> RegraftError:
@@ -287,5 +290,5 @@ def _without_image(batch: Batch, positions: int) -> Batch:
     kept = {name: one for name, one in batch.inputs.items() if not name.startswith("pixel")}
     labels = batch.labels
     if labels is not None:
-        labels = F.pad(labels, (positions - labels.shape[1], 0), value=IGNORED)
+        labels = F.pad(labels, (max(0, positions - labels.shape[1]), 0), value=IGNORED)
     return replace(batch, inputs=kept, labels=labels)
