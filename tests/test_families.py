@@ -35,8 +35,10 @@ import regraft
 import truth
 from disk import shards, write_jsonl
 from regraft.data.collate import Batch, batches, prompt_batch, response_batch
+from regraft.defence import last_token_outputs
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import Answerer
+from regraft.evaluation.perplexity import response_nlls
 from regraft.heads.ships import head_outputs, replay_ablated
 from regraft.models import layout
 from regraft.models.architecture import LinearArchitecture, head_block
@@ -154,6 +156,23 @@ def test_every_part_of_the_decoder_runs_again(today, pico_dir, tmp_path):
                 assert_same(found, wanted, real, f"{layer.index}")
                 layerwise.advance(layer.index, lambda _: None)
         assert_same(layerwise.states[0], expected.final, real, "final")
+
+
+@torch.no_grad()
+def test_an_image_before_the_prompt_moves_no_position(pico_dir, tmp_path):
+    """GIT's has no tokens there: likelihood of an answer, and states at the last token."""
+    _, model, processor, _ = truth.opened(pico_dir("git"))
+    (example,) = truth.examples("git", tmp_path, 1)
+    batch = response_batch(processor, [example])
+    logits = model(**batch.inputs, use_cache=False).logits[0, -batch.labels.shape[1] :]
+    ((total, count),) = response_nlls(model, processor, [example], 1)
+    loss = F.cross_entropy(logits[:-1], batch.labels[0, 1:])
+    assert total / count == pytest.approx(float(loss), rel=1e-4)
+    inputs = prompt_batch(processor, [example]).inputs
+    found = last_token_outputs(model, inputs)
+    for layer, states in truth.full_forward(model, inputs).entering.items():
+        if layer:
+            torch.testing.assert_close(found[layer - 1].float(), states[:, -1])
 
 
 # What linears and experts are fed
