@@ -752,25 +752,27 @@ def _glm5() -> Parts:
     )
 
 
+_INKLING2: dict[str, Any] = {
+    "head_dim": 16,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+    "sliding_window_size": 12,
+    "rel_extent": 32,
+    "d_rel": 4,
+    "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_layers_per_attn_res_block": 3,
+    "unpadded_vocab_size": 473,  # as many words as pico's tokenizers have
+}
+
+
 def _inkling2() -> Parts:
     """Inkling 2: what enters every third layer is read by all behind, and at the end."""
     tokenizer = tokenizer_of("<s>", "</s>", image_token="<image>")
-    text = text_config(
-        tokenizer,
-        head_dim=16,
-        swa_num_attention_heads=4,
-        swa_num_key_value_heads=2,
-        swa_head_dim=16,
-        sliding_window_size=12,
-        rel_extent=32,
-        d_rel=4,
-        layer_types=["hybrid_sliding", "hybrid"] * 2,
-        moe_intermediate_size=24,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_layers_per_attn_res_block=3,
-        unpadded_vocab_size=len(tokenizer),
-    )
+    text = text_config(tokenizer, **_INKLING2)
     vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision |= {"intermediate_size": 48, "projection_hidden_dim": 48, "text_hidden_size": 64}
     return Parts(
@@ -842,6 +844,7 @@ LLM: dict[str, Callable[[], Parts]] = {
     "llama4_text": _llama4_text,
     "gemma3n_text": partial(_gemma_text, "gemma3n"),
     "gemma4_text": partial(_gemma_text, "gemma4"),
+    "inkling2_text": lambda: _text_only(T.Inkling2ForCausalLM, T.Inkling2TextConfig, **_INKLING2),
     "phi3": lambda: _text_only(T.Phi3ForCausalLM, T.Phi3Config),
     "qwen3_next": lambda: _text_only(
         T.Qwen3NextForCausalLM,
@@ -861,6 +864,7 @@ NEWER = {
     "hy_v4_vl": "HYV4VLForConditionalGeneration",
     "glm5_next": "Glm5NextForConditionalGeneration",
     "inkling2": "Inkling2ForConditionalGeneration",
+    "inkling2_text": "Inkling2ForCausalLM",
     "nemotron_h_omni": "NemotronH_Omni_Reasoning_V3",
 }
 """Families that the oldest transformers does not have, by a class of theirs."""

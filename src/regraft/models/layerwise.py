@@ -82,6 +82,8 @@ class LayerwisePass:
                     given = partial(self._filled, text.kwargs, embedded)
                     self._handed_on = _handed_on(model.network, given)
                     self._embeddings_kept |= input_of(0) in self._handed_on
+                if input_of(0) in self._handed_on:
+                    text = _embedded(model.network, text)
                 kwargs = moved(self._without_embeddings(text.kwargs), self._home)
                 self._texts.append(TextInputs(kwargs, text.batch))
                 self.states.append(embedded.to(self._home))
@@ -215,6 +217,16 @@ class LayerwisePass:
             self.states[i] = output.to(self._home)
             self.shared[i] = moved(self._left.pop(i), self._home)
             advance(len(self.batches[i].ids))
+
+
+@torch.no_grad()
+def _embedded(model: nn.Module, text: TextInputs) -> TextInputs:
+    """The same with embeddings in place of ids, so that these need not be embedded again."""
+    ids = text.kwargs.get("input_ids")
+    if ids is None:
+        return text
+    embeddings = model.get_input_embeddings()(ids)  # type: ignore[operator]
+    return replace(text, kwargs={**text.kwargs, "input_ids": None, "inputs_embeds": embeddings})
 
 
 def _embeddings_shape(text: TextInputs, states: Tensor) -> torch.Size:

@@ -52,6 +52,8 @@ class PlacedModel:
         decoder = text_decoder(self.network)
         layers = layer_list(decoder)
         embedding = self.network.get_input_embeddings()  # type: ignore[operator]
+        if getattr(decoder.config, "hidden_size_per_layer_input", 0):
+            embedding = None  # read around each layer (Gemma 3n, Gemma 4)
         around = (
             child for child in decoder.children() if child is not layers and child is not embedding
         )
