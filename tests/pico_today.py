@@ -653,6 +653,170 @@ def _gemma_text(kind: str) -> Parts:
     return _text_only(T.Gemma4ForCausalLM, T.Gemma4TextConfig, **settings)
 
 
+_CHOSEN: dict[str, Any] = {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "index_topk": 16,
+    "index_head_dim": 16,
+    "index_n_heads": 16,  # scores of few are often 0, and the order of these changed by padding
+    "indexer_types": ["full", "shared"] * 2,
+}
+"""Latent attention to tokens that an indexer chooses, for the next layer too, which has none."""
+
+
+def _mistral_large() -> Parts:
+    """Mistral Large 4: keys and values go on to the next layer, too."""
+    tokenizer = tokenizer_of("<s>", "</s>", more=("[IMG]", "[IMG_BREAK]", "[IMG_END]"))
+    own = {name: one for name, one in _CHOSEN.items() if name != "q_lora_rank"}
+    own |= {"kv_source_layers": [0, 0, 2, 2], "no_rope_layers": [1] * 4, "num_key_value_heads": 4}
+    vision = VISION | {"model_type": "pixtral", "head_dim": 16, "patch_size": 14}
+    return Parts(
+        T.MistralLarge4ForConditionalGeneration,
+        T.MistralLarge4Config(
+            text_config=text_config(tokenizer, **own),
+            vision_config=vision,
+            image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        ),
+        T.PixtralProcessor(
+            image_processor=T.PixtralImageProcessor(patch_size=14, size={"longest_edge": 56}),
+            tokenizer=tokenizer,
+            patch_size=14,
+            spatial_merge_size=2,
+            chat_template=chatml("[IMG]"),
+        ),
+    )
+
+
+def _hunyuan4() -> Parts:
+    """Hunyuan 4 VL: four streams, and the tokens that the indexer chose."""
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>")
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text = text_config(tokenizer, **_CHOSEN, rope_parameters=rope)
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "out_hidden_size": 64, "text_hidden_size": 64}
+    pixels = {"shortest_edge": 32**2, "longest_edge": 96**2}
+    return Parts(
+        T.HYV4VLForConditionalGeneration,
+        T.HYV4VLConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+            video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        ),
+        T.HYV4VLProcessor(
+            image_processor=T.HYV4VLImageProcessor(size=pixels),
+            tokenizer=tokenizer,
+            video_processor=T.HYV4VLVideoProcessor(),
+            chat_template=chatml("<|vision_start|><|image_pad|><|vision_end|>"),
+        ),
+    )
+
+
+def _glm5() -> Parts:
+    """GLM-5-Next: linear attention in half of the layers, four streams, an indexer."""
+    more = ("<|begin_of_video|>", "<|end_of_video|>", "<|begin_of_image|>", "<|end_of_image|>")
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", more=(*more, "<|video|>"))
+    ids = {
+        "image_token_id": "<|image|>",
+        "video_token_id": "<|video|>",
+        "image_start_token_id": "<|begin_of_image|>",
+        "image_end_token_id": "<|end_of_image|>",
+        "video_start_token_id": "<|begin_of_video|>",
+        "video_end_token_id": "<|end_of_video|>",
+    }
+    own = _CHOSEN | {"qk_rope_head_dim": 0, "index_kpool": 4, "num_key_value_heads": 4}
+    own |= {"linear_head_dim": 16, "linear_num_heads": 4}
+    own |= {"layer_types": ["linear_attention"] + ["indexed_attention"] * 3}
+    own |= {"indexer_types": ["full", "full", "shared", "full"]}
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
+    vision |= {"image_size": 56, "out_hidden_size": 64, "projection_intermediate_size": 48}
+    return Parts(
+        T.Glm5NextForConditionalGeneration,
+        T.Glm5NextConfig(
+            text_config=text_config(tokenizer, **own),
+            vision_config=vision,
+            **{name: tokenizer.convert_tokens_to_ids(token) for name, token in ids.items()},
+        ),
+        T.Glm5NextProcessor(
+            image_processor=T.Glm5NextImageProcessor(),
+            tokenizer=tokenizer,
+            video_processor=T.Glm5NextVideoProcessor(),
+            chat_template=chatml("<|begin_of_image|><|image|><|end_of_image|>"),
+        ),
+    )
+
+
+_INKLING2: dict[str, Any] = {
+    "head_dim": 16,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+    "sliding_window_size": 12,
+    "rel_extent": 32,
+    "d_rel": 4,
+    "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_layers_per_attn_res_block": 3,
+    "unpadded_vocab_size": 473,  # as many words as pico's tokenizers have
+}
+
+
+def _inkling2() -> Parts:
+    """Inkling 2: what enters every third layer is read by all behind, and at the end."""
+    tokenizer = tokenizer_of("<s>", "</s>", image_token="<image>")
+    text = text_config(tokenizer, **_INKLING2)
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"intermediate_size": 48, "projection_hidden_dim": 48, "text_hidden_size": 64}
+    return Parts(
+        T.Inkling2ForConditionalGeneration,
+        T.Inkling2Config(
+            text_config=text,
+            vision_config=vision | {"posemb_grid_size": 4},
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        ),
+        T.Inkling2Processor(
+            image_processor=T.Inkling2ImageProcessor(),
+            tokenizer=tokenizer,
+            chat_template=chatml("<image>"),
+        ),
+    )
+
+
+def _git() -> Parts:
+    """GIT: built as BERT is; the image comes before the prompt, without a token there."""
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>")
+    tokenizer.chat_template = chatml("")
+    return Parts(
+        T.GitForCausalLM,
+        T.GitConfig(vision_config=VISION, **text_config(tokenizer)),
+        T.GitProcessor(T.CLIPImageProcessor(size=28, crop_size=28), tokenizer),
+    )
+
+
+def _blip() -> Parts:
+    """BLIP: built as BERT is, with cross-attention to the image in every layer."""
+    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>")
+    tokenizer.chat_template = chatml("")
+    text = text_config(tokenizer, encoder_hidden_size=32, sep_token_id=tokenizer.eos_token_id)
+    return Parts(
+        T.BlipForConditionalGeneration,
+        T.BlipConfig(
+            text_config=text | {"projection_dim": 32},
+            vision_config=VISION | {"initializer_range": 0.15},
+            projection_dim=32,
+        ),
+        T.BlipProcessor(T.BlipImageProcessor(size={"height": 28, "width": 28}), tokenizer),
+    )
+
+
 VLM: dict[str, Callable[[], Parts]] = {
     "qwen3_5": partial(_qwen_with_vision, "qwen3_5"),
     "qwen3_vl_moe": partial(_qwen_with_vision, "qwen3_vl_moe"),
@@ -669,11 +833,18 @@ VLM: dict[str, Callable[[], Parts]] = {
     "fast_vlm": _fast_vlm,
     "perception_lm": _perception_lm,
     "llama4": _llama4,
+    "mistral_large4": _mistral_large,
+    "hy_v4_vl": _hunyuan4,
+    "glm5_next": _glm5,
+    "inkling2": _inkling2,
+    "git": _git,
+    "blip": _blip,
 }
 LLM: dict[str, Callable[[], Parts]] = {
     "llama4_text": _llama4_text,
     "gemma3n_text": partial(_gemma_text, "gemma3n"),
     "gemma4_text": partial(_gemma_text, "gemma4"),
+    "inkling2_text": lambda: _text_only(T.Inkling2ForCausalLM, T.Inkling2TextConfig, **_INKLING2),
     "phi3": lambda: _text_only(T.Phi3ForCausalLM, T.Phi3Config),
     "qwen3_next": lambda: _text_only(
         T.Qwen3NextForCausalLM,
@@ -689,6 +860,11 @@ TIMM = ("gemma3n", "fast_vlm", "perception_lm")
 """Families whose vision tower is one of timm's, a package that need not be there."""
 NEWER = {
     "molmo2": "Molmo2ForConditionalGeneration",
+    "mistral_large4": "MistralLarge4ForConditionalGeneration",
+    "hy_v4_vl": "HYV4VLForConditionalGeneration",
+    "glm5_next": "Glm5NextForConditionalGeneration",
+    "inkling2": "Inkling2ForConditionalGeneration",
+    "inkling2_text": "Inkling2ForCausalLM",
     "nemotron_h_omni": "NemotronH_Omni_Reasoning_V3",
 }
 """Families that the oldest transformers does not have, by a class of theirs."""

@@ -47,7 +47,7 @@ _GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializ
 NEVER_PRUNED: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "experts": (T.MixtralForCausalLM, T.MixtralConfig, _EXPERTS),
     "recurrent layers": (T.Qwen3NextForCausalLM, T.Qwen3NextConfig, _LINEAR),
-    "no decoder layers": (T.GPT2LMHeadModel, T.GPT2Config, _GPT2),
+    "no linears": (T.GPT2LMHeadModel, T.GPT2Config, _GPT2),
 }
 
 
@@ -56,7 +56,7 @@ def saved(kind: str, folder: Path) -> Path:
     model_class, config_class, settings = NEVER_PRUNED[kind]
     tokenizer = pico.processor("llama")
     known = pico.text_config(tokenizer, **settings)
-    if kind == "no decoder layers":
+    if kind == "no linears":
         known = settings | {name: one for name, one in known.items() if name.endswith("token_id")}
         known["vocab_size"] = len(tokenizer)
     torch.manual_seed(0)
@@ -285,10 +285,10 @@ def test_a_model_without_greedy_answers_is_refused_at_once(tmp_path: Path) -> No
 
 
 def test_what_needs_the_architecture_reads_it_at_once(tmp_path: Path) -> None:
-    folder = saved("no decoder layers", tmp_path / "model")
+    folder = saved("no linears", tmp_path / "model")
     source = open_answering(folder)
     assert source.readable_architecture is None
-    with pytest.raises(RegraftError, match="no text decoder with layers"):
+    with pytest.raises(RegraftError, match="have no linears to prune"):
         _ = source.architecture
-    with pytest.raises(RegraftError, match="no text decoder with layers"):
+    with pytest.raises(RegraftError, match="have no linears to prune"):
         open_source(folder)

@@ -360,7 +360,7 @@ def qwen3_next():
     [
         (bert, "BertLMHeadModel has no text decoder with layers"),
         (clip, "is of type clip: neither a vision-language model nor a causal language model"),
-        (gpt2, "GPT2LMHeadModel has no text decoder with layers"),
+        (gpt2, "decoder layers of GPT2LMHeadModel have no linears to prune"),
     ],
 )
 def test_unsuitable_model_is_refused_in_words(build, message, tmp_path):

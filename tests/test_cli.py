@@ -275,7 +275,7 @@ def _other_model(kind: str) -> Any:
         ("clip", "neither a vision-language model nor"),
         ("t5", "neither a vision-language model nor"),
         ("bert", "no text decoder with layers"),
-        ("gpt2", "no text decoder with layers"),
+        ("gpt2", "have no linears to prune"),
     ],
 )
 def test_model_of_another_kind(world: World, refused: Refused, kind: str, why: str) -> None:

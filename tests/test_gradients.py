@@ -191,7 +191,7 @@ def test_squares_are_of_each_token():
     assert product(y.grad[0].bfloat16(), x[0].bfloat16()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "mllama", "llama"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "mllama", "llama", "mistral_large4", "inkling2"])
 def test_streamed_equals_resident(family, pico_dir, tmp_path):
     opened = truth.opened(pico_dir(family))
     _, cut = collated(opened, family, tmp_path)

@@ -27,6 +27,7 @@ from regraft.models.architecture import (
     Architecture,
     LayerArchitecture,
     LinearArchitecture,
+    decoder_layers,
     text_decoder,
 )
 from regraft.models.checkpoint_copy import write_edited
@@ -103,7 +104,7 @@ def full_forward(model: nn.Module, inputs: Any) -> States:
     decoder, entering, final = text_decoder(model), {}, []
     hooks = [
         layer.register_forward_pre_hook(lambda _m, args, i=i: entering.__setitem__(i, args[0]))
-        for i, layer in enumerate(decoder.layers)
+        for i, layer in enumerate(decoder_layers(model))
     ]
     hooks.append(decoder.register_forward_hook(lambda _m, _a, out: final.append(out[0])))
     try:
@@ -160,7 +161,7 @@ AttentionMaskInterface.register("truth", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 def ablated(model: nn.Module, layer: int, head: int, target: str, eps: float) -> Iterator[None]:
     """Inside the block the text decoder runs with one query head's q, k, v or all scaled by eps."""
     decoder = text_decoder(model)
-    block = decoder.layers[layer]
+    block = decoder_layers(model)[layer]
     before = decoder.config._attn_implementation
     names = ("self_attn", "cross_attn", "mixer")
     module = next(getattr(block, name) for name in names if hasattr(block, name))

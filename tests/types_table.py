@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn.functional import cross_entropy
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -31,9 +32,10 @@ import truth
 from regraft.data.collate import IGNORED, Batch
 from regraft.errors import RegraftError
 from regraft.evaluation.greedy import answer
-from regraft.models.architecture import Architecture
+from regraft.models.architecture import Architecture, LinearArchitecture
 from regraft.models.generation import takes_padding
 from regraft.models.load import load_model, open_answering, open_source
+from regraft.models.places import of_tensor
 from regraft.pruning.base import PRUNERS
 from regraft.pruning.gradients import layer_gradients
 from regraft.pruning.statistics import gather
@@ -129,6 +131,7 @@ _UNASKED = {  # in words, where a text prompt fails
 _MAP = {"<image>": 9, "<|image|>": 9, "<|extra_200|>": 10, "IMGIMGAA": 11}
 _SECTIONS = {"mrope_section": [2, 3, 3]}  # of rotary embeddings, in a head of 16 features
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, **_SECTIONS}
+_BLOCKS = {"text_config.n_layers_per_attn_res_block": 2}  # of which later layers read the input
 # What default configs leave out or fix at full size, by type and dotted name.
 _EXTRA: Mapping[str, Mapping[str, Any]] = {
     "chameleon": {"vocabulary_map": _MAP},
@@ -189,6 +192,9 @@ _EXTRA: Mapping[str, Mapping[str, Any]] = {
     "hunyuan_vl": {"text_config.head_dim": 16},
     "mistral4": {"head_dim": 32},
     "mllama": {"text_config.cross_attention_layers": [1]},  # which no model ends with
+    "inkling2": _BLOCKS,
+    "inkling2_loop": _BLOCKS
+    | {"text_config.loop_layer_index_start": 2, "text_config.loop_layer_index_end": 4},
     "molmo2": {"adapter_config.vision_feature_layer": [0, 1]},
     "perception_lm": {
         "vision_config.architecture": "test_vit",
@@ -465,9 +471,33 @@ def calibrated(
         ):
             gradients |= found
     ran = [li for li in architecture.linears if li.expert is None and li.layer in whole.entering]
+    for linear, wanted in whole_gradients(model, ran, batch).items():
+        found = gradients.get(linear.key, torch.zeros_like(wanted))
+        largest = float(wanted.abs().max())
+        same = torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * largest + 1e-9)
+        assert same, f"the gradient of {linear.key} differs"
     missing = [linear.key for linear in ran if linear.key not in known]
     assert not missing, f"nothing is known of {missing}"
     return list(dict.fromkeys(li.name for li in ran if li.key not in gradients))
+
+
+@torch.enable_grad()
+def whole_gradients(
+    model: Any, linears: Sequence[LinearArchitecture], batch: Batch
+) -> dict[LinearArchitecture, torch.Tensor]:
+    """Gradients of the mean loss of a batch, by autograd on the whole; 0 where there is none."""
+    held = {li: model.get_parameter(f"{li.module}.{li.parameter}") for li in linears}
+    for weight in held.values():
+        weight.requires_grad_()
+    labels = batch.labels
+    assert labels is not None
+    logits = model(**batch.inputs, use_cache=False).logits[:, -labels.shape[1] :]
+    losses = [cross_entropy(a[:-1], b[1:]) for a, b in zip(logits.float(), labels, strict=True)]
+    weights = list(held.values())
+    parts = torch.autograd.grad(torch.stack(losses).mean(), weights, materialize_grads=True)
+    for weight in weights:
+        weight.requires_grad_(False)
+    return {li: of_tensor(part, li.held, li.shape) for li, part in zip(held, parts, strict=True)}
 
 
 def _reason(error: Exception, folder: Path) -> str:

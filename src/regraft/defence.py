@@ -100,7 +100,7 @@ def last_token_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[int,
     """
     text = text_inputs(model, inputs)
     ids = inputs["input_ids"]
-    at = last_positions(inputs, ids.shape[1])
+    at = last_positions(inputs, ids.shape[1]) - ids.shape[1]  # -1: padding on the left
     found: dict[int, Tensor] = {}
 
     def keep(index: int) -> Callable[..., None]:

@@ -99,7 +99,8 @@ def perplexity(nlls: Sequence[Nll]) -> Estimate:
 def _of_batch(model: nn.Module, processor: Any, examples: Sequence[Example]) -> list[Nll]:
     batch = placed(response_batch(processor, examples), model)
     assert batch.labels is not None
-    final = replay(model, text_inputs(model, batch.inputs))  # [B, S, d]
+    final = replay(model, text_inputs(model, batch.inputs))
+    final = final[:, -batch.labels.shape[1] :]  # [B, S, d], without GIT's image before the prompt
     targets = batch.labels[:, 1:]  # [B, S - 1], what positions 0 .. S - 2 predict
     rows, positions = (targets != IGNORED).nonzero(as_tuple=True)  # [N], [N]
     nll = torch.cat(

@@ -18,6 +18,12 @@ from torch import Tensor, nn
 from regraft.errors import RegraftError
 from regraft.models.places import Place, of_tensor
 
+_READ_VISION = (
+    *("cross_attn.k_proj", "cross_attn.v_proj"),  # Mllama
+    *("crossattention.self.key", "crossattention.self.value"),  # BLIP
+    "mlp.vision_moe.",
+)
+
 
 @dataclass(frozen=True)
 class LinearArchitecture:
@@ -59,9 +65,9 @@ class LinearArchitecture:
     def reads_vision(self) -> bool:
         """Whether its inputs are vision tokens alone.
 
-        Those of Mllama's cross-attention keys and values are, and of Ernie's experts for them.
+        Those of cross-attention's keys and values are, and of Ernie's experts for them.
         """
-        return self.name.startswith(("cross_attn.k_proj", "cross_attn.v_proj", "mlp.vision_moe."))
+        return self.name.startswith(_READ_VISION)
 
 
 @dataclass(frozen=True)
@@ -126,8 +132,9 @@ class Architecture:
     def left_dense(self) -> list[str]:
         """What decoder layers have beside prunable weights, by name in them: routers, kernels."""
         first = next(self.linears)
-        decoder = re.escape(f"{first.module}.".partition(f"layers.{first.layer}.")[0])
-        pattern = re.compile(rf"{decoder}layers\.\d+\.(.+)")
+        own = re.match(rf"(.*?\b(?:{'|'.join(LAYER_LISTS)})\.){first.layer}\.", f"{first.module}.")
+        assert own is not None
+        pattern = re.compile(rf"{re.escape(own[1])}\d+\.(.+)")
         matches = (pattern.fullmatch(name) for name, shape in self.others if len(shape) > 1)
         return list(dict.fromkeys(match[1] for match in matches if match))
 
@@ -221,22 +228,27 @@ def _other_shape(a: Mapping[str, tuple[int, ...]], b: Mapping[str, tuple[int, ..
     return None
 
 
+LAYER_LISTS = ("layers", "layer", "h", "block", "blocks")  # as decoders call them
+
+
 def text_decoder(model: nn.Module) -> nn.Module:
-    """The module that owns the decoder layers and the final norm.
+    """The module that owns the decoder layers and, as a rule, the final norm.
 
     Raises:
         RegraftError: the model has none (an encoder, a classifier).
     """
     decoder: object = model
-    while not _has_layers(decoder):
+    while not _layer_lists(decoder):
         find = getattr(decoder, "get_decoder", None)
         found = find() if callable(find) else None
-        if found is decoder:  # it knows of no other: Llama 4's language model
-            found = getattr(decoder, "model", None)
+        if found is decoder:  # it knows of no other: Llama 4's language model, BERT's kin
+            encodes = not getattr(getattr(decoder, "config", None), "is_decoder", True)
+            inner = None if encodes else getattr(decoder, "encoder", None)
+            found = getattr(decoder, "model", inner)
         if found is None or found is decoder:
             raise RegraftError(
-                f"{type(model).__name__} has no text decoder with layers in a list `layers`; those "
-                "built as BERT, T5 or GPT-2 are, with lists of other names, are not supported."
+                f"{type(model).__name__} has no text decoder with layers in a list of a usual name "
+                f"({', '.join(LAYER_LISTS)})."
             )
         decoder = found
     assert isinstance(decoder, nn.Module)
@@ -267,17 +279,22 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return find() if callable(find) else None
 
 
-def _has_layers(module: object) -> bool:
-    return isinstance(getattr(module, "layers", None), nn.ModuleList)
+def _layer_lists(module: object) -> list[nn.ModuleList]:
+    found = (getattr(module, name, None) for name in LAYER_LISTS)
+    return [one for one in found if isinstance(one, nn.ModuleList)]
+
+
+def layer_list(decoder: nn.Module) -> nn.ModuleList:
+    """The list in which a text decoder keeps its layers."""
+    return _layer_lists(decoder)[0]
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    layers = text_decoder(model).layers
-    assert isinstance(layers, nn.ModuleList)
-    return list(layers)
+    return list(layer_list(text_decoder(model)))
 
 
-ATTENTIONS = ("self_attn", "cross_attn", "mixer")  # Mllama's, and what Nemotron-H calls all
+# Mllama's, what Nemotron-H calls all, and other names
+ATTENTIONS = ("self_attn", "cross_attn", "mixer", "attention", "attn", "self_attention")
 
 
 def find_attention(layer: nn.Module) -> tuple[str, nn.Module] | None:

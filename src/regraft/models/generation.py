@@ -21,9 +21,10 @@ from regraft.models.architecture import cache_argument
 # transformers 5.24 (tests/types_table.py; of causal language models in the same way). Phi-4 looks
 # at an image without padding causally, but not beside one with some.
 _CHANGED_BY_PADDING = (
-    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "deepseek_v4", "florence2"),
-    *("git", "hy_v4", "kosmos-2", "kosmos-2.5", "marian", "mbart", "mvp", "paligemma", "pegasus"),
-    *("phi4_multimodal", "plbart", "prophetnet", "roformer", "trocr", "whisper"),
+    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "blip", "deepseek_v4"),
+    *("florence2", "git", "hy_v4", "kosmos-2", "kosmos-2.5", "marian", "mbart", "mvp"),
+    *("paligemma", "pegasus", "phi4_multimodal", "plbart", "prophetnet", "roformer", "trocr"),
+    "whisper",
 )
 _LEAST = 64  # tokens saved for which the pass over the prefix, in a batch of its own, pays off
 _STRETCHED = ("linear", "dynamic", "yarn", "longrope", "llama3")

@@ -6,31 +6,36 @@ streamed, so that only the layer at work is on the device, or where the device h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
-from regraft.data.collate import Batch
+from regraft.data.collate import IGNORED, Batch
 from regraft.errors import RegraftError
 from regraft.models.architecture import cross_attention_layers, decoder_layers, text_decoder
 from regraft.models.placement import PlacedModel, free_bytes, moved, tensors_within
 from regraft.models.replay import (
+    MORE,
     WITHOUT_DATA,
     Shared,
     TextInputs,
-    passing_on,
+    hooked,
+    input_of,
     replaced_forwards,
     replay,
+    stand_ins,
     text_inputs,
 )
 from regraft.progress import Advance
 
-_EMBEDDED = ("inputs_embeds", "input_ids")
+_EMBEDDED = ("inputs_embeds", "input_ids", "hidden_states")  # the last one of GIT and BLIP
 _COPIES = 4  # of the states that a backward pass has at a time, the embeddings aside
 
 
@@ -39,7 +44,7 @@ class LayerwisePass:
 
     Attributes:
         model: Resident or streamed.
-        shared: Of each batch, keys and values that a layer before left for later ones.
+        shared: Of each batch, what else layers before handed on.
         batches: Without their pixels, which only the vision tower reads.
         states: On the device, or in host memory.
         tokens: Of all batches, padding too; of Gemma 3n four times as many, for its four streams.
@@ -61,7 +66,9 @@ class LayerwisePass:
         self.layers = len(decoder_layers(model.network))
         self._cross = frozenset(cross_attention_layers(model.network))
         config = text_decoder(model.network).config
-        self._per_layer = bool(getattr(config, "hidden_size_per_layer_input", 0))
+        # projections of embeddings are made to inputs of each layer (Gemma 3n, Gemma 4)
+        self._embeddings_kept = bool(getattr(config, "hidden_size_per_layer_input", 0))
+        self._handed_on: tuple[str, ...] = ()
         self._home = torch.device("cpu") if model.streamed else model.device
         self._texts: list[TextInputs] = []
         self._shapes: list[torch.Size] = []  # of the embeddings; states may have more dimensions
@@ -70,22 +77,20 @@ class LayerwisePass:
             for batch in batches:
                 text = text_inputs(model.network, model.place(batch).inputs)
                 embedded = replay(model.network, text, stop=0)
-                # the states carry on from the embeddings, of which layers need a shape at most
-                # or projections of them to inputs of each layer are made (Gemma 3n, Gemma 4)
-                kwargs = {
-                    name: None if name in _EMBEDDED and not self._per_layer else value
-                    for name, value in text.kwargs.items()
-                }
                 self._shapes.append(_embeddings_shape(text, embedded))
                 if not self.states:
-                    nan = embedded.new_full((), torch.nan)
-                    _require_chain(model.network, self._with_embeddings(0, kwargs, nan))
-                self._texts.append(TextInputs(moved(kwargs, self._home), text.batch))
+                    given = partial(self._filled, text.kwargs, embedded)
+                    self._handed_on = _handed_on(model.network, given)
+                    self._embeddings_kept |= input_of(0) in self._handed_on
+                if input_of(0) in self._handed_on:
+                    text = _embedded(model.network, text)
+                kwargs = moved(self._without_embeddings(text.kwargs), self._home)
+                self._texts.append(TextInputs(kwargs, text.batch))
                 self.states.append(embedded.to(self._home))
-                self.batches.append(_without_image(batch))
+                self.batches.append(_without_image(batch, self._shapes[-1][1]))
                 self._make_room()
         self.tokens = sum(state.numel() // state.shape[-1] for state in self.states)
-        self.shared: list[Shared] = [{} for _ in self.states]
+        self.shared: list[Shared] = self._nothing_shared()
         self._left: dict[int, Shared] = {}  # of the layer that ran last
         self._embedded = list(self.states) if again else None
 
@@ -109,11 +114,14 @@ class LayerwisePass:
                 TextInputs(moved(dict(text.kwargs), self._home), text.batch) for text in self._texts
             ]
 
+    def _nothing_shared(self) -> list[Shared]:
+        return [dict.fromkeys(self._handed_on, ()) for _ in self.states]
+
     def rewind(self) -> None:
         """Back to before the first layer, whatever became of the decoder's weights meanwhile."""
         assert self._embedded is not None, "made with again=False"
         self.states = list(self._embedded)
-        self.shared = [{} for _ in self.states]
+        self.shared = self._nothing_shared()
 
     def on(self, model: PlacedModel) -> LayerwisePass:
         """The same batches before the first layer of another model.
@@ -176,14 +184,24 @@ class LayerwisePass:
             shared=shared,
         )
 
+    def _without_embeddings(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The decoder's arguments without what states carry on from, where no layer reads that."""
+        if self._embeddings_kept:
+            return dict(kwargs)
+        return {name: None if name in _EMBEDDED else one for name, one in kwargs.items()}
+
     def _with_embeddings(self, i: int, kwargs: dict[str, Any], value: Tensor) -> dict[str, Any]:
         """Batch i's arguments of the decoder, with embeddings that are all the same value.
 
         As they are where layers need them.
         """
-        if self._per_layer:
+        if self._embeddings_kept:
             return kwargs
-        return {**kwargs, "inputs_embeds": value.expand(self._shapes[i])}
+        name = "hidden_states" if "hidden_states" in kwargs else "inputs_embeds"
+        return {**kwargs, name: value.expand(self._shapes[i])}
+
+    def _filled(self, kwargs: Mapping[str, Any], like: Tensor, value: float) -> dict[str, Any]:
+        return self._with_embeddings(0, self._without_embeddings(kwargs), like.new_full((), value))
 
     def advance(
         self,
@@ -201,47 +219,88 @@ class LayerwisePass:
             advance(len(self.batches[i].ids))
 
 
+@torch.no_grad()
+def _embedded(model: nn.Module, text: TextInputs) -> TextInputs:
+    """The same with embeddings in place of ids, so that these need not be embedded again."""
+    ids = text.kwargs.get("input_ids")
+    if ids is None:
+        return text
+    embeddings = model.get_input_embeddings()(ids)  # type: ignore[operator]
+    return replace(text, kwargs={**text.kwargs, "input_ids": None, "inputs_embeds": embeddings})
+
+
 def _embeddings_shape(text: TextInputs, states: Tensor) -> torch.Size:
     """`[B, S, d]` of what the decoder was called with, embeddings or ids; states may have more."""
-    given = text.kwargs.get("inputs_embeds")
+    given = text.kwargs.get("inputs_embeds", text.kwargs.get("hidden_states"))
     if given is None:
         return torch.Size((*text.kwargs["input_ids"].shape, states.shape[-1]))
     return torch.Size(given.shape)
 
 
-def _require_chain(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Raise unless all that layers hand on is one state, from each to the next.
+def _handed_on(model: nn.Module, given: Callable[[float], Mapping[str, Any]]) -> tuple[str, ...]:
+    """What layers hand on beside the state, from each to the next: names in `Shared`.
 
-    `kwargs` are the decoder's, with embeddings that are NaN where no layer may need them. It runs
-    on layers that put out NaN, so that what else a layer is given is NaN if it was made of these.
+    `given` makes the decoder's arguments, with embeddings of that value where no layer may need
+    them. It runs on layers that put out NaN, so that what else a layer is given is NaN if it was
+    made of these.
     """
-    kind, ran = type(model).__name__, set()
-    put_out = passing_on(lambda state: torch.full_like(state, torch.nan))
+    layers, nan = range(len(decoder_layers(model))), torch.nan
+    outputs: tuple[tuple[None, ...], ...] = ((), (None,), (None, None))
+    for more in outputs:
+        try:
+            found = _read_again(model, given(nan), layers, more)
+            break
+        except (TypeError, ValueError) as error:  # such as of unpacking
+            cause = error
+    else:
+        raise _no_chain(f"What layers of {type(model).__name__} put out is not known") from cause
+    read = [i for i in layers if found and _read_again(model, given(0 if i else nan), {i}, more)]
+    return *((MORE,) if more else ()), *map(input_of, read)
 
-    def stand_in(index: int) -> Callable[..., Any]:
-        def forward(hidden: Tensor, *args: Any, **more: Any) -> Any:
+
+def _read_again(
+    model: nn.Module, kwargs: Mapping[str, Any], nans: Container[int], more: tuple[Any, ...]
+) -> bool:
+    """Whether NaN, as the state that enters some layers, comes elsewhere, too.
+
+    To a layer in another way, or to the end: the last layer puts out 0.
+    """
+    kind, ran, layers, seen = type(model).__name__, set(), decoder_layers(model), False
+
+    def check(index: int) -> Callable[..., None]:
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal seen
             if index in ran:
                 raise _no_chain(f"Layer {index} of {kind} runs more than once")
-            if any(one.isnan().any() for one in tensors_within((args, more))):
-                raise _no_chain(f"Layer {index} of {kind} reads more than the last layer's state")
             ran.add(index)
-            return put_out(hidden)
+            given = (args[1:] if index in nans else args, kwargs)
+            seen = seen or any(bool(one.isnan().any()) for one in tensors_within(given))
 
-        return forward
+        return enter
 
-    stand_ins = {layer: stand_in(i) for i, layer in enumerate(decoder_layers(model))}
-    with torch.no_grad(), replaced_forwards(stand_ins):
-        try:
-            text_decoder(model)(**kwargs)
-        except (TypeError, ValueError) as error:  # such as of unpacking
-            raise _no_chain(f"Layers of {kind} hand on more than one state ({error})") from error
+    def put_out(index: int, whole: Tensor) -> Tensor:
+        return torch.full_like(whole, torch.nan if index + 1 in nans else 0)
+
+    checks = (
+        layer.register_forward_pre_hook(check(i), with_kwargs=True)
+        for i, layer in enumerate(layers)
+    )
+    with torch.no_grad(), hooked(checks), replaced_forwards(stand_ins(layers, put_out, more)):
+        final: Tensor = text_decoder(model)(**kwargs).last_hidden_state
+    return seen or bool(final.isnan().any())
 
 
 def _no_chain(what: str) -> RegraftError:
     return RegraftError(f"{what}, so that layers cannot be run one by one. {WITHOUT_DATA}")
 
 
-def _without_image(batch: Batch) -> Batch:
-    """A batch whose pixels need not be moved again."""
+def _without_image(batch: Batch, positions: int) -> Batch:
+    """A batch whose pixels need not be moved again, with labels for all positions.
+
+    GIT's image has some of its own, before the prompt.
+    """
     kept = {name: one for name, one in batch.inputs.items() if not name.startswith("pixel")}
-    return replace(batch, inputs=kept)
+    labels = batch.labels
+    if labels is not None:
+        labels = F.pad(labels, (max(0, positions - labels.shape[1]), 0), value=IGNORED)
+    return replace(batch, inputs=kept, labels=labels)

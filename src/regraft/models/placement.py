@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.data.collate import Batch
-from regraft.models.architecture import decoder_layers, text_decoder
+from regraft.models.architecture import decoder_layers, layer_list, text_decoder
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,14 @@ class PlacedModel:
     def layer(self, index: int) -> Iterator[None]:
         """Hold one decoder layer and what the decoder runs around it (norm, rotary embedding)."""
         decoder = text_decoder(self.network)
+        layers = layer_list(decoder)
         embedding = self.network.get_input_embeddings()  # type: ignore[operator]
+        if getattr(decoder.config, "hidden_size_per_layer_input", 0):
+            embedding = None  # read around each layer (Gemma 3n, Gemma 4)
         around = (
-            child
-            for child in decoder.children()
-            if child is not decoder.layers and child is not embedding
+            child for child in decoder.children() if child is not layers and child is not embedding
         )
-        modules = (decoder_layers(self.network)[index], *around)
+        modules = (layers[index], *around)
         with self._held(chain.from_iterable(map(tensors_of, modules))):
             yield
 

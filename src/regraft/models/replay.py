@@ -9,6 +9,7 @@ where there is no image, Gemma3TextModel gives its layers two kinds of mask and 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,8 +39,25 @@ class TextInputs:
     batch: int
 
 
-Shared = dict[str, tuple[Tensor, ...]]
-"""Keys and values that later layers read, too, by the kind of layer (Gemma 3n, Gemma 4)."""
+Shared = dict[str, tuple[Any, ...]]
+"""What layers hand on beside the state: tensors, or None.
+
+Keys and values that later layers read, too, by the kind of layer (Gemma 3n, Gemma 4). And where the
+name is there already: what a layer puts out behind its state (`MORE`; the tokens that GLM-5-Next's
+indexers choose), and inputs of layers that later ones read, too (`input_of`; Inkling 2).
+"""
+MORE = "more"
+_INPUT = "input of layer "
+
+
+def input_of(layer: int) -> str:
+    """The name in `Shared` of what enters a layer."""
+    return f"{_INPUT}{layer}"
+
+
+def is_input(name: object) -> bool:
+    """Whether a name is one of these. Kinds of layers are numbers in transformers below 5.20."""
+    return str(name).startswith(_INPUT)
 
 
 class Replay(Protocol):
@@ -98,7 +116,8 @@ def text_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> TextInputs:
         )
     decoder = text_decoder(model)
     args, kwargs = first_call(decoder, lambda: model(**inputs, use_cache=False))
-    assert not args, "decoders are called with keywords in every family"
+    names = list(inspect.signature(type(decoder).forward).parameters)[1:]  # without `self`
+    kwargs |= dict(zip(names, args, strict=False))  # GIT gives its embeddings without a name
     # A cache left among the arguments would give later runs the keys and values of earlier ones,
     # without an error for a single row that is not padded.
     return TextInputs(kwargs | {cache_argument(decoder): None}, len(inputs["input_ids"]))
@@ -124,8 +143,8 @@ def replay(
             [b0..bB-1] * copies; None takes the embeddings (`start` 0).
         stop: Layer to stop before. None runs through the final norm.
         gradient: Record for autograd, if `hidden` requires it.
-        shared: Keys and values that layers before `start` left for later ones; what those that run
-            leave is put in.
+        shared: What layers before `start` handed on beside the state; what those that run hand on
+            is put in.
 
     Returns:
         `[copies * B, S, d]`: the input of layer `stop` (with whatever the family adds between
@@ -135,12 +154,16 @@ def replay(
     decoder, layers = text_decoder(model), decoder_layers(model)
     # states of other shapes, as Gemma 3n's four a token, are never stacked
     copies = 1 if hidden is None or hidden.ndim != 3 else len(hidden) // text.batch
-    entry = _Entry(hidden, stop, {} if shared is None else shared)
-    hooks = (
-        layer.register_forward_pre_hook(entry.hook(i), with_kwargs=True)
-        for i, layer in enumerate(layers[start:], start)
-    )
-    skipped = dict.fromkeys(layers[:start], passing_on(lambda state: state))
+    shared = {} if shared is None else shared
+    if input_of(start) in shared:
+        shared[input_of(start)] = (hidden,)
+    entry = _Entry(hidden, stop, shared)
+    hooks = (hook for i in range(start, len(layers)) for hook in entry.hooks(i, layers[i]))
+
+    def put_out(index: int, whole: Tensor) -> Tensor:
+        return next(iter(shared.get(input_of(index + 1), ())), whole)
+
+    skipped = stand_ins(layers[:start], put_out, shared.get(MORE, ()))
     try:
         with hooked(hooks), replaced_forwards(skipped), torch.set_grad_enabled(gradient):
             final: Tensor = decoder(
@@ -156,20 +179,28 @@ def replay(
         return reached
 
 
-def passing_on(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    """A forward for several layers, which puts out `change` of what enters the first of them.
+def stand_ins(
+    layers: Iterable[nn.Module],
+    put_out: Callable[[int, Tensor], Tensor],
+    more: tuple[Any, ...] = (),
+) -> dict[nn.Module, Callable[..., Any]]:
+    """Forwards for layers, of what enters the first of them: `put_out(index, it)` and `more`.
 
     Most decoders take a layer's output for the state. Chameleon's takes its first item: from the
     second layer on that is seen by a state without a dimension, and then it is given a tuple.
     """
     whole: Tensor | None = None
 
-    def forward(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-        nonlocal whole
-        whole = hidden if whole is None else whole
-        return change(whole) if hidden.ndim == whole.ndim else (change(whole),)
+    def stand_in(index: int) -> Callable[..., Any]:
+        def forward(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+            nonlocal whole
+            whole = hidden if whole is None else whole
+            state = put_out(index, whole)
+            return (state, *more) if more or hidden.ndim != whole.ndim else state
 
-    return forward
+        return forward
+
+    return {layer: stand_in(i) for i, layer in enumerate(layers)}
 
 
 def state_of(output: Any) -> Tensor:
@@ -184,7 +215,7 @@ class _Entry:
     def __init__(self, hidden: Tensor | None, stop: int | None, shared: Shared) -> None:
         self.waiting, self._stop, self._shared = hidden, stop, shared
 
-    def hook(self, index: int) -> Callable[..., Any]:
+    def hooks(self, index: int, layer: nn.Module) -> Iterator[RemovableHandle]:
         def enter(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
             left = kwargs.get("shared_kv_states")
             if left is not None:
@@ -192,12 +223,18 @@ class _Entry:
             if self.waiting is not None:
                 args, self.waiting = (self.waiting, *args[1:]), None
                 if left is not None:
-                    left.update(self._shared)
+                    kinds = (n for n in self._shared if n != MORE and not is_input(n))
+                    left.update({name: self._shared[name] for name in kinds})
             if self._stop is not None and index >= self._stop:
                 raise Stop(args[0])
             return args, kwargs
 
-        return enter
+        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._shared[MORE] = output[1:]
+
+        yield layer.register_forward_pre_hook(enter, with_kwargs=True)
+        if MORE in self._shared:
+            yield layer.register_forward_hook(leave)
 
 
 def logits_of(model: nn.Module, states: Tensor, *, gradient: bool = False) -> Tensor:
@@ -220,7 +257,7 @@ def logits_of(model: nn.Module, states: Tensor, *, gradient: bool = False) -> Te
     output = Output(last_hidden_state=rows)
     with (
         torch.set_grad_enabled(gradient),
-        replaced_forwards({text_decoder(model): lambda **_: output}),
+        replaced_forwards({text_decoder(model): lambda *_, **__: output}),
     ):
         ids = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
         logits: Tensor = language_model(model)(input_ids=ids, use_cache=False).logits

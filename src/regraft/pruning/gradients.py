@@ -27,7 +27,7 @@ from regraft.models.architecture import Architecture, LayerArchitecture, LinearA
 from regraft.models.experts import ExpertLinear, opened
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
-from regraft.models.replay import Shared, hooked, logits_of
+from regraft.models.replay import Shared, hooked, is_input, logits_of
 from regraft.progress import Advance
 from regraft.pruning.inputs import overflow, require_same_layers
 
@@ -120,41 +120,46 @@ def layer_gradients(
         with layerwise.model.layer(layer.index):
             for i, batch in enumerate(layerwise.batches):
                 path = _path(scratch, layer.index, i)
-                hidden = load_unfinished(path)["hidden"].to(layerwise.model.device)
                 with _added(linears, layerwise.model.place(batch), add, sums):
-                    gradients[i] = _back(layerwise, i, layer.index, hidden, gradients[i], kept[i])
+                    gradients[i] = _back(layerwise, i, layer.index, path, gradients[i], kept[i])
                 path.unlink()
                 advance(_BACKWARD * len(batch.ids))
         yield layer, _means(sums, layer, total)
 
 
 def _back(
-    layerwise: LayerwisePass, i: int, layer: int, hidden: Tensor, gradient: Tensor, kept: Shared
+    layerwise: LayerwisePass, i: int, layer: int, path: Path, gradient: Tensor, kept: Shared
 ) -> Tensor:
-    """Take batch i back through a layer with the input `hidden`: its output's gradient -> its own.
+    """Take batch i back through a layer whose input is in `path`: its output's gradient -> its own.
 
-    `kept` is dL/d of what layers share, of all behind; those of this layer are added. `[B, S, d]`
+    `kept` is dL/d of what layers share: of what this one hands on, and then of what it was given.
+    `[B, S, d]`
     """
-    hidden.requires_grad_()
-    leaves = {
-        name: tuple(one.to(hidden.device).detach().requires_grad_() for one in several)
+    device = layerwise.model.device
+
+    def leaf(one: Tensor | None) -> Tensor | None:
+        one = None if one is None else one.to(device).detach()
+        return one.requires_grad_() if one is not None and one.is_floating_point() else one
+
+    entered = load_unfinished(path)
+    hidden = leaf(entered["hidden"])
+    assert hidden is not None
+    given = {
+        name: tuple(
+            leaf(one if is_input(name) else entered.get(f"{name}.{k}"))
+            for k, one in enumerate(several)
+        )
         for name, several in layerwise.shared[i].items()
     }
-    now = dict(leaves)
-    output = layerwise.replay(i, layer, hidden, gradient=True, shared=now)
-    made = {name: several for name, several in now.items() if several[0] is not leaves[name][0]}
-    roots = [(output, gradient.to(output.device))]
-    for name, several in made.items():
-        of = kept.pop(name, ())
-        roots += [(one, part.to(one.device)) for one, part in zip(several, of, strict=False)]
+    handed: Shared = dict(given)
+    output = layerwise.replay(i, layer, hidden, gradient=True, shared=handed)
+    roots: list[tuple[Tensor, Tensor]] = [(output, gradient.to(device))]
+    for name, several in handed.items():
+        parts = zip(several, kept.get(name, ()), strict=False)
+        roots += [(one, part) for one, part in parts if part is not None]
     torch.autograd.backward([one for one, _ in roots], [part for _, part in roots])
-    for name, several in leaves.items():
-        if name in made or several[0].grad is None:
-            continue
-        parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in several]
-        if name in kept:
-            parts = [one + old for one, old in zip(parts, kept[name], strict=True)]
-        kept[name] = tuple(parts)
+    for name, several in given.items():
+        kept[name] = tuple(None if one is None else one.grad for one in several)
     assert hidden.grad is not None
     return hidden.grad.to(gradient.device)
 
@@ -168,7 +173,14 @@ def _forward(
             scratch.mkdir(parents=True, exist_ok=True)
             for layer in architecture.layers:
                 for i, state in enumerate(layerwise.states):
-                    save_file({"hidden": state.contiguous()}, _path(scratch, layer.index, i))
+                    replaced = {  # by a later layer, as inputs of layers never are
+                        f"{name}.{k}": one.clone(memory_format=torch.contiguous_format)
+                        for name, several in layerwise.shared[i].items()
+                        for k, one in enumerate(several)
+                        if one is not None and not is_input(name)
+                    }
+                    tensors = {"hidden": state.contiguous(), **replaced}
+                    save_file(tensors, _path(scratch, layer.index, i))
                 with layerwise.model.layer(layer.index):
                     layerwise.advance(layer.index, advance)
     except RegraftError:  # of no use to the next try, which may need the room
