@@ -6,12 +6,14 @@ Without a GPU on a pretended device, which finds tensors that were left on the C
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import pico
+import pico_today
 import pretended
 import truth
 from disk import write_data
@@ -36,6 +38,7 @@ from regraft.pruning.results import LayerResults
 from regraft.pruning.statistics import gather
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
+from test_families import TODAY
 
 _ALIKE = ("qwen2_vl", "llava_next-vicuna", "llava_next-llama3")  # to others, for a device
 
@@ -199,3 +202,31 @@ def test_gain(
     assert again.about["start"] == pytest.approx(exact.about["start"], rel=0.01)
     assert steps[1]["gradient"] == pytest.approx(steps[0]["gradient"], rel=0.01)
     assert len(chosen[accelerator, "bfloat16"])
+
+
+@pytest.mark.parametrize("family", TODAY)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_families_of_today(
+    family: str, accelerator: str, pico_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Experts, linear attention and what layers read beside their state are on the device too."""
+    source = open_source(pico_dir(family))
+    processor = load_processor(source)
+    examples = pico.write_examples(tmp_path, 3)
+    if family not in pico_today.VLM:
+        examples = [replace(one, image=None) for one in examples]
+    # indexers choose tokens, which has no gradient
+    linears = [li for li in source.architecture.linears if "indexer" not in li.name]
+    for placement in ("streamed", "resident"):
+        model = load_placed(source, dtype="float32", device=accelerator, placement=placement)  # type: ignore[arg-type]
+        prune_layers(
+            prune_settings("snip"),
+            source,
+            LayerwisePass(model, [response_batch(processor, examples)]),
+            assign_patterns(linears, Pattern(0.5)),
+            LayerResults(tmp_path / placement),
+        )
+    answers = generate(
+        model.network, processor, examples, tmp_path / "answers", max_new_tokens=3, batch_size=2
+    )
+    assert len(answers) == 3
