@@ -28,6 +28,7 @@ from regraft.errors import PassingError, RegraftError
 from regraft.heads.score import load_heads
 from regraft.heads.ships import HeadSettings
 from regraft.models.checkpoint import open_checkpoint
+from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import Source, open_source
 from regraft.patch.format import load_patch
 from regraft.pruning.base import prune_settings
@@ -411,6 +412,21 @@ def test_preview_refuses_what_the_command_refuses(bench: Bench, tmp_path: Path) 
         stages.preview("apply", bench.root / "dense", patches, tmp_path / "new")
     with pytest.raises(RegraftError, match="taken is not empty"):
         stages.preview("apply", bench.root / "pruned", patches, tmp_path / "taken")
+
+
+def test_weights_that_no_patch_touches_are_checked_as_they_are_copied(
+    bench: Bench, tmp_path: Path
+) -> None:
+    source = open_checkpoint(bench.root / "pruned")
+    touched = load_patch(bench.root / "patch").tensors
+    name = next(one for one in source.tensors if one not in touched)
+    spoilt = write_edited(source, tmp_path / "spoilt", {name: lambda one: one.fill_(torch.nan)})
+    before = tree(tmp_path)
+    job = "apply", spoilt.folder, [bench.root / "patch"], tmp_path / "out"
+    assert stages.preview(*job).plan.weights
+    with pytest.raises(RegraftError, match=f"the tensor {name} holds numbers that are NaN"):
+        stages.patch_checkpoint(*job)
+    assert tree(tmp_path) == before
 
 
 # A run, killed

@@ -104,6 +104,8 @@ def converted(
         name: shapes.get(target.replace(first, name, 1)) for name in converter.target_patterns
     }
     current = {name: tensors[name] for name in converter.source_patterns if name in tensors}
+    if None in wanted.values():
+        return {target: "the model has no place for it"}
     for op in converter.operations:
         kind = type(op).__name__
         unknown = getattr(op, "num_shards_attribute", None) or getattr(op, "inverse", False)
@@ -112,7 +114,10 @@ def converted(
             continue
         if kind not in _OPERATIONS or unknown:
             return {target: f"transformers makes it by {kind}"}
-        current = _OPERATIONS[kind](op, current, wanted)
+        try:
+            current = _OPERATIONS[kind](op, current, wanted)
+        except (IndexError, ValueError, ZeroDivisionError):
+            return {target: f"its shape is none that transformers' {kind} takes"}
     return {target.replace(first, name, 1): one for name, (one,) in current.items()}
 
 

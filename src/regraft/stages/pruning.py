@@ -68,7 +68,14 @@ def prune_checkpoint(
             if distributed.first():
                 files = {ABOUT_FILE: to_json(about), **_card(dense, settings)}
                 with progress.task(f"Writing {out}", dense.checkpoint.bytes, "bytes") as done:
-                    write_edited(dense.checkpoint, out, edits, files=files, advance=done)
+                    write_edited(
+                        dense.checkpoint,
+                        out,
+                        edits,
+                        files=files,
+                        advance=done,
+                        unbounded=dense.is_buffer,
+                    )
     return replace(dense, checkpoint=open_checkpoint(out))
 
 
