@@ -18,6 +18,7 @@ import pico
 from regraft.data.collate import prompt_batch
 from regraft.data.example import Example
 from regraft.errors import RegraftError
+from regraft.evaluation.generate import Answerer
 from regraft.models import foreign
 from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import load_model, load_processor, open_answering, open_source
@@ -213,6 +214,17 @@ def test_layers_without_a_place_in_the_model_are_told_and_left(tmp_path: Path) -
     said: list[str] = []
     load_model(open_answering(folder), note=said.append)
     assert "no place for" in said[0]
+
+
+def test_tokens_without_an_embedding_are_named(model: Path, tmp_path: Path) -> None:
+    content = json.loads((model / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= dict.fromkeys("abcdefghijklmnopqrstuvwxyz", 10**6)
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    source, prompts = open_answering(model), pico.write_examples(tmp_path, 1, images=False)
+    answerer = Answerer(load_processor(source), prompts, batch_size=1, judge=None)
+    told = r"tokenizer.json makes the token 1,000,000 of the prompt .* has 473 embeddings"
+    with pytest.raises(RegraftError, match=told):
+        answerer.answers(load_model(source), max_new_tokens=1)
 
 
 def test_code_of_a_model_may_look_at_numbers_while_it_is_built(model: Path) -> None:

@@ -76,7 +76,7 @@ def check_settings(folder: Path) -> None:
             continue
         require_file(path)  # to open a pipe may never end
         if name == "tokenizer.json":
-            _require_small(path)
+            _check_tokenizer(path)
         if name in _TEXT:
             continue
         content = read_json(path, lenient=True)
@@ -92,16 +92,20 @@ def check_settings(folder: Path) -> None:
             raise RegraftError(f"{path}: model_max_length is {shown(length)}; expected a number.")
 
 
-def _require_small(path: Path) -> None:
-    """Raise where a tokenizer puts far longer texts in the place of short ones, or before all.
+def _check_tokenizer(path: Path) -> None:
+    """Raise where a tokenizer knows no tokens, or puts far longer texts in the place of short ones.
 
     What such a normalizer makes of a prompt takes all memory, and the process ends.
     """
     try:
-        content = json.loads(path.read_bytes())
+        read = json.loads(path.read_bytes())
     except (ValueError, RecursionError):  # which tokenizers will tell
         return
-    steps = list(_steps(content.get("normalizer") if isinstance(content, dict) else None))
+    content = read if isinstance(read, dict) else {}
+    model = content.get("model")
+    if isinstance(model, dict) and model.get("vocab", ...) in ({}, []):
+        raise RegraftError(f"{path}: model.vocab is empty. Take the file of the base model.")
+    steps = list(_steps(content.get("normalizer")))
     grown = max((_grown(start, steps) for start, _ in [("a", ""), *steps] if start), default=1)
     if grown > _MOST_GROWN:
         raise RegraftError(
