@@ -104,8 +104,6 @@ def converted(
         name: shapes.get(target.replace(first, name, 1)) for name in converter.target_patterns
     }
     current = {name: tensors[name] for name in converter.source_patterns if name in tensors}
-    if None in wanted.values():
-        return {target: "the model has no place for it"}
     for op in converter.operations:
         kind = type(op).__name__
         unknown = getattr(op, "num_shards_attribute", None) or getattr(op, "inverse", False)
@@ -116,8 +114,8 @@ def converted(
             return {target: f"transformers makes it by {kind}"}
         try:
             current = _OPERATIONS[kind](op, current, wanted)
-        except (IndexError, ValueError, ZeroDivisionError):
-            return {target: f"its shape is none that transformers' {kind} takes"}
+        except (IndexError, TypeError, ValueError):  # of a shape that is wrong, or has no place
+            return {target: f"its shape cannot be compared with what transformers' {kind} makes"}
     return {target.replace(first, name, 1): one for name, (one,) in current.items()}
 
 
