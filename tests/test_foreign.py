@@ -159,6 +159,17 @@ def test_replacements_that_do_not_chain_are_few_characters(model: Path) -> None:
         open_source(model)
 
 
+def test_a_tensor_that_cannot_be_split_is_named(tmp_path: Path) -> None:
+    """Molmo2's queries, keys and values are one tensor on disk."""
+    folder = pico.save("molmo2", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(one for one in tensors if one.endswith("att_proj.weight"))
+    for wrong in (tensors[name][:3], tensors[name].flatten(), tensors[name][None]):
+        save_file(tensors | {name: wrong.contiguous()}, folder / "model.safetensors")
+        with pytest.raises(RegraftError, match=r"layers\.0\.self_attn\.q_proj\.weight"):
+            open_source(folder)
+
+
 def own_code(model: Path, body: str) -> None:
     """A llama whose class comes with the model, with more in its __init__."""
     (model / "modeling_own.py").write_text(

@@ -115,7 +115,8 @@ def converted(
         try:
             current = _OPERATIONS[kind](op, current, wanted)
         except (IndexError, TypeError, ValueError):  # of a shape that is wrong, or has no place
-            return {target: f"its shape cannot be compared with what transformers' {kind} makes"}
+            why = f"its shape cannot be compared with what transformers' {kind} makes"
+            return dict.fromkeys((target.replace(first, name, 1) for name in wanted), why)
     return {target.replace(first, name, 1): one for name, (one,) in current.items()}
 
 
@@ -223,6 +224,8 @@ def _chunked(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
 def _split(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
     ((_, (one, *_)),) = tensors.items()
     sizes = [shape[op.dim] for shape in wanted.values()]
+    if sum(sizes) != one.shape[op.dim]:
+        raise ValueError("its parts are not the whole")
     starts = accumulate(sizes, initial=0)
     return {
         name: [cut(one, op.dim, start, size)]
