@@ -353,6 +353,7 @@ ODD: Mapping[str, Sequence[tuple[str, Any]]] = {
         ("normalizer", {"type": "Prepend", "prepend": "a" * 10**6}),
         ("normalizer", {"type": "Sequence", "normalizers": [_LONG] * 4}),
         ("normalizer", {"type": "Sequence", "normalizers": 5}),
+        *(("model.vocab", one) for one in ({}, [])),
     ],
     "config": [
         *(("hidden_act", one) for one in ("nope", [1])),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from disk import differing, equal_bytes, rewrite, tree
 from regraft.data.collate import prompt_batch
 from regraft.errors import RegraftError
 from regraft.models.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
-from regraft.models.checkpoint_copy import Edit, copy_file, write_edited
+from regraft.models.checkpoint_copy import Edit, write_edited
 from regraft.models.load import open_source
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -387,28 +385,23 @@ def test_no_weights(small: Path) -> None:
         open_checkpoint(small)
 
 
-@pytest.mark.parametrize("kernel", ["as it is", "none", "gives up", "missing"])
-def test_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
-    """Where the kernel does not copy, or stops halfway, we do, from there on."""
-    content = os.urandom(3 * 2**20 + 5)
-    (tmp_path / "a").write_bytes(content)
-    real = getattr(os, "copy_file_range", None)
-    calls = []
-
-    def gives_up(source: int, target: int, count: int) -> int:
-        calls.append(count)
-        if kernel == "none" or len(calls) > 1:
-            raise OSError(errno.EXDEV, "x")
-        if real is None:
-            pytest.skip("only Linux copies in the kernel")
-        copied: int = real(source, target, 2**20 + 1)
-        return copied
-
-    if kernel == "missing":
-        monkeypatch.delattr(os, "copy_file_range", raising=False)
-    elif kernel != "as it is":
-        monkeypatch.setattr(os, "copy_file_range", gives_up, raising=False)
-    counted: list[int] = []
-    copy_file(tmp_path / "a", tmp_path / "b", counted.append)
-    assert (tmp_path / "b").read_bytes() == content
-    assert sum(counted) == len(content)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 2**19 - 1, 2**19, -1])  # a piece has 2**19 numbers
+def test_what_is_not_finite_is_found_while_it_is_copied(
+    small: Path, tmp_path: Path, value: float, place: int
+) -> None:
+    weight = torch.ones(2**20 + 5, dtype=torch.bfloat16)
+    weight[place] = value
+    save_file({"a": torch.ones(3), "b": weight}, small / "x-1.safetensors")
+    before, counted = tree(tmp_path), []
+    with pytest.raises(RegraftError, match="the tensor b holds numbers that are NaN or infinite"):
+        write_edited(open_checkpoint(small), tmp_path / "out", {}, advance=counted.append)
+    assert tree(tmp_path) == before
+    size = (small / "x-1.safetensors").stat().st_size
+    assert sum(counted) < size  # no second look at what was copied already
+    bounds = {"unbounded": lambda name: name == "b"}
+    if value == value:
+        copied = write_edited(
+            open_checkpoint(small), tmp_path / "out", {}, advance=counted.append, **bounds
+        )
+        assert equal_bytes(copied.read("b"), weight)

@@ -236,7 +236,7 @@ def test_missing_padding_token_is_told_and_one_row_works(tmp_path):
 
 def test_image_for_a_text_model_is_refused(tmp_path):
     tokenizer = pico.processor("llama")
-    with pytest.raises(RegraftError, match="'harmful-0-0' has an image, but the model reads text"):
+    with pytest.raises(RegraftError, match="'harmful-0-0' has an image, but the processor reads"):
         prompt_batch(tokenizer, pico.write_examples(tmp_path, 1))
 
 

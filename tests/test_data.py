@@ -854,6 +854,13 @@ def test_rows_that_nobody_means(tmp_path, row, message):
         read(DataSource(name="jsonl", path=tmp_path / "a.jsonl"))
 
 
+@pytest.mark.parametrize("ending", ["pcx", "sgi", "qoi", "dds", "icns", "xbm", "tga", "ppm"])
+def test_formats_that_pillow_decodes_itself(tmp_path, ending):
+    image = Image.new("1" if ending == "xbm" else "RGB", (64, 64), 1 if ending == "xbm" else "red")
+    image.save(tmp_path / f"a.{ending}")
+    assert open_image(tmp_path / f"a.{ending}").getpixel((9, 9)) in {(255, 0, 0), (255,) * 3}
+
+
 def test_no_other_program_decodes_an_image(tmp_path, monkeypatch):
     """Pillow has Ghostscript run what an EPS file says."""
     Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")

@@ -18,8 +18,9 @@ import pico
 from regraft.data.collate import prompt_batch
 from regraft.data.example import Example
 from regraft.errors import RegraftError
+from regraft.evaluation.generate import Answerer
 from regraft.models import foreign
-from regraft.models.checkpoint_copy import check_target
+from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import load_model, load_processor, open_answering, open_source
 
 FAMILY = "llama"
@@ -158,17 +159,61 @@ def test_replacements_that_do_not_chain_are_few_characters(model: Path) -> None:
         open_source(model)
 
 
-def test_a_bound_of_one_number_may_be_infinite(model: Path, tmp_path: Path) -> None:
-    """As Gemma 4's of what is clipped; a number of a weight may not."""
-    tensors = load_file(model / "model.safetensors")
-    for name, extra in {"one": torch.tensor(torch.inf), "two": torch.tensor([torch.inf])}.items():
-        save_file(tensors | {"extra": extra}, model / "model.safetensors", {"format": "pt"})
-        checkpoint = open_source(model).checkpoint
-        if name == "one":
-            check_target(checkpoint, tmp_path / "new")
-            continue
-        with pytest.raises(RegraftError, match="the tensor extra holds numbers that are NaN or"):
-            check_target(checkpoint, tmp_path / "new")
+def test_a_tensor_that_cannot_be_split_is_named(tmp_path: Path) -> None:
+    """Molmo2's queries, keys and values are one tensor on disk."""
+    folder = pico.save("molmo2", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(one for one in tensors if one.endswith("att_proj.weight"))
+    for wrong in (tensors[name][:3], tensors[name].flatten(), tensors[name][None]):
+        save_file(tensors | {name: wrong.contiguous()}, folder / "model.safetensors")
+        with pytest.raises(RegraftError, match=r"layers\.0\.self_attn\.q_proj\.weight"):
+            open_source(folder)
+
+
+def own_code(model: Path, body: str) -> None:
+    """A llama whose class comes with the model, with more in its __init__."""
+    (model / "modeling_own.py").write_text(
+        "import torch\nfrom transformers import LlamaForCausalLM\n\n\n"
+        "class Own(LlamaForCausalLM):\n"
+        "    def __init__(self, config):\n"
+        "        super().__init__(config)\n"
+        f"        {body}\n"
+    )
+    change(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "taken"),
+    [
+        ("bounds", torch.inf, True),
+        ("bounds", torch.nan, False),
+        ("model.norm.weight", torch.inf, False),
+        ("none", torch.inf, False),
+    ],
+)
+def test_bounds_may_be_infinite(
+    name: str, value: float, taken: bool, model: Path, tmp_path: Path
+) -> None:
+    """What a model keeps as buffers, such as Gemma 4's of what is clipped; no parameter may."""
+    own_code(model, "self.register_buffer('bounds', torch.zeros(3))")
+    tensors = {"bounds": torch.ones(3), **load_file(model / "model.safetensors")}
+    tensors[name] = tensors.get(name, torch.ones(3)).clone()
+    tensors[name][1] = value
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    source = open_source(model, trust_remote_code=True)
+
+    def copy() -> None:
+        write_edited(source.checkpoint, tmp_path / "new", {}, unbounded=source.is_buffer)
+
+    if taken:
+        copy()
+        assert load_model(source).bounds[1] == torch.inf
+        return
+    # a tensor without a place in the model is not loaded
+    for act in (copy, *([] if name == "none" else [lambda: load_model(source)])):
+        with pytest.raises(RegraftError, match=f"the tensor {name} holds numbers that are NaN or"):
+            act()
+    assert not (tmp_path / "new").exists()
 
 
 def test_layers_without_a_place_in_the_model_are_told_and_left(tmp_path: Path) -> None:
@@ -182,16 +227,20 @@ def test_layers_without_a_place_in_the_model_are_told_and_left(tmp_path: Path) -
     assert "no place for" in said[0]
 
 
+def test_tokens_without_an_embedding_are_named(model: Path, tmp_path: Path) -> None:
+    content = json.loads((model / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= dict.fromkeys("abcdefghijklmnopqrstuvwxyz", 10**6)
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    source, prompts = open_answering(model), pico.write_examples(tmp_path, 1, images=False)
+    answerer = Answerer(load_processor(source), prompts, batch_size=1, judge=None)
+    told = r"tokenizer.json makes the token 1,000,000 of the prompt .* has 473 embeddings"
+    with pytest.raises(RegraftError, match=told):
+        answerer.answers(load_model(source), max_new_tokens=1)
+
+
 def test_code_of_a_model_may_look_at_numbers_while_it_is_built(model: Path) -> None:
     """As InternVL's does, which has no numbers on the meta device."""
-    (model / "modeling_own.py").write_text(
-        "import torch\nfrom transformers import LlamaForCausalLM\n\n\n"
-        "class Own(LlamaForCausalLM):\n"
-        "    def __init__(self, config):\n"
-        "        super().__init__(config)\n"
-        "        self.rates = [one.item() for one in torch.linspace(0, 0.1, 4)]\n"
-    )
-    change(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    own_code(model, "self.rates = [one.item() for one in torch.linspace(0, 0.1, 4)]")
     source = open_answering(model, trust_remote_code=True)
     assert len(load_model(source).rates) == 4
 

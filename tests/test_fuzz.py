@@ -83,7 +83,7 @@ POINT = {
 ELSE = {  # what a message may say where no field is at fault
     # a size that is missing is one by default, which the weights have not
     **dict.fromkeys(("config", "a run's config"), ("weight", "cannot run")),
-    "processor settings": ("It is made of",),  # and names its files, not what is wrong in them
+    "processor settings": ("cannot run",),  # a size that only the model shows to be wrong
     "recipe": ("gain", "demo:test"),  # by default
     "JSON lines": ("JSON array",),
     **dict.fromkeys(

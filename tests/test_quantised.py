@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,81 @@ def test_fp8_in_blocks_is_what_its_numbers_stand_for(
     ids = torch.arange(40, 52)[None]
     found = load_model(open_answering(folder), device="cpu")(input_ids=ids).logits
     torch.testing.assert_close(found, model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def in_words(numbers: Tensor, dim: int, order: Sequence[int] = range(8)) -> Tensor:
+    """Eight numbers of 4 bits, which lie along a dimension, in each word of 32."""
+    eight = numbers.long().unflatten(dim, (-1, 8)).movedim(dim + 1, -1)[..., list(order)]
+    return (eight << (4 * torch.arange(8))).sum(-1).to(torch.int32)
+
+
+def packed(method: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """What GPTQ or AWQ stores of a weight `[out, in]` that was rounded, and what it is then."""
+    cut = weight.T.unflatten(0, (-1, PACKED_GROUP))  # [groups, group, out]
+    least, most = cut.amin(1), cut.amax(1)
+    scales = ((most - least) / 15).half()  # [groups, out]
+    zeros = (-least / scales).round().clamp(1, 15)
+    step, zero = scales[:, None].float(), zeros[:, None]
+    whole = (cut / step + zero).round().clamp(0, 15)
+    rounded = ((whole - zero) * step).flatten(0, 1).T.contiguous()
+    numbers = whole.flatten(0, 1)  # [in, out]
+    if method == "awq":
+        order = (0, 2, 4, 6, 1, 3, 5, 7)
+        stored = {"qweight": in_words(numbers, 1, order), "qzeros": in_words(zeros, 1, order)}
+    else:
+        group = torch.arange(weight.shape[1], dtype=torch.int32) // PACKED_GROUP
+        stored = {"qweight": in_words(numbers, 0), "qzeros": in_words(zeros - 1, 1), "g_idx": group}
+    return {**stored, "scales": scales}, rounded
+
+
+PACKED_GROUP = 32
+PACKED: dict[str, dict[str, Any]] = {  # as config.json says it, in transformers' own names
+    "gptq": {"sym": False, "desc_act": False, "checkpoint_format": "gptq"},
+    "awq": {"zero_point": True, "version": "gemm", "modules_to_not_convert": ["model.visual"]},
+}
+
+
+@pytest.mark.slow  # gptqmodel compiles a kernel the first time
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", PACKED)
+def test_gptq_and_awq_are_what_their_numbers_stand_for(
+    method: str, family: str, pico_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("gptqmodel", reason="gptqmodel and some twenty packages are needed")
+    pytest.importorskip("optimum", reason="transformers loads GPTQ with optimum")
+    stated = {"quant_method": method, "bits": 4, "group_size": PACKED_GROUP, **PACKED[method]}
+    folder = stating(pico_dir(family), tmp_path / "model", stated)
+    model, _ = pico.build(family)
+    tensors, ids = load_file(folder / SINGLE_FILE), torch.arange(40, 52)[None]
+    dense = model(input_ids=ids).logits
+    for name, linear in linears(model):
+        (weight,) = (one for one in tensors if one.endswith(f"layers.{name}.weight"))
+        del tensors[weight]
+        stored, linear.weight.data = packed(method, linear.weight.data)
+        tensors |= {f"{weight.removesuffix('weight')}{part}": one for part, one in stored.items()}
+    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+    source, expected = open_answering(folder), model(input_ids=ids).logits
+    found = load_model(source, device="cpu")(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)  # weights in float16
+    assert (found - dense).abs().max() > 0.5
+    target, prompts = stages.Target(source, ComputeSettings(device="cpu")), tmp_path / "data"
+    suites = suite(prompts) if family != "llama" else [written(prompts)]
+    done = stages.evaluate_target(target, tmp_path / "out", suites, EvalSettings(max_new_tokens=6))
+    assert len({one.answer for one in done.result.answers}) > 1
+    scales = next(name for name in tensors if name.endswith("scales"))
+    tensors[scales][0, 0] = torch.nan
+    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+    with pytest.raises(RegraftError, match=r"the tensor .*scales holds numbers that are NaN"):
+        load_model(open_answering(folder), device="cpu")
+
+
+def written(folder: Path) -> DataSource:
+    """Prompts without images."""
+    folder.mkdir()
+    rows = ({"instruction": f"prompt {i}", "harmful": i < 2, "response": "a"} for i in range(4))
+    (folder / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return DataSource(name="jsonl", path=folder / "data.jsonl")
 
 
 def test_an_evaluation_from_end_to_end(quantised: Callable[[str], Path], tmp_path: Path) -> None:

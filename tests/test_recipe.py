@@ -308,6 +308,9 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("evaluate: {suite: safebench}", ["evaluate.suite", "safebench needs a path"]),
         ("evaluate: {keywords: sorry}", ["evaluate.keywords", "'sorry'"]),
         ("calibration: {samples: 0}", ["calibration.samples", "got 0"]),
+        ("calibration: {samples: true}", ["calibration.samples: a number is needed (got True)"]),
+        ("realign: [{method: random, count: true}]", ["count: a number is needed (got True)"]),
+        ("prune: {sparsity: false}", ["prune.sparsity: a number is needed (got False)"]),
         ("prune: {sparsity: 60}", ["prune.sparsity", "less than 1; 60 % is 0.6"]),
         (
             "realign: {method: hsr, top-heads: 3}",

@@ -27,7 +27,9 @@ from regraft.disk.files import disk_errors, read_json, write_text
 from regraft.errors import PassingError, RegraftError
 from regraft.heads.score import load_heads
 from regraft.heads.ships import HeadSettings
+from regraft.models import checkpoint
 from regraft.models.checkpoint import open_checkpoint
+from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import Source, open_source
 from regraft.patch.format import load_patch
 from regraft.pruning.base import prune_settings
@@ -38,9 +40,7 @@ from regraft.recipes.parts import EvaluateSettings
 from regraft.recipes.recipe import Recipe
 from regraft.restoration import base
 from regraft.restoration.ranking import load_ranking
-from regraft.runs import pipeline
-from regraft.runs.plan import Planner
-from regraft.runs.run_dir import RunDir
+from regraft.runs import pipeline, plan
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
@@ -413,6 +413,21 @@ def test_preview_refuses_what_the_command_refuses(bench: Bench, tmp_path: Path) 
         stages.preview("apply", bench.root / "pruned", patches, tmp_path / "taken")
 
 
+def test_weights_that_no_patch_touches_are_checked_as_they_are_copied(
+    bench: Bench, tmp_path: Path
+) -> None:
+    source = open_checkpoint(bench.root / "pruned")
+    touched = load_patch(bench.root / "patch").tensors
+    name = next(one for one in source.tensors if one not in touched)
+    spoilt = write_edited(source, tmp_path / "spoilt", {name: lambda one: one.fill_(torch.nan)})
+    before = tree(tmp_path)
+    job = "apply", spoilt.folder, [bench.root / "patch"], tmp_path / "out"
+    assert stages.preview(*job).plan.weights
+    with pytest.raises(RegraftError, match=f"the tensor {name} holds numbers that are NaN"):
+        stages.patch_checkpoint(*job)
+    assert tree(tmp_path) == before
+
+
 # A run, killed
 
 
@@ -579,13 +594,22 @@ def test_run_on_an_existing_pruned_checkpoint(killable: Killable, tmp_path: Path
     assert [variant.name for variant in made.variants] == ["dense", "pruned", "hsr", "control"]
 
 
-def test_a_run_opens_its_pruned_model_once(bench: Bench) -> None:
-    """And so reads all of its bytes once, to tell it apart from others."""
-    recipe, place = Recipe(model=str(bench.root / "dense")), RunDir(bench.root)
-    planner = Planner(recipe, place, stages.Restoration(bench.dense), None)
-    opened = planner.pruned(recipe.prune[0].name)
-    assert opened.folder == bench.root / "pruned"
-    assert planner.pruned(recipe.prune[0].name) is opened
+def test_a_run_opens_its_pruned_model_once(
+    killable: Killable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And reads all bytes of a model once to tell it apart from others, for all its stages."""
+    opened, digested = [], []
+
+    def counted(own: Callable[..., Any], calls: list[Path]) -> Callable[..., Any]:
+        return lambda path, **more: (calls.append(Path(path)), own(path, **more))[1]
+
+    monkeypatch.setattr(plan, "open_source", counted(plan.open_source, opened))
+    monkeypatch.setattr(checkpoint, "file_digest", counted(checkpoint.file_digest, digested))
+    recipe, pruned = read_recipe(killable.recipe), tmp_path / "run" / "pruned"
+    pipeline.run_one(recipe, tmp_path / "run")
+    assert opened.count(pruned) == 1
+    for folder in (Path(recipe.model), pruned):
+        assert {digested.count(folder / name) for name in open_checkpoint(folder).shards} == {1}
 
 
 def test_heads_with_estimated_scores_are_not_taken(bench: Bench) -> None:

@@ -138,6 +138,7 @@ def test_harmbench_contexts_stand_before_the_behaviour(shared: Path, tmp_path: P
         ("p.csv", 'goal,target\n"a,b\n', "is not valid CSV: unexpected end of data. It is cut off"),
         ("p.csv", 'goal\na\n"b\nc\n', "is not valid CSV: unexpected end of data. It is cut off"),
         ("p.csv", "goal,target\na,b,c\n", "row 1: it has not as many cells"),
+        ("p.csv", "goal,target\na,b\nc\0,d\n", "row 2: the field 'goal' holds a NUL"),
         ("p.csv", "Behavior,ImageFileName\na,b.png\n", "column of images, 'ImageFileName'"),
         ("p.csv", "goal,target\n,b\n", "row 1: the field 'goal' is empty"),
         ("p.csv", "Behavior,BehaviorID\na,x\nb,x\n", "the id 'x' is used twice"),

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from regraft.cli.options import Model, Trust
+from regraft.cli.options import Model, Trust, watching
 from regraft.models.architecture import Architecture, LayerArchitecture
 from regraft.models.load import Source, open_source
 from regraft.patch.pair import check_pair, survey
@@ -85,7 +85,8 @@ def _show_layers(console: Console, architecture: Architecture) -> None:
 def _compared(dense: Source, compressed: Source) -> str:
     """What compression did, with the N:M pattern and what is doubtful."""
     check_pair(dense, compressed)
-    looked = survey(dense, compressed)
+    with watching() as progress:
+        looked = survey(dense, compressed, progress)
     found = looked.described
     if looked.grouping is not None:
         found += f"; {looked.grouping.n_m} in {looked.grouping.groups:,} groups"

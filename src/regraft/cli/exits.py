@@ -138,8 +138,9 @@ def _foreseen(error: BaseException) -> str | None:
         said = _said(error)
         return (
             f"transformers cannot run {model} ({said}). A value of its config.json, its "
-            "tokenizer or its chat template is wrong, or it was made for another version of "
-            "transformers; if neither is so, it is a fault of regraft. --debug shows where."
+            "processor, its tokenizer or its chat template is wrong, or it was made for another "
+            "version of transformers; if neither is so, it is a fault of regraft. --debug shows "
+            "where."
         )
     return None
 

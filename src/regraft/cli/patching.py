@@ -41,7 +41,8 @@ def apply(
     revert
         Take the patches off, which gives the pruned checkpoint's bytes back.
     dry_run
-        Check everything and show what would be written; write nothing.
+        Check the patches, and the weights that they touch, and show what would be written; write
+        nothing.
     """
     from regraft import stages
 

@@ -49,12 +49,15 @@ def run(
             "Name a recipe and, with --out, a folder; --template prints a recipe to start from."
         )
     from regraft.runs import pipeline, recipe_runs
+    from regraft.stages.evaluation_cache import EvaluationCache
 
     read = read_recipe(recipe)
     with watching() as progress:
         if dry_run:
+            cache = EvaluationCache()
             for folder, one in recipe_runs.runs_of(read, out).items():
-                show_preview(progress.console, folder, pipeline.plan_run(one, folder))
+                planned = pipeline.plan_run(one, folder, cache, progress)
+                show_preview(progress.console, folder, planned)
         else:
             show_page(progress, recipe_runs.run_recipe(read, out, progress), out / "report")
 

@@ -148,8 +148,9 @@ def _prompt(
         return [_message(processor, "user", example.instruction)]
     if _is_text_only(processor):
         raise RegraftError(
-            f"Example {example.id!r} has an image, but the model reads text only. "
-            "Use a vision-language model, or examples without images."
+            f"Example {example.id!r} has an image, but the processor reads text only."
+            f"{_made_of(processor)} Use a vision-language model, whose processor_config.json names "
+            "the processor_class, or examples without images."
         )
     image = open_image(example.image) if images is None else images[example.image]
     return [_message(processor, "user", example.instruction, image)]

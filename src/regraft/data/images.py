@@ -18,7 +18,8 @@ from regraft.disk.paths import is_file
 from regraft.errors import PassingError, RegraftError
 
 _FORMATS = {  # of Pillow's; for EPS it runs Ghostscript
-    *("PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO", "TGA")
+    *("PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO", "TGA"),
+    *("PCX", "SGI", "QOI", "DDS", "ICNS", "XBM"),
 }
 _NAMED = 3  # offenders named in an error
 

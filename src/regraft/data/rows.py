@@ -137,6 +137,10 @@ def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
                 f"{row.where}: it has not as many cells as the header; the file is cut off, or a "
                 "cell with a comma or line break has no quotes."
             )
+        if wrong := [name for name, cell in row.values.items() if "\0" in cell]:
+            raise RegraftError(
+                f"{row.where}: the field {wrong[0]!r} holds a NUL, which is no text."
+            )
     return rows
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,18 +114,27 @@ def load_unfinished(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def require_finite(path: Path, tensors: Mapping[str, Tensor], *, nan: bool = False) -> None:
+def require_finite(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    nan: bool = False,
+    unbounded: Callable[[str], bool] = lambda _: False,
+) -> None:
     """Raise where a tensor holds NaN (unless `nan`) or infinity, by its name; `path` is its file's.
 
-    Those of the meta device, and quantised ones, which are floats of 8 bits or classes of a
-    package's own (torchao), are passed over.
+    Those that are `unbounded` may hold infinity. Those of the meta device, and quantised ones,
+    which are floats of 8 bits or classes of a package's own (torchao), are passed over.
     """
     for name, tensor in tensors.items():
         plain = type(tensor) in (Tensor, Parameter) and tensor.is_floating_point()
         if tensor.is_meta or not (plain and tensor.element_size() > 1 and tensor.numel()):
             continue
         known = tensor.nan_to_num(0.0, torch.inf, -torch.inf) if nan else tensor
-        if not torch.stack(known.aminmax()).isfinite().all():
+        least_and_most = torch.stack(known.aminmax())  # NaN where one is
+        if least_and_most.isfinite().all():
+            continue
+        if least_and_most.isnan().any() or not unbounded(name):
             raise RegraftError(
                 f"{path}: the tensor {name} holds numbers that are "
                 f"{'infinite' if nan else 'NaN or infinite'}. Make it, or download it, again."

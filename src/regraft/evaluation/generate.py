@@ -78,6 +78,18 @@ def check_batch(config: Any, batch: Batch, max_new_tokens: int) -> None:
             )
 
 
+def _check_tokens(config: Any, batch: Batch) -> None:
+    """Raise where a token has no embedding; only of a batch that failed: some tokens need none."""
+    rows = getattr(config.get_text_config(decoder=True), "vocab_size", 2**63 - 1)
+    ids = batch.inputs["input_ids"]
+    for row, place in (ids >= rows).nonzero().tolist()[:1]:
+        raise RegraftError(
+            f"tokenizer.json makes the token {int(ids[row, place]):,} of the prompt "
+            f"{batch.ids[row]!r}, and the model{_of(config)} has {rows:,} embeddings. Take the "
+            "tokenizer of the base model."
+        )
+
+
 def _of(config: Any) -> str:
     """Where it is, which transformers notes in what it reads."""
     return f" of {folder}" if (folder := getattr(config, "name_or_path", "")) else ""
@@ -203,7 +215,11 @@ class Answerer:
         def answers(batch: Batch) -> list[str]:
             check_batch(model.config, batch, max_new_tokens)
             inputs = placed(batch, model).inputs
-            return answer(model, self._processor, inputs, max_new_tokens, chunk.judge)
+            try:
+                return answer(model, self._processor, inputs, max_new_tokens, chunk.judge)
+            except IndexError:
+                _check_tokens(model.config, batch)
+                raise
 
         if (kept := self._kept.get(chunk)) is not None:
             with replayed(model, kept.vision):

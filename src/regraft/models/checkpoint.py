@@ -18,8 +18,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from regraft.disk.artifact import require_finite
-from regraft.disk.files import digest, file_digest, in_threads
+from regraft.disk.files import digest, file_digest
 from regraft.disk.parsing import json_object, read_json, shown
 from regraft.disk.paths import is_name, require_file, within
 from regraft.errors import RegraftError
@@ -28,7 +27,6 @@ from regraft.models.places import Place
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights that are not quantised
-_CHUNK = 2**18  # elements read at a time, which a core's own cache holds
 _SAMPLE = 4096
 _SAMPLED = 1024
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
@@ -108,22 +106,6 @@ class Checkpoint:
         with (self.folder / record.shard).open("rb") as handle:
             handle.seek(record.start + first * size)
             return read_tensor(handle, replace(record, shape=(count,)))
-
-    @cached_property
-    def finite(self) -> bool:
-        """Whether no tensor of floats, but a bound of one number, holds NaN or infinity; reads all.
-
-        Raises:
-            RegraftError: one does, by its name.
-        """
-
-        def check(record: TensorRecord) -> None:
-            for first in range(0, size := math.prod(record.shape), _CHUNK):
-                part = self._elements(record, first, min(_CHUNK, size - first))
-                require_finite(self.folder, {record.name: part})
-
-        in_threads(check, [t for t in self.tensors.values() if t.shape and t.dtype in FLOATS])
-        return True
 
     def record(self, name: str) -> TensorRecord:
         """Look up a tensor by its name on disk."""

@@ -1,14 +1,14 @@
 """A copy of a checkpoint in which some tensors differ.
 
 Shards are copied and the bytes of single tensors overwritten, so that everything else (other
-tensors, their order, dtypes, shard sizes, metadata) is kept to the byte.
+tensors, their order, dtypes, shard sizes, metadata) is kept to the byte. What is copied is checked
+on the way, so that it is read once.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,23 +17,32 @@ from threading import Event, Lock
 import torch
 from torch import Tensor
 
+from regraft.disk.artifact import require_finite
 from regraft.disk.files import (
     atomic_folder,
     in_threads,
     leftover_bytes,
+    read_at,
     require_new,
     require_space,
     write_all,
 )
 from regraft.disk.parsing import read_json
 from regraft.errors import PassingError, RegraftError
-from regraft.models.checkpoint import OTHER_WEIGHTS, Checkpoint, open_checkpoint, read_tensor
+from regraft.models.checkpoint import (
+    FLOATS,
+    OTHER_WEIGHTS,
+    Checkpoint,
+    open_checkpoint,
+    read_tensor,
+)
 from regraft.progress import Advance
 
 Edit = Callable[[Tensor], Tensor]
 EditShard = Callable[[Path], None]
-_COPY_CHUNK = 16 * 2**20
-_READ_CHUNK = 2**20  # small enough for a processor's cache
+Unbounded = Callable[[str], bool]
+"""Whether a tensor, by its name, may hold infinity."""
+_CHUNK = 2**20  # bytes read at a time, which a core's own cache holds
 
 
 def write_edited(
@@ -43,6 +52,7 @@ def write_edited(
     *,
     files: Mapping[str, str] | None = None,
     advance: Advance = lambda _: None,
+    unbounded: Unbounded = lambda _: False,
 ) -> Checkpoint:
     """Copy a checkpoint folder to `target`, replacing single tensors, in one atomic step.
 
@@ -57,9 +67,11 @@ def write_edited(
             replacement, of the same shape and dtype. One tensor is in memory at a time.
         files: Extra text files to write into the folder, name -> content.
         advance: Called with the number of bytes just copied.
+        unbounded: Of which tensors infinity is copied.
 
     Raises:
-        RegraftError: `target` is not empty, the disk is full, or an edit names no tensor.
+        RegraftError: `target` is not empty, the disk is full, an edit names no tensor, or a tensor
+            of `source` holds NaN or infinity.
     """
     for name in edits:
         source.record(name)
@@ -76,7 +88,15 @@ def write_edited(
                 handle.seek(record.start)
                 handle.write(after.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
-    return write_copy(source, target, edit_shard, files=files, advance=advance, one_by_one=True)
+    return write_copy(
+        source,
+        target,
+        edit_shard,
+        files=files,
+        advance=advance,
+        unbounded=unbounded,
+        one_by_one=True,
+    )
 
 
 def write_copy(
@@ -86,6 +106,7 @@ def write_copy(
     *,
     files: Mapping[str, str] | None = None,
     advance: Advance = lambda _: None,
+    unbounded: Unbounded = lambda _: False,
     one_by_one: bool = False,
 ) -> Checkpoint:
     """Copy a checkpoint folder as `write_edited` does, with any edit of its shards.
@@ -94,7 +115,8 @@ def write_copy(
     copied `one_by_one`.
 
     Raises:
-        RegraftError: `target` is not empty, the disk is full, or the source changed meanwhile.
+        RegraftError: `target` is not empty, the disk is full, a tensor of `source` holds NaN or
+            infinity, or the source changed meanwhile.
     """
     check_target(source, target)
     stamps = source.stamps()
@@ -106,7 +128,10 @@ def write_copy(
         advance = _one_at_a_time(advance, stop)
 
         def copy(shard: str) -> None:
-            copy_file(source.folder / shard, temporary / shard, advance)
+            with (temporary / shard).open("wb", buffering=0) as writer:
+                for piece in checked(source, shard, unbounded):
+                    write_all(writer, piece)
+                    advance(len(piece))
             edit_shard(temporary / shard)
 
         if one_by_one:
@@ -126,8 +151,7 @@ def check_target(source: Checkpoint, target: Path) -> None:
     """Check that a copy of `source` can be written to `target`; writes and removes nothing.
 
     Raises:
-        RegraftError: `target` is no new folder, lies inside `source`, or the disk is too full; a
-            tensor of `source` holds NaN or infinity.
+        RegraftError: `target` is no new folder, lies inside `source`, or the disk is too full.
     """
     require_new(target)
     if target.resolve().is_relative_to(source.folder.resolve()):
@@ -137,25 +161,52 @@ def check_target(source: Checkpoint, target: Path) -> None:
         )
     needed = source.bytes + sum(path.stat().st_size for path in _side_files(source))
     require_space(target, needed - leftover_bytes(target))
-    _ = source.finite
 
 
-def copy_file(source: Path, target: Path, advance: Advance) -> None:
-    """Copy a file's content inside the kernel where it can, sharing blocks where the disk can."""
-    with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
-        while count := _copy_in_kernel(reader, writer):
-            advance(count)
-        buffer = memoryview(bytearray(_READ_CHUNK))
-        while count := reader.readinto(buffer):
-            write_all(writer, buffer[:count])
-            advance(count)
+def checked(
+    source: Checkpoint, shard: str, unbounded: Unbounded = lambda _: False
+) -> Iterator[memoryview]:
+    """Read all bytes of a shard in order, through one buffer, and check them on the way.
+
+    Raises:
+        RegraftError: a tensor of floats holds NaN, or infinity and is not `unbounded`.
+    """
+    path = source.folder / shard
+    records = [one for one in source.tensors.values() if one.shard == shard]
+    header = min((one.start for one in records), default=path.stat().st_size)
+    buffer = torch.empty(_CHUNK, dtype=torch.uint8)
+    with path.open("rb", buffering=0) as handle:
+        for piece in _cut(0, header):
+            yield _filled(buffer, handle, piece)
+        for record in sorted(records, key=lambda one: one.start):
+            for piece in _cut(record.start, record.stop):
+                content = _filled(buffer, handle, piece)
+                if record.dtype in FLOATS:
+                    part = buffer[: len(piece)].view(record.torch_dtype)
+                    require_finite(source.folder, {record.name: part}, unbounded=unbounded)
+                yield content
 
 
-def _copy_in_kernel(reader: io.FileIO, writer: io.FileIO) -> int:
-    try:
-        return os.copy_file_range(reader.fileno(), writer.fileno(), _COPY_CHUNK)
-    except (AttributeError, OSError):  # not here; a true error comes again without it
-        return 0
+def check_finite(source: Checkpoint, unbounded: Unbounded, advance: Advance) -> None:
+    """Read all weights of a checkpoint as `checked` does; `advance` is told the bytes."""
+    advance = _one_at_a_time(advance, Event())
+
+    def check(shard: str) -> None:
+        for piece in checked(source, shard, unbounded):
+            advance(len(piece))
+
+    in_threads(check, source.shards)
+
+
+def _cut(start: int, stop: int) -> Iterator[range]:
+    return (range(first, min(first + _CHUNK, stop)) for first in range(start, stop, _CHUNK))
+
+
+def _filled(buffer: Tensor, handle: io.FileIO, piece: range) -> memoryview:
+    """A piece of a file, in the buffer."""
+    content = buffer[: len(piece)].numpy().data
+    read_at(handle, piece.start, content)
+    return content
 
 
 def _one_at_a_time(advance: Advance, stop: Event) -> Advance:

@@ -6,7 +6,7 @@ projections.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -26,12 +26,17 @@ from regraft.models.architecture import (
 )
 from regraft.models.checkpoint import Checkpoint
 from regraft.models.experts import parameters_of, transposed
+from regraft.models.layout import Layout
 from regraft.models.on_disk import OnDisk, Part
 from regraft.models.places import Place
 
 
-def read_architecture(model: nn.Module, checkpoint: Checkpoint) -> Architecture:
+def read_architecture(
+    model: nn.Module, checkpoint: Checkpoint, layout: Callable[[], Layout]
+) -> Architecture:
     """Describe a model (weights may be on the meta device) and find its weights on disk.
+
+    `layout` is asked for where they are only if their names do not tell.
 
     Raises:
         RegraftError: there are no linears, no output head, or the checkpoint has no such weights.
@@ -48,7 +53,7 @@ def read_architecture(model: nn.Module, checkpoint: Checkpoint) -> Architecture:
         raise RegraftError(
             f"The decoder layers of {type(model).__name__} have no linears to prune."
         )
-    on_disk = OnDisk.of(model, checkpoint, shapes)
+    on_disk = OnDisk.of(model, checkpoint, layout, shapes)
     layers = _describe_layers(model, on_disk)
     pruned = {f"{li.module}.{li.parameter}" for layer in layers for li in layer.linears}
     return Architecture(

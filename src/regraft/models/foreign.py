@@ -23,11 +23,12 @@ from regraft.data.collate import lent_template
 from regraft.disk.parsing import read_json, shown
 from regraft.disk.paths import require_file
 from regraft.errors import RegraftError, is_device_memory, is_fault, is_host_memory
+from regraft.models import processor_settings
 
 _SETTINGS = (
-    *("config.json", "generation_config.json", "tokenizer_config.json", "processor_config.json"),
-    *("preprocessor_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("video_preprocessor_config.json", "chat_template.json"),
+    *("config.json", "generation_config.json", "tokenizer_config.json"),
+    *processor_settings.FILES,
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.json"),
 )
 _TEXT = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -42,15 +43,7 @@ _BOUNDS = {  # what a field's name ends in, and from where to where all models h
             *(_ANY, 2**24),
         ),
     ),
-    **dict.fromkeys(
-        ("processor_config.json", "preprocessor_config.json"),
-        (
-            (re.compile(r"image_std$|rescale_factor$"), 1e-6, 1e6),  # divided or multiplied by
-            (re.compile(r"image_mean$"), -1e6, 1e6),
-            (re.compile(r"(^|[._])(height|width|patch_size|merge_size)$"), 1, 2**16),
-            (re.compile(r"_edge$"), 1, 2**28),  # of some the number of pixels
-        ),
-    ),
+    **dict.fromkeys(processor_settings.FILES, processor_settings.BOUNDS),
 }
 _Bounds = Sequence[tuple[re.Pattern[str], float, float]]
 _LENGTH = re.compile(  # what generation.py reads
@@ -76,13 +69,15 @@ def check_settings(folder: Path) -> None:
             continue
         require_file(path)  # to open a pipe may never end
         if name == "tokenizer.json":
-            _require_small(path)
+            _check_tokenizer(path)
         if name in _TEXT:
             continue
         content = read_json(path, lenient=True)
         if not isinstance(content, dict):
             raise RegraftError(f"{path}: expected a JSON object, found {shown(content)}.")
         _require_within(path, content, _BOUNDS.get(name, ()))
+        if name in processor_settings.FILES:
+            processor_settings.check_kinds(path, content)
         if name == "config.json":
             _require_names(path, content)
         if name == "generation_config.json":
@@ -92,16 +87,20 @@ def check_settings(folder: Path) -> None:
             raise RegraftError(f"{path}: model_max_length is {shown(length)}; expected a number.")
 
 
-def _require_small(path: Path) -> None:
-    """Raise where a tokenizer puts far longer texts in the place of short ones, or before all.
+def _check_tokenizer(path: Path) -> None:
+    """Raise where a tokenizer knows no tokens, or puts far longer texts in the place of short ones.
 
     What such a normalizer makes of a prompt takes all memory, and the process ends.
     """
     try:
-        content = json.loads(path.read_bytes())
+        read = json.loads(path.read_bytes())
     except (ValueError, RecursionError):  # which tokenizers will tell
         return
-    steps = list(_steps(content.get("normalizer") if isinstance(content, dict) else None))
+    content = read if isinstance(read, dict) else {}
+    model = content.get("model")
+    if isinstance(model, dict) and model.get("vocab", ...) in ({}, []):
+        raise RegraftError(f"{path}: model.vocab is empty. Take the file of the base model.")
+    steps = list(_steps(content.get("normalizer")))
     grown = max((_grown(start, steps) for start, _ in [("a", ""), *steps] if start), default=1)
     if grown > _MOST_GROWN:
         raise RegraftError(

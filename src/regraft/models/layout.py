@@ -112,7 +112,11 @@ def converted(
             continue
         if kind not in _OPERATIONS or unknown:
             return {target: f"transformers makes it by {kind}"}
-        current = _OPERATIONS[kind](op, current, wanted)
+        try:
+            current = _OPERATIONS[kind](op, current, wanted)
+        except (IndexError, TypeError, ValueError):  # of a shape that is wrong, or has no place
+            why = f"its shape cannot be compared with what transformers' {kind} makes"
+            return dict.fromkeys((target.replace(first, name, 1) for name in wanted), why)
     return {target.replace(first, name, 1): one for name, (one,) in current.items()}
 
 
@@ -220,6 +224,8 @@ def _chunked(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
 def _split(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
     ((_, (one, *_)),) = tensors.items()
     sizes = [shape[op.dim] for shape in wanted.values()]
+    if sum(sizes) != one.shape[op.dim]:
+        raise ValueError("its parts are not the whole")
     starts = accumulate(sizes, initial=0)
     return {
         name: [cut(one, op.dim, start, size)]

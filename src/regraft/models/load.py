@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, cached_property
-from importlib.metadata import version
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +19,16 @@ from torch import Tensor, nn
 
 from regraft import distributed
 from regraft.data.collate import Batch
-from regraft.disk.artifact import require_finite
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.architecture import Architecture, LinearArchitecture
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.describe import read_architecture
 from regraft.models.foreign import check_template, foreign, of_processor
+from regraft.models.layout import Layout, read_layout
 from regraft.models.loaded import (
+    buffers_on_disk,
+    check_finite,
     check_headers,
     check_loading,
     check_weights,
@@ -91,7 +92,7 @@ class Source:
         if getattr(self.config, "tie_word_embeddings", False):
             network.tie_weights()
         try:
-            return read_architecture(network, self.checkpoint)
+            return read_architecture(network, self.checkpoint, lambda: self.layout)
         except RegraftError as error:
             where = "" if str(self.folder) in str(error) else f"{self.folder}: "
             raise RegraftError(f"{where}{error}") from error
@@ -102,25 +103,41 @@ class Source:
             ) from error
 
     @cached_property
+    def _described(self) -> Any:
+        described = foreign(self.folder, "the model of its config.json", _ADVICE)
+        with torch.device("meta"), quiet(), described:
+            return auto_class(self.config, self.folder).from_config(
+                self.config, trust_remote_code=self.trust_remote_code
+            )
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where each parameter is in the files, by transformers' conversions."""
+        with foreign(self.folder, "the names of its tensors", _ADVICE):
+            return read_layout(self._described, self.checkpoint)
+
+    @cached_property
     def without_weights(self) -> Any:
         """The model on the meta device, which the files fit by `check_headers` if `comparable`.
 
         Raises:
             RegraftError: they do not, or no model can be built from config.json.
         """
-        described = foreign(self.folder, "the model of its config.json", _ADVICE)
-        with torch.device("meta"), quiet(), described:
-            network = auto_class(self.config, self.folder).from_config(
-                self.config, trust_remote_code=self.trust_remote_code
-            )
         if self.comparable:
-            check_headers(network, self.checkpoint)
-        return network
+            check_headers(self._described, self.checkpoint, self.layout)
+        return self._described
 
     @property
     def comparable(self) -> bool:
         """Whether the files hold what the model has: not quantised, no code that comes with it."""
         return quantisation_of(self.config) is None and not self.trust_remote_code
+
+    def is_buffer(self, tensor: str) -> bool:
+        """Whether a tensor on disk is no parameter but a buffer, such as bounds of activations."""
+        try:
+            return tensor in buffers_on_disk(self._described, self.layout)
+        except RegraftError:  # of a type that transformers does not know
+            return False
 
     @cached_property
     def readable_architecture(self) -> Architecture | None:
@@ -161,12 +178,6 @@ def open_answering(model: str | Path, *, trust_remote_code: bool = False) -> Sou
     return source
 
 
-def linear_layers(source: Source) -> set[str]:
-    """Dotted names of all linear layers of the model in memory; loads no weights."""
-    modules = source.without_weights.named_modules()
-    return {name for name, module in modules if isinstance(module, nn.Linear)}
-
-
 def stored_dtype(source: Source) -> str:
     """The checkpoint's own, by its config as for transformers, or else its weights: "bfloat16"."""
     config = read_json(source.folder / "config.json", lenient=True)
@@ -205,8 +216,7 @@ def load_model(
     model = _load_weights(source, dtype, target, split, note)
     if not (split or quantisation_of(source.config)):
         model = model.to(target)
-    # where the weights are: an accelerator reads them sooner
-    require_finite(source.folder, dict(model.named_parameters()))
+    check_finite(source.folder, model)  # where weights are: an accelerator reads them sooner
     return model
 
 
@@ -221,7 +231,7 @@ def load_placed(
     model = _load_weights(source, dtype, target, split=False)
     if not streamed:
         model = model.to(target)
-    require_finite(source.folder, dict(model.named_parameters()))
+    check_finite(source.folder, model)
     return PlacedModel(model, target, next(model.parameters()).dtype, streamed)
 
 
@@ -286,12 +296,6 @@ def has_processor(source: Source) -> bool:
     names = {path.name for path in source.folder.iterdir()}
     images = {"processor_config.json", "preprocessor_config.json"}
     return "tokenizer_config.json" in names and bool(names & images or not source.has_vision)
-
-
-@cache
-def transformers_version() -> str:
-    """The installed version of transformers, which need not be imported for it."""
-    return version("transformers")
 
 
 def pick_device(device: str) -> torch.device:

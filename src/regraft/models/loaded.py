@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from regraft.disk.artifact import require_finite
 from regraft.errors import RegraftError, is_host_memory
 from regraft.models.architecture import Architecture, LinearArchitecture
 from regraft.models.checkpoint import FLOATS, Checkpoint
-from regraft.models.layout import read_layout
+from regraft.models.layout import Laid, Layout
 
 
 def check_loading(folder: Path, loading: Mapping[str, Any]) -> None:
@@ -35,18 +36,15 @@ def check_loading(folder: Path, loading: Mapping[str, Any]) -> None:
         )
 
 
-def check_headers(model: nn.Module, checkpoint: Checkpoint) -> None:
+def check_headers(model: nn.Module, checkpoint: Checkpoint, layout: Layout) -> None:
     """`check_loading` by shapes alone, and that floats are stored as floats; reads no weights.
 
     Args:
         model: On the meta device, of weights that are not quantised.
         checkpoint: Its files. What few weights they lack is seen when it is loaded.
+        layout: Where its parameters are in them.
     """
     wanted = model.state_dict()
-    try:
-        layout = read_layout(model, checkpoint)
-    except Exception:  # of tensors without a place in the model; what it lacks loading tells
-        return
     mismatched = []
     for name, laid in layout.items():
         if name not in wanted or isinstance(laid, str):
@@ -64,6 +62,20 @@ def check_headers(model: nn.Module, checkpoint: Checkpoint) -> None:
         checkpoint.folder,
         {"mismatched_keys": mismatched, "missing_keys": missing if most else ()},
     )
+
+
+def buffers_on_disk(model: nn.Module, layout: Layout) -> set[str]:
+    """The names on disk of what a model keeps beside its parameters."""
+    found = (layout.get(name, "") for name, _ in model.named_buffers())
+    return {piece.tensor for laid in found if isinstance(laid, Laid) for piece in laid.pieces}
+
+
+def check_finite(folder: Path, model: nn.Module) -> None:
+    """Raise where a parameter is NaN or infinite, or a buffer that comes from disk NaN."""
+    buffers, kept = dict(model.named_buffers()), model.state_dict().keys()
+    stored = {name: one for name, one in buffers.items() if name in kept}
+    tensors = {**dict(model.named_parameters()), **stored}
+    require_finite(folder, tensors, unbounded=buffers.__contains__)
 
 
 def require_float(checkpoint: Checkpoint, tensor: str) -> None:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from torch import nn
@@ -20,7 +19,7 @@ from torch import nn
 from regraft.errors import RegraftError
 from regraft.models.architecture import decoder_layers
 from regraft.models.checkpoint import Checkpoint
-from regraft.models.layout import Laid, Layout, Piece, cut, flat_first, read_layout, swapped
+from regraft.models.layout import Laid, Layout, Piece, cut, flat_first, swapped
 from regraft.models.places import Place, whole
 
 Shape = tuple[int, str, tuple[int, int]]  # layer, name in it, [out, in]
@@ -47,32 +46,31 @@ class OnDisk:
     """Finds weights of a model in its checkpoint.
 
     `prefix` comes before "layers.0..." on disk; None where names differ in other ways, too, and
-    where it alone does not tell the decoder's weights from others'.
+    where it alone does not tell the decoder's weights from others'. Then they are found in
+    `layout`, which gives the same every time.
     """
 
-    model: nn.Module
     checkpoint: Checkpoint
+    layout: Callable[[], Layout]
     prefix: str | None
 
     @classmethod
-    def of(cls, model: nn.Module, checkpoint: Checkpoint, shapes: Sequence[Shape]) -> OnDisk:
+    def of(
+        cls,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        layout: Callable[[], Layout],
+        shapes: Sequence[Shape],
+    ) -> OnDisk:
         """Find out how the decoder's linears are named; `shapes` are of them all."""
         try:
-            return cls(model, checkpoint, disk_prefix(checkpoint, shapes))
+            return cls(checkpoint, layout, disk_prefix(checkpoint, shapes))
         except NoPrefixError as error:
-            found = cls(model, checkpoint, None)
             layers = decoder_layers(model)
             names = {id(module): name for name, module in model.named_modules()}
-            if all(
-                f"{names[id(layers[i])]}.{name}.weight" in found.layout for i, name, _ in shapes
-            ):
-                return found
+            if all(f"{names[id(layers[i])]}.{name}.weight" in layout() for i, name, _ in shapes):
+                return cls(checkpoint, layout, None)
             raise RegraftError(str(error)) from None
-
-    @cached_property
-    def layout(self) -> Layout:
-        """Where every parameter is, by transformers' conversions."""
-        return read_layout(self.model, self.checkpoint)
 
     def linear(self, layer: int, name: str, module: str, shape: tuple[int, int]) -> list[Part]:
         """Where the weight of an `nn.Linear` is; `name` is its place in the layer."""
@@ -88,7 +86,7 @@ class OnDisk:
         return self._parts(parameter, swapped(own) if transposed else own)
 
     def _laid(self, parameter: str, shape: tuple[int, ...]) -> Laid:
-        laid = self.layout.get(parameter)
+        laid = self.layout().get(parameter)
         if laid is None or isinstance(laid, str):
             why = laid or f"config.json describes a weight {parameter}, the file has none"
             raise RegraftError(f"{self.checkpoint.folder}: {parameter} cannot be found: {why}.")

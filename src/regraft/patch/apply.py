@@ -22,7 +22,7 @@ from regraft.errors import RegraftError
 from regraft.models import places
 from regraft.models.architecture import Architecture, LinearArchitecture
 from regraft.models.checkpoint import Checkpoint, TensorRecord
-from regraft.models.checkpoint_copy import write_copy
+from regraft.models.checkpoint_copy import Unbounded, write_copy
 from regraft.models.placement import weight_in_memory
 from regraft.models.places import at
 from regraft.patch.format import CHUNK, Patch, Target, TensorPatch, bits, chunks, merge
@@ -138,13 +138,16 @@ def write_plan(
     *,
     files: Mapping[str, str] | None = None,
     advance: Advance = lambda _: None,
+    unbounded: Unbounded = lambda _: False,
 ) -> Checkpoint:
     """Write the checkpoint of `plan`, changed, to the new folder `target`; see `write_copy`."""
 
     def edit_shard(path: Path) -> None:
         _write_changes(path, [one for one in plan.changes if one.record.shard == path.name])
 
-    return write_copy(plan.checkpoint, target, edit_shard, files=files, advance=advance)
+    return write_copy(
+        plan.checkpoint, target, edit_shard, files=files, advance=advance, unbounded=unbounded
+    )
 
 
 def _write_changes(shard: Path, changes: Sequence[Change]) -> None:

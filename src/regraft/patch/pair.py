@@ -25,10 +25,12 @@ from regraft.models.architecture import (
     check_same_architecture,
 )
 from regraft.models.checkpoint import FLOATS
+from regraft.models.checkpoint_copy import check_finite
 from regraft.models.load import Source
 from regraft.models.places import inside
 from regraft.patch.format import Patch
 from regraft.patch.groups import Grouping, common_grouping, grouping_of
+from regraft.progress import SILENT, Advance, Progress
 
 Kind = Literal["pruned", "changed"]
 _NEARLY_ALL = 0.9
@@ -54,13 +56,10 @@ def check_pair(dense: Source, compressed: Source) -> None:
     """Check that a compressed checkpoint can be realigned with this dense one.
 
     Raises:
-        RegraftError: they are different models, a tensor of one is not finite, or no weight
-            differs.
+        RegraftError: they are different models, or no weight differs.
     """
     architectures = dense.architecture, compressed.architecture
     check_same_architecture(*architectures, (str(dense.folder), str(compressed.folder)))
-    for source in (dense, compressed):
-        _ = source.checkpoint.finite
     for a, b in zip(*(one.linears for one in architectures), strict=True):
         before, after = dense.weight(a), compressed.weight(b)
         if (before.to(after.dtype) != after).any():
@@ -110,12 +109,23 @@ class Survey:
         )
 
 
-def survey(dense: Source, compressed: Source) -> Survey:
-    """Look over every prunable weight of both checkpoints, one in memory at a time.
+def survey(dense: Source, compressed: Source, progress: Progress = SILENT) -> Survey:
+    """Check all weights of both checkpoints, and compare the prunable ones, one at a time.
 
     Raises:
-        RegraftError: the checkpoints are in the wrong order.
+        RegraftError: a tensor of one is not finite, or they are in the wrong order.
     """
+    both = dense, compressed
+    total = sum(one.checkpoint.bytes for one in both)
+    with progress.task("Checking all weights of both models", total, "bytes") as advance:
+        for source in both:
+            check_finite(source.checkpoint, source.is_buffer, advance)
+    total = dense.architecture.prunable
+    with progress.task("Comparing their prunable weights", total, "weights") as advance:
+        return _compared(dense, compressed, advance)
+
+
+def _compared(dense: Source, compressed: Source, advance: Advance) -> Survey:
     counts = {"pruned": 0, "changed": 0}
     kept, found, groupings = 0, _Differences(), []
     equal, compared = 0, 0
@@ -132,6 +142,7 @@ def survey(dense: Source, compressed: Source) -> Survey:
         first, left = _alike(before[:, 0], after[:, 0])  # SparseGPT changes later columns alone
         equal += int(((first == left) & (left != 0)).count_nonzero())
         compared += int((left != 0).count_nonzero())
+        advance(before.numel())
     if found.reversed:
         raise RegraftError(
             f"{dense.folder} is pruned where {compressed.folder} is not. Give the dense checkpoint "

@@ -103,8 +103,8 @@ def plan_run(
         scoring=recipe.heads,
         evaluation=recipe.evaluate.only(),
     )
-    if existing is not None and any(one.only_pruned for one in recipe.realign):
-        looked = setup.cache.surveyed(dense, existing)
+    if existing is not None:
+        looked = setup.cache.surveyed(dense, existing, progress)
         for one in recipe.realign:
             check_restorable(one, looked)
     steps = tuple(Planner(recipe, run_dir, setup, existing).steps())

@@ -52,7 +52,7 @@ def run_recipe(recipe: Recipe, folder: Path, progress: Progress = SILENT) -> Stu
     if recipe.published is not None:
         read_published(recipe.published)
     cache = EvaluationCache()
-    planned = [pipeline.plan_run(one, run_folder, cache) for run_folder, one in runs.items()]
+    planned = [pipeline.plan_run(one, at, cache, progress) for at, one in runs.items()]
     kept = sum(one.kept for one in planned)
     require_space(folder, kept + max(one.most - one.kept for one in planned))
     pipeline.claim(folder, recipe)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from cyclopts import Group, Parameter
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from regraft.errors import RegraftError
@@ -27,6 +27,16 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_a_number(cls, given: Any, info: ValidationInfo) -> Any:
+        """True is no 1, as which pydantic takes it."""
+        kinds = set(_kinds(cls.model_fields[info.field_name or ""].annotation))
+        items = given if isinstance(given, list | tuple) else [given]
+        if kinds & {int, float} and bool not in kinds and any(isinstance(x, bool) for x in items):
+            raise ValueError(f"a number is needed (got {given!r})")
+        return given
+
     def first_set(self, *names: str) -> str | None:
         """The first of these settings that is not as it is if not given."""
         fields = type(self).model_fields
@@ -35,6 +45,13 @@ class Settings(BaseModel):
     def narrowed(self, block: type[S]) -> S:
         """These settings without those that another block does not have."""
         return block(**self.model_dump(include=set(block.model_fields)))
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """All types in an annotation: of `tuple[int, ...] | None` int is one."""
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _kinds(inner)
 
 
 def by_method(given: Any, find: Callable[[str], type[S]], default: str) -> S:

@@ -72,10 +72,10 @@ class EvaluationCache:
         key = "zeros", model.checkpoint.fingerprint
         return self.once(key, lambda: zeros(model.checkpoint, architecture))
 
-    def surveyed(self, dense: Source, pruned: Source) -> Survey:
+    def surveyed(self, dense: Source, pruned: Source, progress: Progress) -> Survey:
         """`survey`, for which all weights are read, once for all methods that rank them."""
-        key = "survey", dense.checkpoint.fingerprint, pruned.checkpoint.fingerprint
-        return self.once(key, lambda: survey(dense, pruned))
+        state = ((one.folder, *one.checkpoint.stamps()) for one in (dense, pruned))
+        return self.once(("survey", *state), lambda: survey(dense, pruned, progress))
 
     def check_lengths_once(
         self, model: Source, processor: Source, examples: Sequence[Example], max_new_tokens: int

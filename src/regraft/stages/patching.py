@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from regraft import distributed
 from regraft.data.storage import MODEL_ID, from_hub
@@ -17,7 +17,7 @@ from regraft.disk.files import atomic_folder, file_digest, read_json, to_json
 from regraft.errors import RegraftError
 from regraft.models.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from regraft.models.checkpoint_copy import check_target
-from regraft.models.load import linear_layers, open_source
+from regraft.models.load import Source, open_source
 from regraft.models.resolve import auto_class, resolve
 from regraft.patch import peft, vllm
 from regraft.patch.apply import Operation, Plan, make_plan, write_plan
@@ -126,7 +126,8 @@ def patch_checkpoint(
     with working(out, about):
         if distributed.first():
             with progress.task(f"Writing {out}", job.checkpoint.bytes, "bytes") as advance:
-                write_plan(plan, out, files={ABOUT_FILE: to_json(about)}, advance=advance)
+                files, unbounded = {ABOUT_FILE: to_json(about)}, Source(job.checkpoint).is_buffer
+                write_plan(plan, out, files=files, advance=advance, unbounded=unbounded)
     return out
 
 
@@ -137,7 +138,10 @@ def preview(
     out: Path,
     progress: Progress = SILENT,
 ) -> Preview:
-    """Check all that `patch_checkpoint` checks and tell what it would do; writes nothing."""
+    """Check what `patch_checkpoint` checks and tell what it would do; writes nothing.
+
+    Only weights that the patches touch are read; the others are checked as they are copied.
+    """
     job = PatchJob.read(operation, open_checkpoint(folder), patch_files)
     done = holds(out, out / ABOUT_FILE, _about(job))
     if not done:
@@ -278,7 +282,8 @@ def _plan(job: PatchJob, progress: Progress) -> Plan:
 def _for_peft(plan: Plan, trust_remote_code: bool) -> _Content:
     peft.require_matrices(plan.changes)
     source = open_source(plan.checkpoint.folder, trust_remote_code=trust_remote_code)
-    layers = linear_layers(source)
+    in_memory = source.without_weights.named_modules()
+    layers = {name for name, module in in_memory if isinstance(module, nn.Linear)}
     modules = {
         linear.tensor: linear.module
         for linear in source.architecture.linears

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from regraft.disk.files import (
     to_json,
 )
 from regraft.errors import PassingError, RegraftError
-from regraft.models.load import Source, pick_device, transformers_version
+from regraft.models.load import Source, pick_device
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 
@@ -61,7 +62,7 @@ def describe(
         "versions": {
             "regraft": regraft.__version__,
             "torch": torch.__version__,
-            "transformers": transformers_version(),
+            "transformers": version("transformers"),
         },
         "inputs": dict(inputs),
     }

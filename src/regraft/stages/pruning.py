@@ -54,7 +54,8 @@ def prune_checkpoint(
     if distributed.first() and not (out / ABOUT_FILE).exists():
         check_target(dense.checkpoint, out)
     data = _data(setup, settings, responses or beside(out))
-    inputs = fingerprints(dense=dense)
+    with progress.task(f"Reading {dense.folder}", dense.checkpoint.bytes, "bytes"):
+        inputs = fingerprints(dense=dense)
     about = describe("prune", inputs, settings, setup.compute, data)
     if not is_done(out, out / ABOUT_FILE, about):
         _warn_of_pruned(dense, progress)
@@ -68,7 +69,14 @@ def prune_checkpoint(
             if distributed.first():
                 files = {ABOUT_FILE: to_json(about), **_card(dense, settings)}
                 with progress.task(f"Writing {out}", dense.checkpoint.bytes, "bytes") as done:
-                    write_edited(dense.checkpoint, out, edits, files=files, advance=done)
+                    write_edited(
+                        dense.checkpoint,
+                        out,
+                        edits,
+                        files=files,
+                        advance=done,
+                        unbounded=dense.is_buffer,
+                    )
     return replace(dense, checkpoint=open_checkpoint(out))
 
 

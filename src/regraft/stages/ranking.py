@@ -64,7 +64,7 @@ def write_ranking(
     method, wanted, needs = method_of(settings), settings.without_amount(), needs_of(settings)
     check_pair(dense, pruned)
     digests, loaded = read_inputs(dense, pruned, settings, needs, inputs)
-    looked = setup.cache.surveyed(dense, pruned)
+    looked = setup.cache.surveyed(dense, pruned, setup.progress)
     check_restorable(settings, looked)
     answered: dict[str, Reading] | None = None
     if needs.answers:

@@ -71,7 +71,7 @@ class Restoration(Setup):
             *self.steps(lambda: pruned, settings, paths, choice),
         ]
         check_pair(self.dense, pruned)
-        check_restorable(settings, self.cache.surveyed(self.dense, pruned))
+        check_restorable(settings, self.cache.surveyed(self.dense, pruned, self.progress))
         _check_given(self.dense, pruned, settings, paths.given)
         for line in check_all(steps).warnings():
             self.progress.note(f"Warning: {line}.")

@@ -84,7 +84,7 @@ def tune_method(
     _check(tuning, choice)
     restoration = _on(restoration, (*tuning.devices, restoration.compute.device)[0])
     check_pair(dense, pruned)
-    looked = restoration.cache.surveyed(dense, pruned)
+    looked = restoration.cache.surveyed(dense, pruned, restoration.progress)
     if method.searchable or looked.kind == "changed":
         check_restorable(method, looked)
     data = _read(restoration, choice)
