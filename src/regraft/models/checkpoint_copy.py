@@ -76,7 +76,7 @@ def write_edited(
     for name in edits:
         source.record(name)
 
-    def edit_shard(path: Path) -> None:
+    def edit(path: Path) -> None:
         touched = [source.tensors[n] for n in edits if source.tensors[n].shard == path.name]
         with path.open("r+b") as handle:
             for record in sorted(touched, key=lambda r: r.start):
@@ -89,13 +89,7 @@ def write_edited(
                 handle.write(after.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     return write_copy(
-        source,
-        target,
-        edit_shard,
-        files=files,
-        advance=advance,
-        unbounded=unbounded,
-        one_by_one=True,
+        source, target, edit, files=files, advance=advance, unbounded=unbounded, one_by_one=True
     )
 
 

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -159,10 +160,7 @@ def replay(
         shared[input_of(start)] = (hidden,)
     entry = _Entry(hidden, stop, shared)
     hooks = (hook for i in range(start, len(layers)) for hook in entry.hooks(i, layers[i]))
-
-    def put_out(index: int, whole: Tensor) -> Tensor:
-        return next(iter(shared.get(input_of(index + 1), ())), whole)
-
+    put_out = partial(_put_out, shared)
     skipped = stand_ins(layers[:start], put_out, shared.get(MORE, ()))
     try:
         with hooked(hooks), replaced_forwards(skipped), torch.set_grad_enabled(gradient):
@@ -177,6 +175,11 @@ def replay(
     except Stop as stopped:
         reached: Tensor = stopped.value
         return reached
+
+
+def _put_out(shared: Shared, index: int, whole: Tensor) -> Tensor:
+    """What a layer that is skipped put out, if that is read again; else what entered the first."""
+    return next(iter(shared.get(input_of(index + 1), ())), whole)
 
 
 def stand_ins(
