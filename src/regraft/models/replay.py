@@ -160,8 +160,7 @@ def replay(
         shared[input_of(start)] = (hidden,)
     entry = _Entry(hidden, stop, shared)
     hooks = (hook for i in range(start, len(layers)) for hook in entry.hooks(i, layers[i]))
-    put_out = partial(_put_out, shared)
-    skipped = stand_ins(layers[:start], put_out, shared.get(MORE, ()))
+    skipped = stand_ins(layers[:start], partial(_put_out, shared), shared.get(MORE, ()))
     try:
         with hooked(hooks), replaced_forwards(skipped), torch.set_grad_enabled(gradient):
             final: Tensor = decoder(
