@@ -92,7 +92,8 @@ def _require_one_device(name: str, given: list[Tensor]) -> None:
     here = [one for one in given if isinstance(one, Pretended)]
     elsewhere = [one for one in given if not isinstance(one, Pretended) and one.dim()]
     indexed = name.startswith("index") and not isinstance(given[0], Pretended)
-    if (here and elsewhere and name not in _MIXED) or (here and indexed):
+    put = "put" in name and given[-1].dim() > 0 and not isinstance(given[-1], Pretended)
+    if (here and elsewhere and name not in _MIXED) or (here and (indexed or put)):
         raise RuntimeError(f"{name}: expected all tensors on one device, found {NAME} and cpu")
 
 

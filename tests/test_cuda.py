@@ -62,6 +62,8 @@ def test_operands_on_two_devices_are_refused(accelerator: str) -> None:
     here, there = torch.ones(2), torch.ones(2, device=accelerator)
     with pytest.raises(RuntimeError, match="device"):
         here + there
+    with pytest.raises(RuntimeError, match="device"):
+        there[torch.tensor([0, 1])] = here
     with pytest.raises(TypeError):
         there.numpy()
     assert (here.to(accelerator) + there).tolist() == [2, 2]

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pico
+import regraft
 from regraft.data.collate import prompt_batch
 from regraft.data.example import Example
 from regraft.errors import RegraftError
@@ -188,13 +189,14 @@ def own_code(model: Path, body: str) -> None:
         ("bounds", torch.inf, True),
         ("bounds", torch.nan, False),
         ("model.norm.weight", torch.inf, False),
-        ("none", torch.inf, False),
+        ("none", torch.inf, True),
+        ("none", torch.nan, False),
     ],
 )
 def test_bounds_may_be_infinite(
     name: str, value: float, taken: bool, model: Path, tmp_path: Path
 ) -> None:
-    """What a model keeps as buffers, such as Gemma 4's of what is clipped; no parameter may."""
+    """Of what is clipped, such as Gemma 4's, with a place in the model or without; no parameter."""
     own_code(model, "self.register_buffer('bounds', torch.zeros(3))")
     tensors = {"bounds": torch.ones(3), **load_file(model / "model.safetensors")}
     tensors[name] = tensors.get(name, torch.ones(3)).clone()
@@ -203,17 +205,31 @@ def test_bounds_may_be_infinite(
     source = open_source(model, trust_remote_code=True)
 
     def copy() -> None:
-        write_edited(source.checkpoint, tmp_path / "new", {}, unbounded=source.is_buffer)
+        write_edited(source.checkpoint, tmp_path / "new", {}, unbounded=source.unbounded)
 
-    if taken:
-        copy()
-        assert load_model(source).bounds[1] == torch.inf
-        return
-    # a tensor without a place in the model is not loaded
-    for act in (copy, *([] if name == "none" else [lambda: load_model(source)])):
+    loaded = [] if name == "none" else [lambda: load_model(source)]  # without a place is not loaded
+    besides = [] if name == "model.norm.weight" else [source.check_besides]
+    for act in (copy, *loaded, *besides):
+        if taken:
+            act()
+            continue
         with pytest.raises(RegraftError, match=f"the tensor {name} holds numbers that are NaN or"):
             act()
-    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "new").exists() == taken
+
+
+def test_nan_without_a_place_is_found_before_pruning(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {**load_file(model / "model.safetensors"), "extra": torch.full((3,), torch.nan)}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    rows = [{"id": i, "instruction": "a b", "response": "c", "harmful": False} for i in range(2)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    began = "it began to prune"
+    monkeypatch.setattr("regraft.stages.pruning._calibrated", lambda *_: pytest.fail(began))
+    with pytest.raises(RegraftError, match="the tensor extra holds"):
+        regraft.prune(model, tmp_path / "out", data=tmp_path / "data.jsonl", samples=2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_layers_without_a_place_in_the_model_are_told_and_left(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import errno
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import truth
 from regraft.data.collate import batches, response_batch
-from regraft.errors import PassingError
+from regraft.errors import PassingError, RegraftError
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
 from regraft.pruning import gradients
@@ -320,3 +321,62 @@ def test_a_walk_on_another_model(family, streamed, pico_dir, tmp_path):
     assert all(map(torch.equal, to_the_end(layerwise), own))
     assert isinstance(other, LayerwisePass)
     assert len(ran) == seen and not on_pruned
+
+
+def putting_out(model, more):
+    """A Llama whose layers put out `more(state)` behind their state, which the next one reads."""
+    decoder = model.get_decoder()
+    for layer in decoder.layers:
+
+        def forward(hidden, *args, own=layer.forward, given=None, **kwargs):
+            state = own(hidden if given is None else hidden * (1 + given), *args, **kwargs)
+            return state, more(state)
+
+        layer.forward = forward
+
+    def run(input_ids=None, inputs_embeds=None, attention_mask=None, **_):
+        state = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        rotary = decoder.rotary_emb(state, torch.arange(state.shape[1])[None])
+        given = None
+        for layer in decoder.layers:
+            state, given = layer(state, position_embeddings=rotary, given=given)
+        return BaseModelOutputWithPast(last_hidden_state=decoder.norm(state))
+
+    decoder.forward = run
+    return model
+
+
+def test_what_is_put_out_behind_the_state_needs_no_gradient(pico_dir, tmp_path):
+    opened = truth.opened(pico_dir("llama"))
+    model = putting_out(
+        opened.model, lambda state: (state.detach() > 0).float().mean(-1)[..., None]
+    )
+    _, made = collated(opened, "llama", tmp_path / "data", n=1)
+    layerwise = LayerwisePass(truth.resident(model), made)
+    found = {}
+    for _, sums in layer_gradients(
+        layerwise,
+        opened.architecture,
+        tmp_path / "work",
+        lambda _: True,
+        lambda _: None,
+        add=signed,
+    ):
+        found |= sums
+    batch = made[0]
+    logits = model.requires_grad_(True)(**batch.inputs).logits
+    F.cross_entropy(logits[0, :-1].float(), batch.labels[0, 1:]).backward()
+    modules = dict(model.named_modules())
+    assert len(found) == len(list(opened.architecture.linears))
+    for linear in opened.architecture.linears:
+        wanted = modules[linear.module].weight.grad
+        torch.testing.assert_close(found[linear.key], wanted, atol=1e-6, rtol=1e-3)
+
+
+def test_what_is_no_tensor_behind_the_state_is_refused(pico_dir, tmp_path):
+    opened = truth.opened(pico_dir("llama"))
+    model = putting_out(opened.model, lambda state: [state])
+    _, made = collated(opened, "llama", tmp_path / "data", n=1)
+    layerwise = LayerwisePass(truth.resident(model), made)
+    with pytest.raises(RegraftError, match="Layers put out list behind their state"):
+        layerwise.advance(0, lambda _: None)

@@ -183,13 +183,14 @@ def checked(
 
 def check_finite(source: Checkpoint, unbounded: Unbounded, advance: Advance) -> None:
     """Read all weights of a checkpoint as `checked` does; `advance` is told the bytes."""
-    advance = _one_at_a_time(advance, Event())
+    stop = Event()
+    advance = _one_at_a_time(advance, stop)
 
     def check(shard: str) -> None:
         for piece in checked(source, shard, unbounded):
             advance(len(piece))
 
-    in_threads(check, source.shards)
+    in_threads(check, source.shards, stop)
 
 
 def _cut(start: int, stop: int) -> Iterator[range]:

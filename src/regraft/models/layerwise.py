@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from regraft.data.collate import IGNORED, Batch
-from regraft.errors import RegraftError
 from regraft.models.architecture import cross_attention_layers, decoder_layers, text_decoder
 from regraft.models.placement import PlacedModel, free_bytes, moved, tensors_within
 from regraft.models.replay import (
     MORE,
-    WITHOUT_DATA,
     Shared,
     TextInputs,
     hooked,
     input_of,
+    no_chain,
     replaced_forwards,
     replay,
     stand_ins,
@@ -250,10 +249,10 @@ def _handed_on(model: nn.Module, given: Callable[[float], Mapping[str, Any]]) ->
         try:
             found = _read_again(model, given(nan), layers, more)
             break
-        except (TypeError, ValueError) as error:  # such as of unpacking
+        except (IndexError, TypeError, ValueError) as error:  # such as of unpacking
             cause = error
     else:
-        raise _no_chain(f"What layers of {type(model).__name__} put out is not known") from cause
+        raise no_chain(f"What layers of {type(model).__name__} put out is not known") from cause
     read = [i for i in layers if found and _read_again(model, given(0 if i else nan), {i}, more)]
     return *((MORE,) if more else ()), *map(input_of, read)
 
@@ -271,7 +270,7 @@ def _read_again(
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal seen
             if index in ran:
-                raise _no_chain(f"Layer {index} of {kind} runs more than once")
+                raise no_chain(f"Layer {index} of {kind} runs more than once")
             ran.add(index)
             given = (args[1:] if index in nans else args, kwargs)
             seen = seen or any(bool(one.isnan().any()) for one in tensors_within(given))
@@ -288,10 +287,6 @@ def _read_again(
     with torch.no_grad(), hooked(checks), replaced_forwards(stand_ins(layers, put_out, more)):
         final: Tensor = text_decoder(model)(**kwargs).last_hidden_state
     return seen or bool(final.isnan().any())
-
-
-def _no_chain(what: str) -> RegraftError:
-    return RegraftError(f"{what}, so that layers cannot be run one by one. {WITHOUT_DATA}")
 
 
 def _without_image(batch: Batch, positions: int) -> Batch:

@@ -19,21 +19,22 @@ from torch import Tensor, nn
 
 from regraft import distributed
 from regraft.data.collate import Batch
+from regraft.disk.artifact import require_finite
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.architecture import Architecture, LinearArchitecture
-from regraft.models.checkpoint import Checkpoint, open_checkpoint
+from regraft.models.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from regraft.models.describe import read_architecture
 from regraft.models.foreign import check_template, foreign, of_processor
 from regraft.models.layout import Layout, read_layout
 from regraft.models.loaded import (
-    buffers_on_disk,
     check_finite,
     check_headers,
     check_loading,
     check_weights,
     describe_unused,
     enough_memory,
+    of_parameters,
 )
 from regraft.models.placement import PlacedModel
 from regraft.models.resolve import (
@@ -132,12 +133,30 @@ class Source:
         """Whether the files hold what the model has: not quantised, no code that comes with it."""
         return quantisation_of(self.config) is None and not self.trust_remote_code
 
-    def is_buffer(self, tensor: str) -> bool:
-        """Whether a tensor on disk is no parameter but a buffer, such as bounds of activations."""
+    @cached_property
+    def _of_parameters(self) -> frozenset[str]:
         try:
-            return tensor in buffers_on_disk(self._described, self.layout)
+            return of_parameters(self._described, self.layout)
         except RegraftError:  # of a type that transformers does not know
-            return False
+            return frozenset()
+
+    def unbounded(self, tensor: str) -> bool:
+        """Whether a tensor on disk may hold infinity, as bounds of activations do.
+
+        So may all of which, as far as is known, no parameter is made.
+        """
+        return tensor not in self._of_parameters
+
+    def check_besides(self) -> None:
+        """Look for NaN in what no parameter is made of, which loading may not see.
+
+        Raises:
+            RegraftError: there is some, by the tensor's name.
+        """
+        for name, record in self.checkpoint.tensors.items():
+            if self.unbounded(name) and record.dtype in FLOATS:
+                tensors = {name: self.checkpoint.read(name)}
+                require_finite(self.folder, tensors, unbounded=self.unbounded)
 
     @cached_property
     def readable_architecture(self) -> Architecture | None:

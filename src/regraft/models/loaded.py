@@ -64,14 +64,17 @@ def check_headers(model: nn.Module, checkpoint: Checkpoint, layout: Layout) -> N
     )
 
 
-def buffers_on_disk(model: nn.Module, layout: Layout) -> set[str]:
-    """The names on disk of what a model keeps beside its parameters."""
-    found = (layout.get(name, "") for name, _ in model.named_buffers())
-    return {piece.tensor for laid in found if isinstance(laid, Laid) for piece in laid.pieces}
+def of_parameters(model: nn.Module, layout: Layout) -> frozenset[str]:
+    """The names on disk of what a model's parameters are made of."""
+    named = model.named_parameters(remove_duplicate=False)
+    found = (layout.get(name, "") for name, _ in named)
+    return frozenset(
+        piece.tensor for laid in found if isinstance(laid, Laid) for piece in laid.pieces
+    )
 
 
 def check_finite(folder: Path, model: nn.Module) -> None:
-    """Raise where a parameter is NaN or infinite, or a buffer that comes from disk NaN."""
+    """Raise where a parameter is NaN or infinite, or where a buffer read from disk is NaN."""
     buffers, kept = dict(model.named_buffers()), model.state_dict().keys()
     stored = {name: one for name, one in buffers.items() if name in kept}
     tensors = {**dict(model.named_parameters()), **stored}

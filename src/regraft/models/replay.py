@@ -32,6 +32,11 @@ from regraft.models.generation import encodes
 WITHOUT_DATA = "Prune by magnitude and restore at random, which read no data."
 
 
+def no_chain(what: str) -> RegraftError:
+    """Make the error for decoders whose layers hand on what is not known."""
+    return RegraftError(f"{what}, so that layers cannot be run one by one. {WITHOUT_DATA}")
+
+
 @dataclass(frozen=True)
 class TextInputs:
     """What the text decoder was called with for one batch of `batch` rows."""
@@ -232,7 +237,11 @@ class _Entry:
             return args, kwargs
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._shared[MORE] = output[1:]
+            more = output[1:]
+            if not all(one is None or isinstance(one, Tensor) for one in more):
+                kinds = ", ".join(type(one).__name__ for one in more)
+                raise no_chain(f"Layers put out {kinds} behind their state, and no tensor")
+            self._shared[MORE] = more
 
         yield layer.register_forward_pre_hook(enter, with_kwargs=True)
         if MORE in self._shared:

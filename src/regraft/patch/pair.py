@@ -119,7 +119,7 @@ def survey(dense: Source, compressed: Source, progress: Progress = SILENT) -> Su
     total = sum(one.checkpoint.bytes for one in both)
     with progress.task("Checking all weights of both models", total, "bytes") as advance:
         for source in both:
-            check_finite(source.checkpoint, source.is_buffer, advance)
+            check_finite(source.checkpoint, source.unbounded, advance)
     total = dense.architecture.prunable
     with progress.task("Comparing their prunable weights", total, "weights") as advance:
         return _compared(dense, compressed, advance)

@@ -156,7 +156,7 @@ def _back(
     roots: list[tuple[Tensor, Tensor]] = [(output, gradient.to(device))]
     for name, several in handed.items():
         parts = zip(several, kept.get(name, ()), strict=False)
-        roots += [(one, part) for one, part in parts if part is not None]
+        roots += [(one, part) for one, part in parts if part is not None and one.requires_grad]
     torch.autograd.backward([one for one, _ in roots], [part for _, part in roots])
     for name, several in given.items():
         kept[name] = tuple(None if one is None else one.grad for one in several)

@@ -126,7 +126,7 @@ def patch_checkpoint(
     with working(out, about):
         if distributed.first():
             with progress.task(f"Writing {out}", job.checkpoint.bytes, "bytes") as advance:
-                files, unbounded = {ABOUT_FILE: to_json(about)}, Source(job.checkpoint).is_buffer
+                files, unbounded = {ABOUT_FILE: to_json(about)}, Source(job.checkpoint).unbounded
                 write_plan(plan, out, files=files, advance=advance, unbounded=unbounded)
     return out
 

@@ -54,10 +54,10 @@ def prune_checkpoint(
     if distributed.first() and not (out / ABOUT_FILE).exists():
         check_target(dense.checkpoint, out)
     data = _data(setup, settings, responses or beside(out))
-    with progress.task(f"Reading {dense.folder}", dense.checkpoint.bytes, "bytes"):
-        inputs = fingerprints(dense=dense)
-    about = describe("prune", inputs, settings, setup.compute, data)
+    progress.note(f"Reading {dense.folder} ...")
+    about = describe("prune", fingerprints(dense=dense), settings, setup.compute, data)
     if not is_done(out, out / ABOUT_FILE, about):
+        dense.check_besides()
         _warn_of_pruned(dense, progress)
         if left := dense.architecture.left_dense:
             progress.note(f"Never pruned in the decoder's layers: {', '.join(left)}")
@@ -75,7 +75,7 @@ def prune_checkpoint(
                         edits,
                         files=files,
                         advance=done,
-                        unbounded=dense.is_buffer,
+                        unbounded=dense.unbounded,
                     )
     return replace(dense, checkpoint=open_checkpoint(out))
 
