@@ -31,7 +31,9 @@ settings.load_profile("untimed")
 
 
 # Files that take longest, in order: a worker that began one last would keep the others waiting.
+# Before them the one whose device autograd must know when it first runs in a process.
 LONGEST = (
+    "test_cuda",
     *("test_end_to_end", "test_stages", "test_families", "test_fuzz", "test_several"),
     *("test_goldens", "test_noninferiority", "test_cli", "test_types_table", "test_gaining"),
     *("test_tuning", "test_distributed", "test_compare", "test_plugin_pruner"),

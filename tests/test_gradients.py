@@ -325,6 +325,7 @@ def test_a_walk_on_another_model(family, streamed, pico_dir, tmp_path):
 
 def putting_out(model, more):
     """A Llama whose layers put out `more(state)` behind their state, which the next one reads."""
+    model = copy.deepcopy(model)
     decoder = model.get_decoder()
     for layer in decoder.layers:
 

@@ -137,7 +137,7 @@ def clustered_rate(events: ArrayLike, answers: int) -> Estimate:
         ValueError: there is no prompt, or a count is not between 0 and `answers`.
     """
     counts = np.asarray(events, dtype=np.int64)
-    if counts.size == 0 or answers < 1 or counts.min() < 0 or counts.max() > answers:
+    if counts.size == 0 or answers < 1 or np.min(counts) < 0 or np.max(counts) > answers:
         raise ValueError(f"A rate needs prompts with 0 to {answers} events; got {counts.tolist()}.")
     if np.isin(counts, (0, answers)).all():
         return wilson(int((counts > 0).sum()), counts.size)

@@ -102,7 +102,7 @@ class Rises:
             raise ValueError("A mean rise needs at least one prompt.")
         yes_no = bool(np.isin([a, b], (0, 1)).all()) and len(places) == len(units)
         values = np.bincount(units, b - a) / sizes.mean()
-        return cls(values, float(sizes.max() / sizes.mean()), yes_no, len(units))
+        return cls(values, float(np.max(sizes) / sizes.mean()), yes_no, len(units))
 
     def mean(self, margin: float) -> Rise:
         """The mean rise with its limits, exact on which side of the margin each of them is."""
@@ -194,7 +194,7 @@ def exact_p(more: int, less: int, n: int, margin: float) -> float:
     before, behind = (np.clip(best + step, 0, len(grid) - 1) for step in (-1, 1))
     close = np.linspace(grid[before], grid[behind], 21).ravel()
     closer = _chance(rising, least, n, close, margin)
-    return min(1.0, max(float(chances.max()), float(closer.max())))
+    return min(1.0, max(float(np.max(chances)), float(np.max(closer))))
 
 
 def score(more: ArrayLike, less: ArrayLike, n: int, margin: float) -> Floats:
@@ -246,7 +246,7 @@ def _chance(
 
 def gaffke_limit(values: Floats, n: float, most: float) -> float:
     """The upper limit of the mean of rises of at most `most`, were there `n` such units."""
-    least = float(values.min())
+    least = float(np.min(values))
     if least >= most * (1 - _TIE):
         return most
     value, error = float(values.mean()), float(values.std()) / math.sqrt(n)
@@ -281,8 +281,8 @@ def _above(distance: Floats, weight: Floats) -> float:
     integrand hardly turns on it, however many draws there are (Rice 1980). Sums of a smooth
     function that falls to 0 at both ends converge at once.
     """
-    most = float(distance.max())
-    if most < 1e-15 * float(-distance.min()):
+    most = float(np.max(distance))
+    if most < 1e-15 * float(-np.min(distance)):
         return 0.0
 
     def slope(c: float) -> float:
