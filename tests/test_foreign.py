@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from regraft.evaluation.generate import Answerer
 from regraft.models import foreign
 from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import load_model, load_processor, open_answering, open_source
+from regraft.models.loaded import check_besides
 
 FAMILY = "llama"
 
@@ -208,7 +210,8 @@ def test_bounds_may_be_infinite(
         write_edited(source.checkpoint, tmp_path / "new", {}, unbounded=source.unbounded)
 
     loaded = [] if name == "none" else [lambda: load_model(source)]  # without a place is not loaded
-    besides = [] if name == "model.norm.weight" else [source.check_besides]
+    besides = [partial(check_besides, source.checkpoint, source.unbounded)]
+    besides *= name != "model.norm.weight"
     for act in (copy, *loaded, *besides):
         if taken:
             act()

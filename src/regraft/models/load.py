@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from regraft import distributed
 from regraft.data.collate import Batch
-from regraft.disk.artifact import require_finite
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.architecture import Architecture, LinearArchitecture
-from regraft.models.checkpoint import FLOATS, Checkpoint, open_checkpoint
+from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.describe import read_architecture
 from regraft.models.foreign import check_template, foreign, of_processor
 from regraft.models.layout import Layout, read_layout
@@ -107,9 +106,8 @@ class Source:
     def _described(self) -> Any:
         described = foreign(self.folder, "the model of its config.json", _ADVICE)
         with torch.device("meta"), quiet(), described:
-            return auto_class(self.config, self.folder).from_config(
-                self.config, trust_remote_code=self.trust_remote_code
-            )
+            made, trust = auto_class(self.config, self.folder), self.trust_remote_code
+            return made.from_config(self.config, trust_remote_code=trust)
 
     @cached_property
     def layout(self) -> Layout:
@@ -141,22 +139,8 @@ class Source:
             return frozenset()
 
     def unbounded(self, tensor: str) -> bool:
-        """Whether a tensor on disk may hold infinity, as bounds of activations do.
-
-        So may all of which, as far as is known, no parameter is made.
-        """
+        """Whether a tensor may hold infinity: as far as is known, no parameter is made of it."""
         return tensor not in self._of_parameters
-
-    def check_besides(self) -> None:
-        """Look for NaN in what no parameter is made of, which loading may not see.
-
-        Raises:
-            RegraftError: there is some, by the tensor's name.
-        """
-        for name, record in self.checkpoint.tensors.items():
-            if self.unbounded(name) and record.dtype in FLOATS:
-                tensors = {name: self.checkpoint.read(name)}
-                require_finite(self.folder, tensors, unbounded=self.unbounded)
 
     @cached_property
     def readable_architecture(self) -> Architecture | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,17 @@ def check_finite(folder: Path, model: nn.Module) -> None:
     stored = {name: one for name, one in buffers.items() if name in kept}
     tensors = {**dict(model.named_parameters()), **stored}
     require_finite(folder, tensors, unbounded=buffers.__contains__)
+
+
+def check_besides(checkpoint: Checkpoint, unbounded: Callable[[str], bool]) -> None:
+    """Look for NaN in what no parameter is made of (`Source.unbounded`), which loading may not see.
+
+    Raises:
+        RegraftError: there is some, by the tensor's name.
+    """
+    for name, record in checkpoint.tensors.items():
+        if unbounded(name) and record.dtype in FLOATS:
+            require_finite(checkpoint.folder, {name: checkpoint.read(name)}, unbounded=unbounded)
 
 
 def require_float(checkpoint: Checkpoint, tensor: str) -> None:

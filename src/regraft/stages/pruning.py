@@ -25,6 +25,7 @@ from regraft.models.checkpoint import open_checkpoint
 from regraft.models.checkpoint_copy import Edit, check_target, write_edited
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
+from regraft.models.loaded import check_besides
 from regraft.progress import Progress
 from regraft.pruning.base import PRUNERS, PruneSettings
 from regraft.pruning.prune import edits_without_data, passes, prune_layers
@@ -57,7 +58,7 @@ def prune_checkpoint(
     progress.note(f"Reading {dense.folder} ...")
     about = describe("prune", fingerprints(dense=dense), settings, setup.compute, data)
     if not is_done(out, out / ABOUT_FILE, about):
-        dense.check_besides()
+        check_besides(dense.checkpoint, dense.unbounded)
         _warn_of_pruned(dense, progress)
         if left := dense.architecture.left_dense:
             progress.note(f"Never pruned in the decoder's layers: {', '.join(left)}")
