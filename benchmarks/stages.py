@@ -120,30 +120,36 @@ def measured(
     restoration.restore(pruned, gain, places)
     steps = max(1, len(load_ranking(places.ranking).about["steps"]))
 
-    responses = work / "pruned.responses"
-    learnt = stages.calibration_data(
-        stages.Setup(source, calibration, compute), responses, harmful=False
-    ).examples
-    found = imitation_data(stages.Setup(source, calibration, compute), responses)
-    imitated: list[Sequence[Example]] = [one.examples for one in found.values()]
-    prompts = draw_calibration(source, calibration, harmful=True).examples
     said = {answer.id: answer.answer or "." for answer in result.answers}
     answered = [replace(one, response=said[one.id]) for one in asked]
-    processor = load_processor(source)
+    texts = texts_of(stages.Setup(source, calibration, compute), work, answered)
+    if not options.heads:
+        del texts["heads"]
     model = load_model(source, dtype=compute.dtype, device=compute.device)
-    texts = {
+    seconds = {stage: clock.seconds for stage, clock in clocks.items()}
+    seconds["gain, a step"] /= steps
+    return [compared(model, stage, data, seconds[stage]) for stage, data in texts.items()]
+
+
+def texts_of(
+    setup: stages.Setup, work: Path, answered: Sequence[Example]
+) -> dict[str, list[Batch]]:
+    """What each stage reads, by its name; `answered` are the prompts of the evaluation."""
+    source, compute = setup.dense, setup.compute
+    responses, processor = work / "pruned.responses", load_processor(source)
+    learnt = stages.calibration_data(setup, responses, harmful=False).examples
+    imitated = [one.examples for one in imitation_data(setup, responses).values()]
+    prompts = draw_calibration(source, setup.calibration, harmful=True).examples
+    return {
         "eval": collate(processor, response_batch, answered, compute),
         "prune": collate(processor, response_batch, learnt, compute),
-        **({"heads": collate(processor, prompt_batch, prompts, compute)} if options.heads else {}),
+        "heads": collate(processor, prompt_batch, prompts, compute),
         "gain, a step": [
             batch
             for examples in imitated
             for batch in collate(processor, response_batch, examples, compute)
         ],
     }
-    seconds = {stage: clock.seconds for stage, clock in clocks.items()}
-    seconds["gain, a step"] /= steps
-    return [compared(model, stage, data, seconds[stage]) for stage, data in texts.items()]
 
 
 def compared(model: nn.Module, stage: str, data: Sequence[Batch], seconds: float) -> dict[str, Any]:

@@ -78,11 +78,11 @@ def _qwen_with_vision(kind: str) -> Parts:
     )
 
 
-def _glm_moe() -> Parts:
-    """GLM-4.5V-MoE: a first layer without experts, a shared expert in the others."""
+def _glm_tokens() -> tuple[Any, dict[str, int]]:
+    """A tokenizer of GLM's, and what its configs call the ids of images and videos."""
     more = ("<|begin_of_video|>", "<|end_of_video|>", "<|begin_of_image|>", "<|end_of_image|>")
     tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", more=(*more, "<|video|>"))
-    ids = {
+    names = {
         "image_token_id": "<|image|>",
         "video_token_id": "<|video|>",
         "image_start_token_id": "<|begin_of_image|>",
@@ -90,6 +90,13 @@ def _glm_moe() -> Parts:
         "video_start_token_id": "<|begin_of_video|>",
         "video_end_token_id": "<|end_of_video|>",
     }
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    return tokenizer, ids
+
+
+def _glm_moe() -> Parts:
+    """GLM-4.5V-MoE: a first layer without experts, a shared expert in the others."""
+    tokenizer, ids = _glm_tokens()
     text = text_config(
         tokenizer,
         moe_intermediate_size=24,
@@ -117,7 +124,7 @@ def _glm_moe() -> Parts:
         T.Glm4vMoeConfig(
             text_config=text,
             vision_config=vision,
-            **{name: tokenizer.convert_tokens_to_ids(token) for name, token in ids.items()},
+            **ids,
         ),
         T.Glm4vProcessor(
             image_processor=T.Glm4vImageProcessor(patch_size=14, merge_size=2, size=pixels),
@@ -720,16 +727,7 @@ def _hunyuan4() -> Parts:
 
 def _glm5() -> Parts:
     """GLM-5-Next: linear attention in half of the layers, four streams, an indexer."""
-    more = ("<|begin_of_video|>", "<|end_of_video|>", "<|begin_of_image|>", "<|end_of_image|>")
-    tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", more=(*more, "<|video|>"))
-    ids = {
-        "image_token_id": "<|image|>",
-        "video_token_id": "<|video|>",
-        "image_start_token_id": "<|begin_of_image|>",
-        "image_end_token_id": "<|end_of_image|>",
-        "video_start_token_id": "<|begin_of_video|>",
-        "video_end_token_id": "<|end_of_video|>",
-    }
+    tokenizer, ids = _glm_tokens()
     own = _CHOSEN | {"qk_rope_head_dim": 0, "index_kpool": 4, "num_key_value_heads": 4}
     own |= {"linear_head_dim": 16, "linear_num_heads": 4}
     own |= {"layer_types": ["linear_attention"] + ["indexed_attention"] * 3}
@@ -741,7 +739,7 @@ def _glm5() -> Parts:
         T.Glm5NextConfig(
             text_config=text_config(tokenizer, **own),
             vision_config=vision,
-            **{name: tokenizer.convert_tokens_to_ids(token) for name, token in ids.items()},
+            **ids,
         ),
         T.Glm5NextProcessor(
             image_processor=T.Glm5NextImageProcessor(),

@@ -314,6 +314,11 @@ def attention_of(layer: nn.Module) -> tuple[str, nn.Module]:
     return found
 
 
+def embeds_for_each_layer(decoder: nn.Module) -> bool:
+    """Whether projections of the embeddings go into every layer (Gemma 3n, Gemma 4)."""
+    return bool(getattr(decoder.config, "hidden_size_per_layer_input", 0))
+
+
 def cross_attention_layers(model: nn.Module) -> list[int]:
     """Layers whose keys and values come from vision states (Mllama)."""
     layers = enumerate(decoder_layers(model))

@@ -181,7 +181,7 @@ def checked(
                 yield content
 
 
-def check_finite(source: Checkpoint, unbounded: Unbounded, advance: Advance) -> None:
+def check_all_weights(source: Checkpoint, unbounded: Unbounded, advance: Advance) -> None:
     """Read all weights of a checkpoint as `checked` does; `advance` is told the bytes."""
     stop = Event()
     advance = _one_at_a_time(advance, stop)

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from regraft.data.collate import IGNORED, Batch
-from regraft.models.architecture import cross_attention_layers, decoder_layers, text_decoder
+from regraft.models.architecture import (
+    cross_attention_layers,
+    decoder_layers,
+    embeds_for_each_layer,
+    text_decoder,
+)
 from regraft.models.placement import PlacedModel, free_bytes, moved, tensors_within
 from regraft.models.replay import (
     MORE,
@@ -64,9 +69,7 @@ class LayerwisePass:
         self.batches: list[Batch] = []
         self.layers = len(decoder_layers(model.network))
         self._cross = frozenset(cross_attention_layers(model.network))
-        config = text_decoder(model.network).config
-        # projections of embeddings are made to inputs of each layer (Gemma 3n, Gemma 4)
-        self._embeddings_kept = bool(getattr(config, "hidden_size_per_layer_input", 0))
+        self._embeddings_kept = embeds_for_each_layer(text_decoder(model.network))
         self._handed_on: tuple[str, ...] = ()
         self._home = torch.device("cpu") if model.streamed else model.device
         self._texts: list[TextInputs] = []

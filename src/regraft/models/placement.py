@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from regraft.data.collate import Batch
-from regraft.models.architecture import decoder_layers, layer_list, text_decoder
+from regraft.models.architecture import (
+    decoder_layers,
+    embeds_for_each_layer,
+    layer_list,
+    text_decoder,
+)
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,8 @@ class PlacedModel:
         decoder = text_decoder(self.network)
         layers = layer_list(decoder)
         embedding = self.network.get_input_embeddings()  # type: ignore[operator]
-        if getattr(decoder.config, "hidden_size_per_layer_input", 0):
-            embedding = None  # read around each layer (Gemma 3n, Gemma 4)
+        if embeds_for_each_layer(decoder):
+            embedding = None  # held as well: it runs around each layer
         around = (
             child for child in decoder.children() if child is not layers and child is not embedding
         )

@@ -25,7 +25,7 @@ from regraft.models.architecture import (
     check_same_architecture,
 )
 from regraft.models.checkpoint import FLOATS
-from regraft.models.checkpoint_copy import check_finite
+from regraft.models.checkpoint_copy import check_all_weights
 from regraft.models.load import Source
 from regraft.models.places import inside
 from regraft.patch.format import Patch
@@ -119,7 +119,7 @@ def survey(dense: Source, compressed: Source, progress: Progress = SILENT) -> Su
     total = sum(one.checkpoint.bytes for one in both)
     with progress.task("Checking all weights of both models", total, "bytes") as advance:
         for source in both:
-            check_finite(source.checkpoint, source.unbounded, advance)
+            check_all_weights(source.checkpoint, source.unbounded, advance)
     total = dense.architecture.prunable
     with progress.task("Comparing their prunable weights", total, "weights") as advance:
         return _compared(dense, compressed, advance)

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ _PIECES = "by size of image"  # how work is cut; another cut begins unfinished w
 _OUTCOMES = {"violated_groups", "heads", "start", "steps", "end", "values", "passes", "replies"}
 
 
+@cache
+def _transformers_version() -> str:
+    """The installed one, looked up once: transformers need not be imported for it."""
+    return version("transformers")
+
+
 def describe(
     stage: str,
     inputs: Mapping[str, str],
@@ -62,7 +69,7 @@ def describe(
         "versions": {
             "regraft": regraft.__version__,
             "torch": torch.__version__,
-            "transformers": version("transformers"),
+            "transformers": _transformers_version(),
         },
         "inputs": dict(inputs),
     }
