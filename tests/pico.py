@@ -620,7 +620,8 @@ def write_examples(
     Instructions, responses, image sizes and the two categories vary from row to row. With
     `images=False` (for `TEXT_FAMILIES`) nothing is written and `Example.image` is None.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if images:
+        folder.mkdir(parents=True, exist_ok=True)
     kind = "harmful" if harmful else "harmless"
     examples = []
     for i in range(n):

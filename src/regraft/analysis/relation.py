@@ -8,7 +8,6 @@ from itertools import permutations
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import rankdata, spearmanr
 
 from regraft.analysis import write_new
 from regraft.disk.files import require_new
@@ -158,6 +157,8 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Spearman | None:
     Raises:
         ValueError: the lengths differ, or there are fewer than 3.
     """
+    from scipy.stats import rankdata, spearmanr  # slow to import; only several models need it
+
     if len(x) != len(y) or len(x) < FEWEST:
         raise ValueError(f"A rank correlation needs 3 pairs or more; got {len(x)} and {len(y)}.")
     if len(set(x)) == 1 or len(set(y)) == 1:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from regraft.evaluation.results import Estimate
 
@@ -20,7 +20,7 @@ RESAMPLES = 10_000
 SEED = 0  # of their draws: the same answers give the same interval
 _DRAWS_AT_ONCE = 2**22  # 32 MiB of indices
 _TAIL = (0.025, 0.975)
-_Z = float(norm.ppf(_TAIL[1]))
+_Z = float(ndtri(_TAIL[1]))
 _NOTHING_LOST = 1e-12  # by which means of rates that are equal may differ
 
 

@@ -25,8 +25,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.special import bdtrc, gammaln, xlog1py, xlogy
-from scipy.stats import norm
+from scipy.special import bdtrc, gammaln, ndtri, xlog1py, xlogy
 
 from regraft.evaluation.metrics import macro_average
 from regraft.evaluation.results import Estimate
@@ -141,7 +140,7 @@ def prompts_needed(parts: Sequence[Rises], margin: float) -> float | None:
     many prompts, and its mean is normal. None where that is more than a million units, as it is
     for a rise at the margin.
     """
-    z, times = float(norm.ppf(CHANCE)), 1.0
+    z, times = float(ndtri(CHANCE)), 1.0
     units = sum(one.values.size for one in parts)
     for _ in range(12):
         if times * units > MOST_PROMPTS:
