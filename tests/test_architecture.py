@@ -358,7 +358,7 @@ def qwen3_next():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (bert, "BertLMHeadModel has no text decoder with layers"),
+        (bert, "BertLMHeadModel has no text decoder with its layers"),
         (clip, "is of type clip: neither a vision-language model nor a causal language model"),
         (gpt2, "decoder layers of GPT2LMHeadModel have no linears to prune"),
     ],
@@ -371,8 +371,8 @@ def test_unsuitable_model_is_refused_in_words(build, message, tmp_path):
 @pytest.mark.parametrize(
     ("build", "heads", "why", "linears"),
     [
-        (phi3, 0, "layers 0-1: Phi3Attention has no q_proj of its own", 2 * 4),
-        (opt, 0, "layer 0: OPTAttention has no o_proj of its own", 6),
+        (phi3, 0, "layers 0-1: Phi3Attention has no separate q_proj", 2 * 4),
+        (opt, 0, "layer 0: OPTAttention has no separate o_proj", 6),
         (mixtral, 2, "", 2 * (4 + 2 * 3)),
         (qwen3_moe, 2, "", 2 * (4 + 4 * 3)),
         (qwen3_next, 2, "", 2 * 7),  # each query with its gate

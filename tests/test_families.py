@@ -409,26 +409,26 @@ def test_what_is_never_pruned_is_named(pico_dir):
 
 
 SHARED = (
-    "layers 0-1: layers read keys and values of others; layers 2-3: {} has no k_proj of its own"
+    "layers 0-1: layers share keys and values with others; layers 2-3: {} has no separate k_proj"
 )
 
 
 @pytest.mark.parametrize(
     ("family", "heads", "why"),
     [
-        ("qwen3_5", [0, 4, 0, 4], "layers 0, 2: linear_attn is no attention by heads"),
-        ("minicpmv4_6", [0, 4, 0, 4], "layers 0, 2: linear_attn is no attention by heads"),
+        ("qwen3_5", [0, 4, 0, 4], "layers 0, 2: linear_attn is not attention with heads"),
+        ("minicpmv4_6", [0, 4, 0, 4], "layers 0, 2: linear_attn is not attention with heads"),
         (
             "gemma4-experts",
             [4, 0, 4, 0],
-            "layers 1, 3: Gemma4TextAttention has no v_proj of its own",
+            "layers 1, 3: Gemma4TextAttention has no separate v_proj",
         ),
         ("gemma4", [0] * 4, SHARED.format("Gemma4TextAttention")),
         pytest.param("gemma3n", [0] * 4, SHARED.format("Gemma3nTextAttention"), marks=NEEDS_TIMM),
         (
             "phi4_multimodal",
             [0] * 4,
-            "layers 0-3: Phi4MultimodalAttention has no q_proj of its own",
+            "layers 0-3: Phi4MultimodalAttention has no separate q_proj",
         ),
         *((name, [4] * 4, "") for name in ("qwen3_vl", "molmo2")),
         *(pytest.param(name, [4] * 4, "", marks=NEEDS_TIMM) for name in pico_today.TIMM[1:]),
@@ -716,7 +716,7 @@ def test_heads_are_scored_where_there_are_some(family, scored, pico_dir, tmp_pat
 def test_methods_that_need_heads_are_refused_where_none_are_told_apart(tmp_path):
     dense = pico.save("lfm2_vl", tmp_path / "dense")
     data = prompts_of("lfm2_vl", tmp_path)
-    why = r"no attention heads that can be told apart .*Lfm2Attention has no o_proj of its own"
+    why = r"no attention heads that can be told apart .*Lfm2Attention has no separate o_proj"
     with pytest.raises(RegraftError, match=why):
         regraft.score_heads(dense, tmp_path / "heads", data=data, device="cpu")
     regraft.prune(dense, tmp_path / "pruned", method="magnitude")

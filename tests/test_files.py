@@ -96,7 +96,7 @@ def test_leftovers_of_a_killed_run_are_in_nobodys_way(tmp_path: Path) -> None:
         (SafetensorError("I/O error: No space left on device (os error 28)"), "disk is full"),
         (OSError(errno.EROFS, "x"), "No permission"),
         (OSError(errno.EACCES, "x"), "No permission"),
-        (OSError(errno.ENOTDIR, "x"), "a file stands where a folder is needed"),
+        (OSError(errno.ENOTDIR, "x"), "there is a file where a folder is needed"),
     ],
 )
 def test_disk_errors_are_told(tmp_path: Path, error: Exception, message: str) -> None:
@@ -115,7 +115,7 @@ def test_other_errors_pass(tmp_path: Path) -> None:
 def test_output_where_it_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder" / "x").mkdir(parents=True)
-    with pytest.raises(RegraftError, match="file stands where a folder is needed"):
+    with pytest.raises(RegraftError, match="file where a folder is needed"):
         write_text(tmp_path / "file" / "out", "x")
     with pytest.raises(RegraftError, match="folder where a file is"):
         write_text(tmp_path / "folder", "x")

@@ -110,7 +110,7 @@ def test_a_pipe_among_the_files(model: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages", "is no template"),
+        ("{% for m in messages", "is not a valid template"),
         (
             "{% for a in range(9999) %}{% for b in range(900) %}{% endfor %}{% endfor %}",
             "has not re",
@@ -243,7 +243,7 @@ def test_layers_without_a_place_in_the_model_are_told_and_left(tmp_path: Path) -
     (folder / "config.json").write_text(json.dumps(config))
     said: list[str] = []
     load_model(open_answering(folder), note=said.append)
-    assert "no place for" in said[0]
+    assert "does not use" in said[0]
 
 
 def test_tokens_without_an_embedding_are_named(model: Path, tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_too_little_memory_is_no_fault_of_a_file(tmp_path: Path) -> None:
 
 
 def test_a_package_that_lacks_is_no_fault_of_a_file(tmp_path: Path) -> None:
-    message = r"model: the processor needs what is not installed: No module named 'timm'$"
+    message = r"model: the processor needs a package that is not installed: No module named 'timm'$"
     with (
         pytest.raises(RegraftError, match=message),
         foreign.foreign(tmp_path / "model", "the processor", "Export the whole model again."),
