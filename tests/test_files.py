@@ -151,7 +151,7 @@ def test_only_a_new_folder_can_be_put_in_place(
             require_new(tmp_path / name)
     monkeypatch.chdir(empty)
     for here in (Path(), empty):
-        with pytest.raises(RegraftError, match="is the current folder, where no finished"):
+        with pytest.raises(RegraftError, match="is the current folder, which a finished"):
             require_new(here)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os.path, "ismount", lambda _: True)
@@ -214,7 +214,7 @@ def test_a_lock_on_a_file_that_its_last_holder_removes_is_none(
         flock(*words)
 
     monkeypatch.setattr(fcntl, "flock", removed_before)
-    with pytest.raises(RegraftError, match="was writing"), locked(lock, tmp_path / "out"):
+    with pytest.raises(RegraftError, match="has just written"), locked(lock, tmp_path / "out"):
         raise AssertionError
 
 

@@ -51,7 +51,7 @@ def read_artifact(path: Path, kind: str, what: str) -> tuple[Fields, dict[str, T
         what: What such a file holds ("head scores"), for messages.
 
     Raises:
-        RegraftError: the file is missing, damaged, or of another kind.
+        RegraftError: the file is missing, damaged, or of another format.
     """
     if path.is_dir():
         raise RegraftError(f"{path} is a folder; a file with {what} is needed.")
@@ -79,11 +79,7 @@ def artifact_header(
 ) -> dict[str, Any]:
     """The header of an artifact, from the metadata of its safetensors file.
 
-    Args:
-        metadata: The file's safetensors metadata.
-        kind: See `read_artifact`.
-        what: See `read_artifact`.
-        where: The file's name, for messages.
+    `kind` and `what` are as for `read_artifact`; `where` names the file in messages.
 
     Raises:
         RegraftError: the header is damaged, or of another format.

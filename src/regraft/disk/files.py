@@ -52,7 +52,7 @@ def disk_errors(target: Path) -> Iterator[None]:
         (errno.ENAMETOOLONG,): f"The name of {target} is too long for this file system. Choose a "
         "shorter one.",
         (errno.ENOTDIR, errno.EEXIST, errno.EISDIR): f"{target} cannot be written: there is a file "
-        "where a folder is needed, or the other way round. Choose another output.",
+        "where a folder is needed, or a folder where a file is needed. Choose another output.",
     }
     try:
         yield

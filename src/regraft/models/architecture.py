@@ -1,9 +1,9 @@
 """Where a model keeps its heads and prunable weights, in memory and on disk.
 
 One description serves every family: `model.get_decoder()` owns the decoder layers, and every
-`nn.Linear` inside them except routers is prunable. Layers that have heads describe them by the
-sizes of q_proj and k_proj. Only the text decoder is described; vision tower, projector, embeddings
-and output head are never pruned.
+`nn.Linear` inside them except routers is prunable. The heads of a layer follow from the sizes of
+its q_proj and k_proj. Only the text decoder is described; vision tower, projector, embeddings and
+output head are never pruned.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class LinearArchitecture:
     """One prunable weight, `[out, in]`: of an `nn.Linear`, or of one expert.
 
     `name` is its name in the layer ("self_attn.q_proj", "mlp.experts.3.down_proj"), `module` the
-    dotted name in the model of the module that owns it, `parameter` its name in that module, and
-    `tensor` its name on disk. If the parameter in memory holds more than this weight, `held` is
+    dotted name of the module that owns it, `parameter` the parameter's name in that module, and
+    `tensor` the name on disk. If the parameter in memory holds more than this weight, `held` is
     the weight's place in it; `stored` is the same for the tensor on disk.
     """
 

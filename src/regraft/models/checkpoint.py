@@ -182,8 +182,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise RegraftError(
             f"The model folder {folder} does not exist. A folder on disk is needed here, with "
-            "config.json and safetensors: the word demo or a hub id will not do. `hf download ID` "
-            "prints the folder of a model from the hub."
+            "config.json and safetensors, not a hub id or the word demo. `hf download ID` prints "
+            "the folder of a model from the hub."
         )
     _require_within(folder)
     index = folder / INDEX_FILE

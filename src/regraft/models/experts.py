@@ -66,8 +66,8 @@ def opened(
 ) -> Iterator[Mapping[LinearArchitecture, nn.Module]]:
     """Run experts one by one inside the block, on a batch on the device.
 
-    `linears` maps each linear to the module that owns it; yielded is the module that multiplies by
-    this linear alone, which for an expert's is a new `ExpertLinear`.
+    `linears` maps each linear to the module that owns its weight. The yielded mapping has the
+    module that computes only this linear, which for an expert's is a new `ExpertLinear`.
     """
     modules: dict[LinearArchitecture, nn.Module] = {
         linear: module for linear, module in linears.items() if linear.expert is None

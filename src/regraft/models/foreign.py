@@ -245,11 +245,7 @@ def of_processor(folder: Path) -> Iterator[None]:
 
 
 def _blame_tokenizer(path: Path) -> None:
-    """Find the setting of the wrong type in a tokenizer_config.json that could not be loaded.
-
-    Raises:
-        RegraftError: a setting has a wrong type; the message names it.
-    """
+    """Raise a `RegraftError` that names a setting of the wrong type, if the file has one."""
 
     def is_token(value: Any) -> bool:
         return isinstance(value, str | dict)

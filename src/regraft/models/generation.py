@@ -84,7 +84,8 @@ def greedily(
         ends: The token that ends an answer, if the checkpoint names none.
         padding: The token after an ended answer; None for the first token that ends one.
     """
-    parts: list[Any] = [one for one in model.modules() if _configured(one)]
+    modules: list[Any] = list(model.modules())
+    parts = [one for one in modules if getattr(one, "generation_config", None) is not None]
     before = [one.generation_config for one in parts]
     for one, own in zip(parts, before, strict=True):
         one.generation_config = _greedy(own, max_new_tokens, ends, padding)
@@ -93,10 +94,6 @@ def greedily(
     finally:
         for one, own in zip(parts, before, strict=True):
             one.generation_config = own
-
-
-def _configured(module: nn.Module) -> bool:
-    return getattr(module, "generation_config", None) is not None
 
 
 def _greedy(own: Any, max_new_tokens: int, ends: int | None, padding: int | None) -> Any:

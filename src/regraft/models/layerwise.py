@@ -44,7 +44,7 @@ _COPIES = 4  # of the states in memory during a backward pass, without the embed
 
 
 class LayerwisePass:
-    """All batches at the same layer: `states[i]` `[B, S, d]` is batch i's input to the next one.
+    """All batches between two layers: `states[i]` `[B, S, d]` is batch i's input to the next one.
 
     Attributes:
         model: Resident or streamed.
@@ -241,7 +241,7 @@ def _passed_on(model: nn.Module, kwargs: Callable[[float], Mapping[str, Any]]) -
 
     The decoder runs with stand-ins for its layers that return NaN, so that whatever else is
     computed from a layer's input or output is NaN as well. `kwargs` makes the decoder's arguments,
-    with embeddings of a constant value.
+    with embeddings that all have the given value, unless layers read the real ones.
     """
     layers, nan = range(len(decoder_layers(model))), torch.nan
     outputs: tuple[tuple[None, ...], ...] = ((), (None,), (None, None))

@@ -44,7 +44,7 @@ Layout = dict[str, Tiling | str]
 def read_layout(model: nn.Module, checkpoint: Checkpoint) -> Layout:
     """Locate every parameter of a model in a checkpoint, by transformers' own conversions."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
 
     conversions = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
@@ -53,7 +53,7 @@ def read_layout(model: nn.Module, checkpoint: Checkpoint) -> Layout:
     shapes = {name: tuple(one.shape) for name, one in model.state_dict().items()}
     found: Layout = {}
     collected: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name in _in_natural_order(checkpoint.tensors):
+    for name in sorted(checkpoint.tensors, key=dot_natural_key):  # as transformers stacks experts
         target, pattern = _renamed(name, renamings, converters, model, shapes)
         if pattern is None:
             found[target] = as_stored(checkpoint, name)
@@ -67,13 +67,6 @@ def read_layout(model: nn.Module, checkpoint: Checkpoint) -> Layout:
         }
         found |= converted(converter, target, tensors, shapes)
     return found
-
-
-def _in_natural_order(names: Any) -> list[str]:
-    """Sort expert 10 after expert 9, as transformers stacks them."""
-    from transformers.core_model_loading import dot_natural_key
-
-    return sorted(names, key=dot_natural_key)
 
 
 def _renamed(

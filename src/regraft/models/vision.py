@@ -67,7 +67,7 @@ def recorded(model: nn.Module) -> Iterator[list[VisionOutput]]:
     with ExitStack() as stack:
         if inner is not None and (features := _features(inner)) is not None:
             stack.enter_context(_replaced(inner, lambda *a, **k: keep(features(*a, **k))))
-        elif inner is not None and _projected(inner):
+        elif inner and hasattr(inner, "vision_model") and hasattr(inner, "multi_modal_projector"):
             projector: Any = inner.multi_modal_projector
             hook = projector.register_forward_hook(lambda _module, _args, result: keep(result))
             stack.enter_context(hook)
@@ -130,10 +130,6 @@ def _inner(model: nn.Module) -> nn.Module | None:
 
 def _features(inner: nn.Module) -> Callable[..., Any] | None:
     return getattr(inner, "get_image_features", None)
-
-
-def _projected(inner: nn.Module) -> bool:
-    return hasattr(inner, "vision_model") and hasattr(inner, "multi_modal_projector")
 
 
 @contextmanager
