@@ -1,4 +1,4 @@
-"""Checkpoints on disk: everything is kept, and what was not edited is kept to the byte."""
+"""Copying and editing checkpoints: whatever is not edited stays the same to the byte."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_tied_head_stays_tied(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """No model: two shards, an index, a config and what else lies about in such folders."""
+    """Not a model: two shards, an index, a config and other files found in such folders."""
     folder = tmp_path / "small"
     folder.mkdir()
     tensors = {
@@ -232,7 +232,7 @@ def test_symlinked_shards_are_copied_as_files(small: Path, tmp_path: Path) -> No
 
 
 def test_links_out_of_a_model_are_not_followed(small: Path, tmp_path: Path) -> None:
-    """A copy of the model would hold what they name: any file of this machine."""
+    """A copy of the model would contain their targets: any file of this machine."""
     secret = tmp_path / "secret"
     secret.write_text("mine")
     (small / "inside.txt").symlink_to("config.json")
@@ -248,7 +248,7 @@ def test_links_out_of_a_model_are_not_followed(small: Path, tmp_path: Path) -> N
 
 
 def test_fingerprint(small: Path, tmp_path: Path) -> None:
-    """Any byte of the weights, the config or the template counts; where it lies does not."""
+    """It depends on every byte of weights, config and template, not on the folder."""
     first = open_checkpoint(small).fingerprint
     moved = Path(shutil.copytree(small, tmp_path / "elsewhere"))
     assert open_checkpoint(moved).fingerprint == first
@@ -264,7 +264,7 @@ def test_fingerprint(small: Path, tmp_path: Path) -> None:
 
 
 def test_outline(small: Path, tmp_path: Path) -> None:
-    """Layout, first bytes and settings count; what is left out, and where it lies, do not."""
+    """It depends on layout, first bytes and settings, not on the folder or what `without` names."""
     first = open_checkpoint(small).outline()
     moved = Path(shutil.copytree(small, tmp_path / "elsewhere"))
     assert open_checkpoint(moved).outline() == first
@@ -361,7 +361,7 @@ def test_tensor_in_two_shards(small: Path) -> None:
 
 
 def test_sample(small: Path) -> None:
-    """From the middle; whole where it is small."""
+    """From the middle; all of a small tensor."""
     long = torch.arange(5000, dtype=torch.float32).view(50, 100)
     rewrite(small, "x-2.safetensors", {"long": long})
     checkpoint = open_checkpoint(small)

@@ -123,7 +123,7 @@ def test_output_where_it_cannot_be(tmp_path: Path) -> None:
 
 
 def test_read_only_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There, even removing a file that does not exist is an error."""
+    """On such a disk even removing a file that does not exist is an error."""
 
     def read_only(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")

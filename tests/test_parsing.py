@@ -1,4 +1,4 @@
-"""What is read from files: a checked value or a clear error, and nothing else."""
+"""Reading a file gives a checked value or a clear error, and nothing else."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_yaml(tmp_path: Path, text: str, message: str | None) -> None:
 
 
 def test_aliases_that_would_fill_all_memory(tmp_path: Path) -> None:
-    """Nine lines that stand for a thousand million values; also where mappings are merged."""
+    """Nine lines that expand to a thousand million values; also through merge keys."""
     for first, rest in (("[x]", "[{}]"), ("{x: 1}", "{{<<: [{}]}}")):
         lines = [f"a0: &a0 {first}"]
         tens = (", ".join([f"*a{i}"] * 10) for i in range(9))
