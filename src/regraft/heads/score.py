@@ -214,17 +214,17 @@ class _Measured(NamedTuple):
 
 
 def _measure(states: States, architecture: Architecture, heads: Heads, r_max: int) -> _Measured:
-    layers, most = len(architecture.layers), max(layer.heads for layer in architecture.layers)
-    scores = torch.full((3, layers, most), math.nan, dtype=torch.float64)
+    layers, columns = len(architecture.layers), max(layer.heads for layer in architecture.layers)
+    scores = torch.full((3, layers, columns), math.nan, dtype=torch.float64)
     noise = torch.full((2, layers), math.nan, dtype=torch.float64)
     base = states.base()  # [N, d]
-    for layer, some in heads.items():
+    for layer, chosen in heads.items():
         found = states.layer(layer)
         if found is None:
             continue
-        scores[0, layer, list(some)] = ships(base, found.ablated, r_max)
-        scores[1, layer, list(some)] = found.kl.double().mean(dim=1)
-        scores[2, layer, list(some)] = first_feature_angles(base, found.ablated)
+        scores[0, layer, list(chosen)] = ships(base, found.ablated, r_max)
+        scores[1, layer, list(chosen)] = found.kl.double().mean(dim=1)
+        scores[2, layer, list(chosen)] = first_feature_angles(base, found.ablated)
         if found.jittered is not None and found.jittered_kl is not None:
             noise[0, layer] = ships(base, found.jittered[None], r_max)
             noise[1, layer] = found.jittered_kl.double().mean()

@@ -95,16 +95,16 @@ def ablate_heads(
         RegraftError: states overflow in the model's dtype.
     """
     folders = tuple(folder / f"batch_{i:05d}" for i in range(len(batches)))
-    for batch, own in distributed.share(tuple(zip(batches, folders, strict=True))):
+    for batch, target in distributed.share(tuple(zip(batches, folders, strict=True))):
         missing = {
             layer.index: heads[layer.index]
             for layer in architecture.layers
-            if heads.get(layer.index) and not _layer_file(own, layer.index).exists()
+            if heads.get(layer.index) and not _layer_file(target, layer.index).exists()
         }
-        done = {index: some for index, some in heads.items() if index not in missing}
+        done = {index: chosen for index, chosen in heads.items() if index not in missing}
         expect(advance, -len(batch.ids) * layers_run(architecture, done))
-        if missing or not _base_file(own).exists():
-            _run_batch(model, architecture, placed(batch, model), own, how, missing, advance)
+        if missing or not _base_file(target).exists():
+            _run_batch(model, architecture, placed(batch, model), target, how, missing, advance)
     distributed.barrier()
     return States(folders)
 
@@ -122,23 +122,23 @@ def _run_batch(
     run = _Run.start(model, batch, how)
     if not _base_file(folder).exists():
         _save(_base_file(folder), {"base": run.base})
-    for index, some in heads.items():
+    for index, chosen in heads.items():
         hidden = run.entering.get(index)
         states = {}
         if hidden is not None:  # Mllama skips its cross-attention without an image
             tokens = how.tokens_per_pass or tokens_that_fit(architecture, hidden)
-            states = run.ablated(architecture.layers[index], hidden, some, tokens)
+            states = run.ablated(architecture.layers[index], hidden, chosen, tokens)
             if hidden.dtype in (torch.bfloat16, torch.float16):
                 seed = crc32(f"{folder.name} {index}".encode())
                 states |= run.jittered(index, hidden, seed)
         _require_finite(states, index)
         _save(_layer_file(folder, index), states)
-        advance(len(batch.ids) * layers_run(architecture, {index: some}))
+        advance(len(batch.ids) * layers_run(architecture, {index: chosen}))
 
 
 def layers_run(architecture: Architecture, heads: Mapping[int, Sequence[int]]) -> int:
     """Number of layer runs for one prompt: each ablated head reruns its own layer and all after."""
-    return sum(len(some) * (len(architecture.layers) - index) for index, some in heads.items())
+    return sum(len(own) * (len(architecture.layers) - index) for index, own in heads.items())
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ class _Run:
         copies = max(1, tokens // (hidden.shape[0] * hidden.shape[1]))
         states = torch.cat(
             [
-                self._last(replay_ablated(model, self.replay, index, hidden, outputs, some))
-                for some in even_chunks(heads, copies)
+                self._last(replay_ablated(model, self.replay, index, hidden, outputs, chunk))
+                for chunk in even_chunks(heads, copies)
             ]
         )
         return {"ablated": states, "kl": kl_divergence(self.logits, logits_of(model, states))}

@@ -233,7 +233,6 @@ def _copy_side_files(source: Checkpoint, target: Path) -> None:
 
 def _side_files(source: Checkpoint) -> Iterator[Path]:
     """Files of a model's folder to copy besides its weights."""
-
     for path in sorted(source.folder.rglob("*")):
         relative = path.relative_to(source.folder)
         hidden = any(part.startswith(".") for part in relative.parts)
@@ -251,9 +250,9 @@ def _copy_config(source: Path, target: Path) -> None:
     dense = {key: value for key, value in config.items() if key != "sparsity_config"}
     quantization = dense.get("quantization_config")
     if isinstance(quantization, dict) and "sparsity_config" in quantization:
-        left = {k: v for k, v in quantization.items() if k != "sparsity_config"}
-        if left.get("config_groups"):
-            dense["quantization_config"] = left
+        rest = {k: v for k, v in quantization.items() if k != "sparsity_config"}
+        if rest.get("config_groups"):
+            dense["quantization_config"] = rest
         else:
             del dense["quantization_config"]
     if dense == config:

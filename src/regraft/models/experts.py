@@ -91,8 +91,8 @@ def _tokens_of_kind(expert: LinearArchitecture, batch: Batch) -> tuple[Tensor, i
     kinds = batch.inputs.get("moe_mm_token_type_ids")  # [B, S], 0 is text
     if kinds is None:
         return None
-    given = kinds.flatten().ne(0) == expert.reads_vision
-    return given.nonzero().flatten(), kinds.numel()
+    received = kinds.flatten().ne(0) == expert.reads_vision
+    return received.nonzero().flatten(), kinds.numel()
 
 
 def _is_llama4(experts: nn.Module) -> bool:

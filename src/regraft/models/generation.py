@@ -143,9 +143,9 @@ def shared_length(ids: Tensor, mask: Tensor) -> int:
     """
     steps = torch.arange(ids.shape[1], device=ids.device)  # [S]
     start = ids.shape[1] - mask.sum(1)  # [B], the first real token
-    most = int(mask.sum(1).min()) - 1
+    longest = int(mask.sum(1).min()) - 1
     at = (start[:, None] + steps).clamp(max=ids.shape[1] - 1)
-    aligned = ids.gather(1, at)[:, :most]
+    aligned = ids.gather(1, at)[:, :longest]
     return int((aligned == aligned[:1]).all(0).int().cumprod(0).sum())
 
 

@@ -112,7 +112,7 @@ def record(model: nn.Module, text: TextInputs, keep: Container[int] | None = Non
     arguments: dict[int, Mapping[str, Any]] = {}
     known: dict[int, KeyValues] = {}
     added: dict[int, Tensor] = {}
-    left: tuple[int, Tensor] | None = None  # the layer that ran last, and its output
+    last: tuple[int, Tensor] | None = None  # the layer that ran last, and its output
 
     class Recorder(_EmptyCache):
         def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Any:
@@ -121,8 +121,8 @@ def record(model: nn.Module, text: TextInputs, keep: Container[int] | None = Non
 
     def enter(index: int) -> Callable[..., Any]:
         def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
-            if left is not None and left[1] is not args[0]:
-                added[left[0]] = args[0] - left[1]
+            if last is not None and last[1] is not args[0]:
+                added[last[0]] = args[0] - last[1]
             cache = cache_argument(layer)
             entering[index] = args[0]
             arguments[index] = {name: one for name, one in kwargs.items() if name != cache}
@@ -136,8 +136,8 @@ def record(model: nn.Module, text: TextInputs, keep: Container[int] | None = Non
 
     def leave(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            nonlocal left
-            left = index, state_of(output)
+            nonlocal last
+            last = index, state_of(output)
 
         return hook
 

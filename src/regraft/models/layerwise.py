@@ -230,10 +230,10 @@ def _embedded(model: nn.Module, text: TextInputs) -> TextInputs:
 
 def _embeddings_shape(text: TextInputs, states: Tensor) -> torch.Size:
     """`[B, S, d]` of the decoder's input, ids or embeddings; states may have more dimensions."""
-    given = text.kwargs.get("inputs_embeds", text.kwargs.get("hidden_states"))
-    if given is None:
+    embeddings = text.kwargs.get("inputs_embeds", text.kwargs.get("hidden_states"))
+    if embeddings is None:
         return torch.Size((*text.kwargs["input_ids"].shape, states.shape[-1]))
-    return torch.Size(given.shape)
+    return torch.Size(embeddings.shape)
 
 
 def _passed_on(model: nn.Module, kwargs: Callable[[float], Mapping[str, Any]]) -> tuple[str, ...]:

@@ -183,8 +183,8 @@ def _transposed(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
     ((pattern, (one, *_)),) = tensors.items()
     first = next(iter(wanted))
     fits = op.check_dims and one.shape == wanted[first]
-    made = one if fits else transpose(one, op.dim0, op.dim1)
-    return {first if len(wanted) == 1 else pattern: [made]}
+    result = one if fits else transpose(one, op.dim0, op.dim1)
+    return {first if len(wanted) == 1 else pattern: [result]}
 
 
 def transpose(one: Tiling, dim: int = 0, other: int = 1) -> Tiling:

@@ -59,10 +59,10 @@ def check_headers(model: nn.Module, checkpoint: Checkpoint, layout: Layout) -> N
     tied = getattr(model, "all_tied_weights_keys", {})
     missing = [name for name in wanted if name not in layout and name not in tied]
     stored = sum(math.prod(one.shape) for one in checkpoint.tensors.values())
-    most = sum(wanted[name].numel() for name in missing) > stored
+    too_many = sum(wanted[name].numel() for name in missing) > stored
     check_loading(
         checkpoint.folder,
-        {"mismatched_keys": mismatched, "missing_keys": missing if most else ()},
+        {"mismatched_keys": mismatched, "missing_keys": missing if too_many else ()},
     )
 
 
