@@ -371,7 +371,7 @@ def test_sample(small: Path) -> None:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(RegraftError, match=r"gone does not exist.*the word demo or a hub id will"):
+    with pytest.raises(RegraftError, match=r"gone does not exist.*not a hub id or the word demo"):
         open_checkpoint(tmp_path / "gone")
 
 
