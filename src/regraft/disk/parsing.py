@@ -259,11 +259,10 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def _first_problem(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     *above, name = map(str, first["loc"]) if first["loc"] else [""]
-    inside = "".join(f"{one}." for one in above).rstrip(".")
     if first["type"] == "dataclass_type":
         found = f"expected a JSON object, found {type(first['input']).__name__}."
         return f"{name}: {found}" if name else found
-    field = f"{inside}: field {name!r}" if inside else f"field {name!r}"
+    field = f"{'.'.join(above)}: field {name!r}" if above else f"field {name!r}"
     if first["type"] == "missing":
         return f"{field} is missing."
     if first["type"] == "unexpected_keyword_argument":
