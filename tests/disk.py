@@ -1,4 +1,4 @@
-"""What tests of files share: trees to compare, data sets on disk, checkpoints pruned elsewhere."""
+"""Helpers of tests with files: trees to compare, data sets on disk, edited checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shards(folder: Path) -> dict[str, str]:
 
 
 def write_jsonl(path: Path, examples: Iterable[Example]) -> Path:
-    """Write examples as a data set of one's own; images must lie beside or below the file."""
+    """Write examples as a JSONL data set; images must be beside or below the file."""
     rows = (
         {
             "id": one.id,

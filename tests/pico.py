@@ -1,4 +1,4 @@
-"""Pico models: every supported family, randomly initialised, behind its real processor, offline.
+"""Pico models: every supported family, randomly initialised, with its real processor, offline.
 
 A pico model has four decoder layers (Mllama five, two of them cross-attention) of width 64 with
 four heads, two key-value groups where the family uses GQA, and 0.2-0.4 M parameters. Tokenizer and

@@ -1,7 +1,7 @@
 """Pico models of families whose decoder layers are not all plain attention and a plain MLP.
 
-As in pico.py: four decoder layers of width 64 behind the family's own processor where one can be
-built offline.
+As in pico.py: four decoder layers of width 64, with the family's own processor if it can be built
+offline.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _qwen_with_vision(kind: str) -> Parts:
 
 
 def _glm_tokens() -> tuple[Any, dict[str, int]]:
-    """A tokenizer of GLM's, and what its configs call the ids of images and videos."""
+    """GLM's tokenizer, and the image and video token ids by the names of its configs."""
     more = ("<|begin_of_video|>", "<|end_of_video|>", "<|begin_of_image|>", "<|end_of_image|>")
     tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", more=(*more, "<|video|>"))
     names = {
@@ -138,7 +138,7 @@ def _glm_moe() -> Parts:
 def _ernie_moe() -> Parts:
     """Ernie 4.5 VL: experts for text tokens, smaller ones for vision tokens, shared ones for all.
 
-    Its file lists the experts of both kinds one by one, behind one another.
+    Its file lists the experts of both kinds one by one, one kind after the other.
     """
     names = {
         "image": "<|image|>",
@@ -242,7 +242,7 @@ def _llama4_text() -> Parts:
 
 
 def _llama4() -> Parts:
-    """The same behind its vision tower."""
+    """The same with its vision tower."""
     more = ("<|image_start|>", "<|image_end|>", "<|patch|>")
     separators = ("<|tile_x_separator|>", "<|tile_y_separator|>")
     tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>", more=(*more, *separators))
@@ -342,7 +342,7 @@ _IMAGE_TOKENS = {
 
 
 def _gemma_settings(kind: str) -> dict[str, Any]:
-    """Inputs of each layer; the last two layers read keys and values of those before them."""
+    """Per-layer inputs; the last two layers read keys and values of those before them."""
     own: dict[str, Any] = {"global_head_dim": 32}
     if kind == "gemma3n":
         own = {"laurel_rank": 8, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0]}
@@ -372,8 +372,8 @@ _GEMMA4_EXPERTS: dict[str, Any] = {
 def _gemma4(*, experts: bool = False) -> Parts:
     """Gemma 4 with its vision tower, whose patches keep the proportions of the image.
 
-    With experts, as the larger ones: beside an MLP; no keys and values are shared, full attention
-    has its keys as values, and the tokens of an image see each other.
+    With experts, as in the larger ones, they are beside an MLP, no keys and values are shared,
+    full attention uses its keys as values, and the tokens of an image attend to each other.
     """
     named = _AUDIO_TOKENS | _IMAGE_TOKENS
     tokenizer = tokenizer_of("<s>", "<end_of_turn>", more=("<|video|>",), **named)
@@ -465,7 +465,7 @@ def _gemma3n() -> Parts:
 
 
 def _fast_vlm() -> Parts:
-    """FastVLM: Qwen2 behind a convolutional vision tower of timm's."""
+    """FastVLM: Qwen2 with a convolutional vision tower of timm's."""
     tokenizer = tokenizer_of("<|im_start|>", "<|im_end|>")
     return Parts(
         T.FastVlmForConditionalGeneration,
@@ -493,9 +493,9 @@ def _fast_vlm() -> Parts:
 
 
 def _perception_lm() -> Parts:
-    """PerceptionLM: Llama behind a vision transformer of timm's, an image whole and as one tile.
+    """PerceptionLM: Llama with a vision transformer of timm's, an image whole and as one tile.
 
-    Its processor batches no images that are cut into different numbers of tiles.
+    Its processor cannot batch images that are cut into different numbers of tiles.
     """
     tokenizer = tokenizer_of(
         "<|begin_of_text|>", "<|eot_id|>", image_token="<|image|>", video_token="<video>"
@@ -678,7 +678,7 @@ _CHOSEN: dict[str, Any] = {
 
 
 def _mistral_large() -> Parts:
-    """Mistral Large 4: keys and values go on to the next layer, too."""
+    """Mistral Large 4: keys and values are also passed on to the next layer."""
     tokenizer = tokenizer_of("<s>", "</s>", more=("[IMG]", "[IMG_BREAK]", "[IMG_END]"))
     own = {name: one for name, one in _CHOSEN.items() if name != "q_lora_rank"}
     own |= {"kv_source_layers": [0, 0, 2, 2], "no_rope_layers": [1] * 4, "num_key_value_heads": 4}
@@ -768,7 +768,7 @@ _INKLING2: dict[str, Any] = {
 
 
 def _inkling2() -> Parts:
-    """Inkling 2: what enters every third layer is read by all behind, and at the end."""
+    """Inkling 2: the input of every third layer is read by all later layers, and at the end."""
     tokenizer = tokenizer_of("<s>", "</s>", image_token="<image>")
     text = text_config(tokenizer, **_INKLING2)
     vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -1,7 +1,7 @@
 """A device that computes on the CPU and refuses what a GPU refuses: operands on two devices.
 
-Where there is no GPU the tests of one run here, so that a tensor left on the CPU is found anyway.
-What a GPU computes, how fast and in how much memory, it cannot tell.
+Without a GPU, tests for one run on it, so that a tensor left on the CPU is found anyway. It does
+not reproduce a GPU's numbers, speed or memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _registered: list[torch.library.Library] = []  # which forgets its kernels once 
 
 
 class Pretended(Tensor):
-    """A tensor on the device, whose numbers are those of `held`, a tensor on the CPU."""
+    """A tensor on the device whose numbers are in `held`, a tensor on the CPU."""
 
     held: Tensor
 
@@ -99,7 +99,7 @@ def _require_one_device(name: str, given: list[Tensor]) -> None:
 
 
 def _register() -> None:
-    """Make the device known to this process; no device that is there is changed."""
+    """Register the device in this process, without changing existing devices."""
     backend_registration._setup_privateuseone_for_python_backend(NAME)
     library = torch.library.Library("aten", "IMPL")
     _registered.append(library)
@@ -124,7 +124,7 @@ def _register() -> None:
 
 
 def _numbers(name: str) -> int:
-    """How many arguments of an operator say what it makes; the others are of dtype and device."""
+    """How many arguments of an operator determine its result; the others are dtype and device."""
     operator, _, overload = name.partition(".")
     schema = getattr(getattr(torch.ops.aten, operator), overload or "default")._schema
     return sum(not one.kwarg_only for one in schema.arguments)
@@ -149,7 +149,7 @@ def _has_gradients() -> bool:
 
 
 def device(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of the device, ready for use; the test is skipped where torch has none like it."""
+    """The name of the registered device; skips the test if this torch cannot have one."""
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("needs a GPU, or a torch in which a device can be written in Python")
     if not _registered:
@@ -157,7 +157,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     data: Any = inspect.getattr_static(Tensor, "data")
 
     def replace(self: Tensor, value: Tensor) -> None:
-        """As on a GPU, where a parameter's numbers may move to another device."""
+        """As on a GPU, a parameter's numbers may move to another device."""
         if isinstance(self, Pretended) == isinstance(value, Pretended):
             data.__set__(self, value)
         else:

@@ -1,4 +1,4 @@
-"""Many versions of a model answer the same prompts: as one by one, but cheaper."""
+"""Many versions of a model answer the same prompts, as separately but cheaper."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TOKENS = 6
 
 @torch.no_grad()
 def answered(model: Any, processor: Any, examples: Sequence[Example], size: int = 2) -> list[str]:
-    """Every batch encoded anew, through the whole model."""
+    """Answers with every batch encoded anew and run through the whole model."""
     tokenizer = getattr(processor, "tokenizer", processor)
     texts: list[str] = []
     for start in range(0, len(examples), size):
@@ -95,7 +95,7 @@ def vision_weight(model: nn.Module) -> Tensor:
 
 
 def test_answers_are_those_of_whole_passes(family: str, tmp_path: Path) -> None:
-    """Also from what is kept, when there are no image files any more, and after changes."""
+    """Also from the cache, without the image files, and after changes."""
     model, processor = pico.build(family)
     examples = truth.examples(family, tmp_path, 3)
     answerer = Answerer(processor, examples, batch_size=2)
@@ -158,7 +158,7 @@ def test_images_go_through_the_vision_part_once(vlm_family: str, tmp_path: Path)
 
 
 def test_another_vision_part_is_noticed(vlm_family: str, tmp_path: Path) -> None:
-    """In the same model or another one: what was kept is of no use."""
+    """In the same model or another one: the cached vision output is not used."""
     model, processor = pico.build(vlm_family)
     examples = truth.examples(vlm_family, tmp_path, 3)
     answerer = Answerer(processor, examples, batch_size=2)
@@ -201,7 +201,7 @@ def test_prompts_without_images_and_mixed_batches(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("batches", [0, 1, 2])
 def test_memory_is_bounded(tmp_path: Path, batches: int) -> None:
-    """What does not fit is made again."""
+    """What does not fit into the cache is computed again."""
     model, processor = pico.build("llava")
     examples = truth.examples("llava", tmp_path, 6)
     plain = answered(model, processor, examples)
@@ -339,7 +339,7 @@ def _byte_level() -> Any:
 
 @cache
 def _byte_fallback() -> Any:
-    """As of Llama 2: bytes that are no token of their own decode together, or not at all."""
+    """As in Llama 2: bytes without their own token decode together, or not at all."""
     words = [
         "<unk>",
         "</s>",
@@ -382,7 +382,7 @@ def _byte_tokens(text: str) -> list[int]:
 def test_rows_end_where_the_verdict_is_certain(
     make: Callable[[], Any], data: st.DataObject, window: int
 ) -> None:
-    """Of any tokens, also such that make no characters: nothing that follows changes it."""
+    """For any tokens, even invalid bytes: nothing that follows changes the verdict."""
     tokenizer = make()
     tokens = st.integers(2, len(tokenizer) - 1).map(lambda token: [token])
     if make is _byte_fallback:
@@ -402,7 +402,7 @@ def test_rows_end_where_the_verdict_is_certain(
 
 
 def test_a_row_of_bytes_waits_for_its_end() -> None:
-    """Twenty characters are there, until a byte behind them makes all of them unreadable."""
+    """There are twenty characters, until a following byte makes all of them unreadable."""
     tokenizer, judge = _byte_fallback(), KeywordJudge(keywords=("can",), window=3)
     row = [2, *_byte_tokens("\u4f60" * 20)]  # "can" and a letter behind it: no keyword
     criterion = greedy._Settled(tokenizer, judge, 0)
@@ -413,7 +413,7 @@ def test_a_row_of_bytes_waits_for_its_end() -> None:
 
 
 def test_early_ends_give_the_same_verdicts() -> None:
-    """Of the bundled model, which refuses some; those with a reference are answered whole."""
+    """With the bundled model, which refuses some; prompts with a reference are answered in full."""
     opened = truth.opened(demo_model())
     prompts = read(DataSource(name="demo", split="test")).examples
     harmful = [e for e in prompts if e.harmful][:6]
@@ -491,7 +491,7 @@ JUDGED: dict[str, Any] = {"keywords": REGRAFT_1.keywords, "window": 8}
 def test_a_session_changes_no_file(
     models_on_disk: dict[str, Any], tmp_path: Path, full: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And reads, encodes and loads once what its evaluations have in common."""
+    """It also reads, encodes and loads only once what its evaluations share."""
     _evaluations(models_on_disk, tmp_path / "alone", None, full_answers=full, **JUDGED)
     done: dict[str, int] = {}
 
@@ -548,7 +548,7 @@ def test_a_late_loop_is_seen_where_answers_are_full(
 def test_answers_of_another_evaluation_are_noticed(
     models_on_disk: dict[str, Any], tmp_path: Path
 ) -> None:
-    """As many, but others, or fewer; or results that do not say of which answers they are."""
+    """Different ones, fewer, or results without the digest of their answers."""
     out = tmp_path / "out"
     _evaluations(models_on_disk, out, None, **JUDGED)
     dense, pruned = (out / name / "answers.jsonl" for name in ("dense", "pruned"))
@@ -594,7 +594,7 @@ def test_a_session_sees_changed_images(models_on_disk: dict[str, Any], tmp_path:
 
 
 def test_like_prompts_share_a_batch(tmp_path: Path) -> None:
-    """Those without image apart from those with one, and by length; answers in their own order."""
+    """Grouped by having an image and by length; answers come in the prompts' order."""
     lengths = [9, 3, 7, 1, 5]
     examples = [
         Example(str(i), "x" * length, False, "c", tmp_path / "i.png" if i % 2 else None)
@@ -605,7 +605,7 @@ def test_like_prompts_share_a_batch(tmp_path: Path) -> None:
 
 
 def test_images_are_decoded_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next batches' images are there before they are needed, and no batch's twice."""
+    """The next batches' images are decoded before they are needed, each batch's once."""
     processor, model = pico.build("qwen2_vl")[::-1]
     examples = pico.write_examples(tmp_path, 6)
     events: list[str] = []

@@ -1,4 +1,4 @@
-"""Models that are never pruned are evaluated all the same; what protects an evaluation."""
+"""Models that cannot be pruned can be evaluated; checks that protect an evaluation."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ NEVER_PRUNED: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 def saved(kind: str, folder: Path) -> Path:
-    """A model in the form of one that was trained, behind pico's tokenizer."""
+    """Save a model like a trained one, with pico's tokenizer."""
     model_class, config_class, settings = NEVER_PRUNED[kind]
     tokenizer = pico.processor("llama")
     known = pico.text_config(tokenizer, **settings)
@@ -100,7 +100,7 @@ def test_weights_that_are_missing_are_never_random(kind: str, tmp_path: Path) ->
 def test_weights_that_have_no_place_are_told(
     pico_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """As of a config that was cut to fewer layers, from which a model of rubble would be made."""
+    """A config cut to fewer layers would otherwise give a nonsense model."""
     folder = tmp_path / "model"
     shutil.copytree(pico_dir("llama"), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -117,7 +117,7 @@ def test_weights_that_have_no_place_are_told(
 def test_a_damaged_model_is_said_in_words(
     pico_dir: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By `eval`, which does not read the architecture first."""
+    """By `eval`, which does not read the architecture before."""
     folder = tmp_path / "model"
     shutil.copytree(pico_dir("llama"), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -250,7 +250,7 @@ def test_types_that_padding_changes_get_prompts_alone(
 def test_a_model_with_a_vision_tower_takes_images(
     said: str | tuple[str, ...], pico_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where an older version of transformers says "text" of its class."""
+    """Also if an older transformers declares only "text" for its class."""
     monkeypatch.setattr(T.Qwen3_5ForConditionalGeneration, "input_modalities", said)
     source = open_source(pico_dir("qwen3_5"))
     assert source.has_vision and hasattr(load_processor(source), "image_processor")

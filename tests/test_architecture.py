@@ -146,7 +146,7 @@ def test_rows_of_a_head_feed_that_head_alone(family, role, pico_dir, tmp_path):
 
 
 def test_columns_of_a_head_read_that_head_alone(family, pico_dir, tmp_path):
-    """Zeros in the block equal ablation: no influence of this head's slice, all of the others'."""
+    """Zeros in the block equal ablation: only this head's slice has no influence."""
     _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch("single", family, processor, tmp_path)
     for layer in {li.attention: li for li in architecture.layers}.values():
@@ -201,7 +201,7 @@ def in_memory_layout(source, model, target):
 
 
 def rewrite(folder, target, change):
-    """Copy a checkpoint, its dictionary of tensors replaced by `change` of it."""
+    """Copy a checkpoint with its dictionary of tensors changed by `change`."""
     shutil.copytree(folder, target)
     tensors = load_file(target / SINGLE_FILE)
     save_file(change(tensors), target / SINGLE_FILE, metadata={"format": "pt"})
@@ -242,7 +242,7 @@ def test_names_on_disk_hold_the_weights_in_memory(family, layout, pico_dir, tmp_
     ],
 )
 def test_both_published_layouts_are_known(family, old, new, pico_dir, tmp_path):
-    """The saved file has the older names, the one under in-memory names the newer."""
+    """The saved file has the older names, the one with in-memory names the newer ones."""
     source, model, _, architecture = truth.opened(pico_dir(family))
     newer = open_source(in_memory_layout(source, model, tmp_path / "model")).architecture
     for one, other in zip(architecture.linears, newer.linears, strict=True):
@@ -251,7 +251,7 @@ def test_both_published_layouts_are_known(family, old, new, pico_dir, tmp_path):
 
 
 def test_of_two_decoders_in_one_file_the_one_that_is_loaded(pico_dir, tmp_path):
-    """Names and shapes fit both; a model draws drafts from the other."""
+    """Names and shapes fit both; the other decoder writes drafts (speculative decoding)."""
 
     def draft(tensors):
         copies = {f"draft.{name}": t.clone() for name, t in tensors.items() if "layers" in name}
@@ -265,7 +265,7 @@ def test_of_two_decoders_in_one_file_the_one_that_is_loaded(pico_dir, tmp_path):
 
 
 def test_vision_tower_is_no_second_decoder(pico_dir):
-    """A tower has layers with q_proj, too, but of other shapes."""
+    """A tower also has layers with q_proj, but of other shapes."""
     architecture = truth.opened(pico_dir("idefics3")).architecture
     assert all(li.tensor.startswith("model.text_model.layers.") for li in architecture.linears)
 
@@ -358,7 +358,7 @@ def qwen3_next():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (bert, "BertLMHeadModel has no text decoder with layers"),
+        (bert, "BertLMHeadModel has no text decoder with its layers"),
         (clip, "is of type clip: neither a vision-language model nor a causal language model"),
         (gpt2, "decoder layers of GPT2LMHeadModel have no linears to prune"),
     ],
@@ -371,8 +371,8 @@ def test_unsuitable_model_is_refused_in_words(build, message, tmp_path):
 @pytest.mark.parametrize(
     ("build", "heads", "why", "linears"),
     [
-        (phi3, 0, "layers 0-1: Phi3Attention has no q_proj of its own", 2 * 4),
-        (opt, 0, "layer 0: OPTAttention has no o_proj of its own", 6),
+        (phi3, 0, "layers 0-1: Phi3Attention has no separate q_proj", 2 * 4),
+        (opt, 0, "layer 0: OPTAttention has no separate o_proj", 6),
         (mixtral, 2, "", 2 * (4 + 2 * 3)),
         (qwen3_moe, 2, "", 2 * (4 + 4 * 3)),
         (qwen3_next, 2, "", 2 * 7),  # each query with its gate
@@ -415,7 +415,7 @@ def test_other_number_of_heads_is_refused(pico_dir, tmp_path):
 
 
 def test_same_decoder_in_another_model_is_refused(pico_dir):
-    """Llama inside LLaVA and on its own; see test_pair.py, too."""
+    """Llama inside LLaVA and on its own; see also test_pair.py."""
     one, other = (truth.opened(pico_dir(f)).architecture for f in ("llava", "llama"))
     with pytest.raises(RegraftError, match=r"the first \(llava\) takes images, the second \(llama"):
         check_same_architecture(one, other, ("dense", "pruned"))

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: everything is kept, and what was not edited is kept to the byte."""
+"""Copying and editing checkpoints: whatever is not edited stays the same to the byte."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_tied_head_stays_tied(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """No model: two shards, an index, a config and what else lies about in such folders."""
+    """Not a model: two shards, an index, a config and other files found in such folders."""
     folder = tmp_path / "small"
     folder.mkdir()
     tensors = {
@@ -214,7 +214,7 @@ def test_a_source_that_changes_while_it_is_copied_is_told(small: Path, tmp_path:
         (small / source.shards[0]).touch()
         return tensor
 
-    with pytest.raises(RegraftError, match="was changed while it was copied"):
+    with pytest.raises(RegraftError, match="changed while it was copied"):
         write_edited(source, tmp_path / "out", {"a": meddle})
     assert not (tmp_path / "out").exists()
 
@@ -232,7 +232,7 @@ def test_symlinked_shards_are_copied_as_files(small: Path, tmp_path: Path) -> No
 
 
 def test_links_out_of_a_model_are_not_followed(small: Path, tmp_path: Path) -> None:
-    """A copy of the model would hold what they name: any file of this machine."""
+    """A copy of the model would contain their targets: any file of this machine."""
     secret = tmp_path / "secret"
     secret.write_text("mine")
     (small / "inside.txt").symlink_to("config.json")
@@ -248,7 +248,7 @@ def test_links_out_of_a_model_are_not_followed(small: Path, tmp_path: Path) -> N
 
 
 def test_fingerprint(small: Path, tmp_path: Path) -> None:
-    """Any byte of the weights, the config or the template counts; where it lies does not."""
+    """It depends on every byte of weights, config and template, not on the folder."""
     first = open_checkpoint(small).fingerprint
     moved = Path(shutil.copytree(small, tmp_path / "elsewhere"))
     assert open_checkpoint(moved).fingerprint == first
@@ -264,7 +264,7 @@ def test_fingerprint(small: Path, tmp_path: Path) -> None:
 
 
 def test_outline(small: Path, tmp_path: Path) -> None:
-    """Layout, first bytes and settings count; what is left out, and where it lies, do not."""
+    """It depends on layout, first bytes and settings, not on the folder or what `without` names."""
     first = open_checkpoint(small).outline()
     moved = Path(shutil.copytree(small, tmp_path / "elsewhere"))
     assert open_checkpoint(moved).outline() == first
@@ -316,7 +316,7 @@ def _header(content: bytes) -> bytes:
         ),
         (
             _header(b'{"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 4]}}') + b"1234",
-            r"tensor a of shape \[2, 3\] and dtype F32 takes 24 bytes, the header gives it 4",
+            r"tensor a of shape \[2, 3\] and dtype F32 takes 24 bytes, the header says 4",
         ),
         (
             _header(b'{"a": {"dtype": "F16", "shape": [1], "data_offsets": [2, 4]}}') + b"1234",
@@ -339,7 +339,7 @@ def test_damaged_shards(small: Path, content: bytes, message: str) -> None:
         ("[]", "weight_map is missing"),
         ('{"weight_map": {}}', "weight_map is missing or empty"),
         ('{"weight_map": {"a": 1}}', "shard of .a. in weight_map is 1"),
-        ('{"weight_map": {"a": "../x.safetensors"}}', "leaves the folder"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "name of a file in the folder"),
         (
             '{"weight_map": {"a": "gone.safetensors"}}',
             "listed in model.*json for .a.",
@@ -361,7 +361,7 @@ def test_tensor_in_two_shards(small: Path) -> None:
 
 
 def test_sample(small: Path) -> None:
-    """From the middle; whole where it is small."""
+    """From the middle; all of a small tensor."""
     long = torch.arange(5000, dtype=torch.float32).view(50, 100)
     rewrite(small, "x-2.safetensors", {"long": long})
     checkpoint = open_checkpoint(small)
@@ -371,7 +371,7 @@ def test_sample(small: Path) -> None:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(RegraftError, match=r"gone does not exist.*the word demo or a hub id will"):
+    with pytest.raises(RegraftError, match=r"gone does not exist.*not a hub id or the word demo"):
         open_checkpoint(tmp_path / "gone")
 
 

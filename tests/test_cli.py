@@ -274,7 +274,7 @@ def _other_model(kind: str) -> Any:
     [
         ("clip", "neither a vision-language model nor"),
         ("t5", "neither a vision-language model nor"),
-        ("bert", "no text decoder with layers"),
+        ("bert", "no text decoder with its layers"),
         ("gpt2", "have no linears to prune"),
     ],
 )

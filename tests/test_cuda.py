@@ -1,6 +1,6 @@
 """The same numbers on a GPU as on the CPU.
 
-Without a GPU on a pretended device, which finds tensors that were left on the CPU.
+Without a GPU they run on a pretended device, which finds tensors left on the CPU.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def test_gain(
     pico_dir: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    """The first step restores nearly what it does on the CPU: some of equal worth change places."""
+    """The first step restores nearly the same weights as on the CPU: near-ties may swap."""
     if accelerator == pretended.NAME and placement == "resident":
         pytest.skip("a device is pretended: a streamed model moves more there")
     dense = open_source(pico_dir(paper_family))
@@ -215,7 +215,7 @@ def test_gain(
 def test_families_of_today(
     family: str, accelerator: str, pico_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Experts, linear attention and what layers read beside their state are on the device too."""
+    """Experts, linear attention and layers' further inputs are on the device too."""
     source = open_source(pico_dir(family))
     processor = load_processor(source)
     examples = pico.write_examples(tmp_path, 3)

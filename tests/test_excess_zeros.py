@@ -1,4 +1,4 @@
-"""Zeros of pruning are told apart from those of quantisation."""
+"""Zeros from pruning are distinguished from those from quantisation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dense() -> Tensor:
 
 
 def dequantised(bits: int, group: int, weight: Tensor) -> Tensor:
-    """Symmetric round-to-nearest in groups of columns, a scale each."""
+    """Symmetric round-to-nearest in groups of columns, with a scale for each."""
     groups = weight.float().reshape(len(weight), -1, group)
     scale = groups.abs().amax(2, keepdim=True) / (2 ** (bits - 1) - 1)
     return ((groups / scale).round() * scale).reshape(weight.shape).bfloat16()
@@ -65,7 +65,7 @@ def test_by_hand() -> None:
 
 
 class Notes(Silent):
-    """Keeps what is said."""
+    """Records notes."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []

@@ -1,7 +1,7 @@
 """Families of today: layers without attention heads, experts, shared or fused projections.
 
-Each is pruned three ways, restored, patched on disk and reloaded; what is measured on the way is
-compared with whole forward passes, whole-model autograd and loops over weights.
+Each is pruned three ways, restored, patched on disk and reloaded; intermediate results are compared
+with whole forward passes, whole-model autograd and loops over weights.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def test_reload_is_identical(today, pico_dir):
 
 @pytest.mark.parametrize("family", VLM)
 def test_answers_in_batches_are_the_answers_alone(family, pico_dir, tmp_path):
-    """Images of other sizes beside it change none; nor does the vision part that is kept."""
+    """Neither images of other sizes in the batch nor the cached vision output change an answer."""
     source, model, processor, _ = truth.opened(pico_dir(family))
     assert source.has_vision
     examples = pico.write_examples(tmp_path, 3)
@@ -162,7 +162,7 @@ def test_every_part_of_the_decoder_runs_again(today, pico_dir, tmp_path):
 
 @torch.no_grad()
 def test_an_image_before_the_prompt_moves_no_position(pico_dir, tmp_path):
-    """GIT's has no tokens there: likelihood of an answer, and states at the last token."""
+    """GIT's image has no tokens: checks an answer's likelihood and states at the last token."""
     _, model, processor, _ = truth.opened(pico_dir("git"))
     (example,) = truth.examples("git", tmp_path, 1)
     batch = response_batch(processor, [example])
@@ -181,7 +181,7 @@ def test_an_image_before_the_prompt_moves_no_position(pico_dir, tmp_path):
 
 
 def of_experts(experts, linear, args):
-    """(tokens, what they feed one expert's matrix) of a layer whose experts were called so."""
+    """(tokens, their inputs to one expert's matrix) from a recorded call of a layer's experts."""
     gated = hasattr(experts, "gate_up_proj")
     gate_up = (experts.gate_up_proj if gated else experts.up_proj).data
     hidden, e = args[0], linear.expert
@@ -206,7 +206,7 @@ def of_experts(experts, linear, args):
 
 
 def read_by(model, processor, architecture, example):
-    """What each linear reads at response tokens, by a whole forward of one row: key -> [n, in]."""
+    """Input of each linear at response tokens, by a whole forward of one row: key -> [n, in]."""
     batch = placed(response_batch(processor, [example]), model)
     counted = batch.labels[0] != -100
     plain = [li.module for li in architecture.linears if li.expert is None]
@@ -343,7 +343,7 @@ def test_ablation_equals_a_manual_edit_of_each_head(family, target, eps, pico_di
 
 @pytest.mark.parametrize("family", WITH_HEADS)
 def test_ablation_seen_at_the_last_token_alone(family, pico_dir, tmp_path):
-    """What scores are made from where no prompt is padded on the right."""
+    """Head scores use this if no prompt is padded on the right."""
     _, model, processor, architecture = truth.opened(pico_dir(family))
     text = text_inputs(model, truth.make_batch("left", family, processor, tmp_path).inputs)
     whole, known = partial(replay, model, text), record(model, text, cross_attention_layers(model))
@@ -409,26 +409,26 @@ def test_what_is_never_pruned_is_named(pico_dir):
 
 
 SHARED = (
-    "layers 0-1: layers read keys and values of others; layers 2-3: {} has no k_proj of its own"
+    "layers 0-1: layers share keys and values with others; layers 2-3: {} has no separate k_proj"
 )
 
 
 @pytest.mark.parametrize(
     ("family", "heads", "why"),
     [
-        ("qwen3_5", [0, 4, 0, 4], "layers 0, 2: linear_attn is no attention by heads"),
-        ("minicpmv4_6", [0, 4, 0, 4], "layers 0, 2: linear_attn is no attention by heads"),
+        ("qwen3_5", [0, 4, 0, 4], "layers 0, 2: linear_attn is not attention with heads"),
+        ("minicpmv4_6", [0, 4, 0, 4], "layers 0, 2: linear_attn is not attention with heads"),
         (
             "gemma4-experts",
             [4, 0, 4, 0],
-            "layers 1, 3: Gemma4TextAttention has no v_proj of its own",
+            "layers 1, 3: Gemma4TextAttention has no separate v_proj",
         ),
         ("gemma4", [0] * 4, SHARED.format("Gemma4TextAttention")),
         pytest.param("gemma3n", [0] * 4, SHARED.format("Gemma3nTextAttention"), marks=NEEDS_TIMM),
         (
             "phi4_multimodal",
             [0] * 4,
-            "layers 0-3: Phi4MultimodalAttention has no q_proj of its own",
+            "layers 0-3: Phi4MultimodalAttention has no separate q_proj",
         ),
         *((name, [4] * 4, "") for name in ("qwen3_vl", "molmo2")),
         *(pytest.param(name, [4] * 4, "", marks=NEEDS_TIMM) for name in pico_today.TIMM[1:]),
@@ -460,7 +460,7 @@ def zeros(source):
 
 @pytest.mark.slow
 def test_pruned_restored_applied_and_reloaded(today, tmp_path, monkeypatch):
-    """Pruned three ways; the rest after one of them, by swaps in every third family."""
+    """Pruned three ways; then restored after one of them, by swaps in every third family."""
     monkeypatch.setattr(method, "MOST_STEPS", 2)  # of gain: the second is of an edited model
     dense = pico.save(today, tmp_path / "dense", torch.bfloat16, max_shard_size="300KB")
     data = prompts_of(today, tmp_path)
@@ -516,13 +516,13 @@ def drawn(source, count):
     ["llama4", "molmo2", "glm4v_moe", "qwen3_vl_moe", "ernie4_5_vl_moe", "nemotron_h_omni"],
 )
 def test_patched_on_disk_is_patched_in_memory(family, tmp_path):
-    """Names of other authors, fused, stacked and transposed tensors: bit for bit, and off again."""
+    """Authors' own names, fused, stacked and transposed tensors: bit for bit, on and off."""
     pico.save(family, tmp_path / "dense", max_shard_size="100KB")
     assert_patched_alike(tmp_path)
 
 
 def test_experts_that_loading_transposes(tmp_path):
-    """As the hub has Qwen3-VL-MoE's, `[E, in, out]`."""
+    """Qwen3-VL-MoE's are `[E, in, out]` on the hub."""
     folder = pico.save("qwen3_vl_moe", tmp_path / "dense")
     tensors = load_file(folder / SINGLE_FILE)
     stored = {
@@ -567,7 +567,7 @@ def test_names_of_other_authors_are_followed(pico_dir):
 
 
 def test_names_in_memory_are_those_on_disk_too(pico_dir, tmp_path):
-    """Molmo2 as transformers holds it: its q, k and v are weights of their own there."""
+    """Molmo2 as transformers holds it, with separate weights for q, k and v."""
     model, processor = pico.build("molmo2")
     model.save_pretrained(tmp_path / "dense", save_original_format=False)
     processor.save_pretrained(tmp_path / "dense")
@@ -583,7 +583,7 @@ def test_names_in_memory_are_those_on_disk_too(pico_dir, tmp_path):
 
 
 def test_a_linear_stored_as_several_tensors_is_several_weights(pico_dir, tmp_path):
-    """Gradients and statistics of its parts are parts of those of the whole."""
+    """Gradients and statistics of its parts equal parts of those of the whole."""
     opened = truth.opened(pico_dir("llama"))
     cut = [response_batch(opened.processor, truth.examples("llama", tmp_path, 3))]
     layers = []
@@ -637,7 +637,7 @@ def test_inputs_count_at_response_tokens_however_they_are_laid_out(shape):
 
 
 def test_inputs_that_are_no_tokens_are_refused():
-    """As of a decoder that attends to an encoder's states."""
+    """As in a decoder that attends to an encoder's states."""
     linear = LinearArchitecture(0, "encoder_attn.k_proj", "m", "t", (3, 2))
     module, batch = torch.nn.Linear(2, 3), Batch({}, torch.ones(1, 4).long(), ("a",))
     observing = Sums().observing({linear: module}, lambda inputs, _: inputs.sum(0))
@@ -678,7 +678,7 @@ def test_experts_without_tokens_are_pruned_by_magnitude_and_counted(pico_dir, tm
 
 
 def test_experts_without_tokens_are_not_ranked(pico_dir):
-    """Nothing is known of what they matter for, and equal scores would be ranked by position."""
+    """Their importance is unknown, and equal scores would be ranked by position."""
     linears = list(open_source(pico_dir("qwen3_vl_moe")).architecture.linears)
     expert = next(li for li in linears if li.expert is not None)
     attention = next(li for li in linears if li.expert is None)
@@ -716,7 +716,7 @@ def test_heads_are_scored_where_there_are_some(family, scored, pico_dir, tmp_pat
 def test_methods_that_need_heads_are_refused_where_none_are_told_apart(tmp_path):
     dense = pico.save("lfm2_vl", tmp_path / "dense")
     data = prompts_of("lfm2_vl", tmp_path)
-    why = r"no attention heads that can be told apart .*Lfm2Attention has no o_proj of its own"
+    why = r"no attention heads that can be told apart .*Lfm2Attention has no separate o_proj"
     with pytest.raises(RegraftError, match=why):
         regraft.score_heads(dense, tmp_path / "heads", data=data, device="cpu")
     regraft.prune(dense, tmp_path / "pruned", method="magnitude")
@@ -774,7 +774,7 @@ def test_positions_in_a_matrix_and_in_its_tensor(data):
     ],
 )
 def test_conversions_are_followed(sources, targets, operations, shapes):
-    """What transformers makes of tensors is what is read through the description."""
+    """Tensors read through the layout equal those that transformers' conversion makes."""
     stacked = isinstance(operations[0], MergeModulelist | ErnieFuseAndSplitTextVisionExperts)
     shape, count = ((4, 6), 3) if stacked else ((2, 4, 6), 1)
     stored = {f"{name}{i}": torch.randn(shape) for name in sources for i in range(count)}

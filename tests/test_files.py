@@ -96,7 +96,7 @@ def test_leftovers_of_a_killed_run_are_in_nobodys_way(tmp_path: Path) -> None:
         (SafetensorError("I/O error: No space left on device (os error 28)"), "disk is full"),
         (OSError(errno.EROFS, "x"), "No permission"),
         (OSError(errno.EACCES, "x"), "No permission"),
-        (OSError(errno.ENOTDIR, "x"), "a file stands where a folder is needed"),
+        (OSError(errno.ENOTDIR, "x"), "there is a file where a folder is needed"),
     ],
 )
 def test_disk_errors_are_told(tmp_path: Path, error: Exception, message: str) -> None:
@@ -115,7 +115,7 @@ def test_other_errors_pass(tmp_path: Path) -> None:
 def test_output_where_it_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder" / "x").mkdir(parents=True)
-    with pytest.raises(RegraftError, match="file stands where a folder is needed"):
+    with pytest.raises(RegraftError, match="file where a folder is needed"):
         write_text(tmp_path / "file" / "out", "x")
     with pytest.raises(RegraftError, match="folder where a file is"):
         write_text(tmp_path / "folder", "x")
@@ -123,7 +123,7 @@ def test_output_where_it_cannot_be(tmp_path: Path) -> None:
 
 
 def test_read_only_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There, even removing a file that does not exist is an error."""
+    """On such a disk even removing a file that does not exist is an error."""
 
     def read_only(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
@@ -151,7 +151,7 @@ def test_only_a_new_folder_can_be_put_in_place(
             require_new(tmp_path / name)
     monkeypatch.chdir(empty)
     for here in (Path(), empty):
-        with pytest.raises(RegraftError, match="is the current folder, where no finished"):
+        with pytest.raises(RegraftError, match="is the current folder, which a finished"):
             require_new(here)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os.path, "ismount", lambda _: True)
@@ -214,7 +214,7 @@ def test_a_lock_on_a_file_that_its_last_holder_removes_is_none(
         flock(*words)
 
     monkeypatch.setattr(fcntl, "flock", removed_before)
-    with pytest.raises(RegraftError, match="was writing"), locked(lock, tmp_path / "out"):
+    with pytest.raises(RegraftError, match="has just written"), locked(lock, tmp_path / "out"):
         raise AssertionError
 
 

@@ -1,4 +1,4 @@
-"""A model's files that transformers reads: what is wrong in them is said by name, and soon."""
+"""Faults in a model's files that transformers reads are named, before long work starts."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_pipe_among_the_files(model: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages", "is no template"),
+        ("{% for m in messages", "is not a valid template"),
         (
             "{% for a in range(9999) %}{% for b in range(900) %}{% endfor %}{% endfor %}",
             "has not re",
@@ -148,7 +148,7 @@ def test_digits_in_the_text_of_a_template_are_no_numbers(model: Path) -> None:
 
 
 def test_replacements_that_do_not_chain_are_few_characters(model: Path) -> None:
-    """Each makes several of one character; all together they make no more."""
+    """Each makes several characters of one, but they do not multiply."""
     kinds = {"…": "...", "½": "1/2", "™": "(TM)", "©": "(C)", "€": "EUR", "£": "GBP", "¼": "1/4"}
     steps = [
         {"type": "Replace", "pattern": {"String": one}, "content": by} for one, by in kinds.items()
@@ -174,7 +174,7 @@ def test_a_tensor_that_cannot_be_split_is_named(tmp_path: Path) -> None:
 
 
 def own_code(model: Path, body: str) -> None:
-    """A llama whose class comes with the model, with more in its __init__."""
+    """A llama whose class comes with the model, with code added to its __init__."""
     (model / "modeling_own.py").write_text(
         "import torch\nfrom transformers import LlamaForCausalLM\n\n\n"
         "class Own(LlamaForCausalLM):\n"
@@ -198,7 +198,7 @@ def own_code(model: Path, body: str) -> None:
 def test_bounds_may_be_infinite(
     name: str, value: float, taken: bool, model: Path, tmp_path: Path
 ) -> None:
-    """Of what is clipped, such as Gemma 4's, with a place in the model or without; no parameter."""
+    """Clipping bounds such as Gemma 4's, used by the model or not; parameters may not."""
     own_code(model, "self.register_buffer('bounds', torch.zeros(3))")
     tensors = {"bounds": torch.ones(3), **load_file(model / "model.safetensors")}
     tensors[name] = tensors.get(name, torch.ones(3)).clone()
@@ -236,14 +236,14 @@ def test_nan_without_a_place_is_found_before_pruning(
 
 
 def test_layers_without_a_place_in_the_model_are_told_and_left(tmp_path: Path) -> None:
-    """Also where a tensor of theirs would be split."""
+    """Also if one of their tensors would be split."""
     folder = pico.save("molmo2", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] -= 1
     (folder / "config.json").write_text(json.dumps(config))
     said: list[str] = []
     load_model(open_answering(folder), note=said.append)
-    assert "no place for" in said[0]
+    assert "does not use" in said[0]
 
 
 def test_tokens_without_an_embedding_are_named(model: Path, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_tokens_without_an_embedding_are_named(model: Path, tmp_path: Path) -> N
 
 
 def test_code_of_a_model_may_look_at_numbers_while_it_is_built(model: Path) -> None:
-    """As InternVL's does, which has no numbers on the meta device."""
+    """InternVL's does, but on the meta device there are no numbers."""
     own_code(model, "self.rates = [one.item() for one in torch.linspace(0, 0.1, 4)]")
     source = open_answering(model, trust_remote_code=True)
     assert len(load_model(source).rates) == 4
@@ -275,7 +275,7 @@ def test_the_template_of_a_tokenizer_that_its_processor_is_lent(tmp_path: Path) 
 
 
 def test_a_panic_of_a_tokenizer_is_an_error(model: Path) -> None:
-    """Its regular expressions give up, in a way that is no `Exception`."""
+    """Its regular expressions fail with an error that is not an `Exception`."""
     pattern = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}}
     change(
         model / "tokenizer.json", pre_tokenizer=pattern | {"behavior": "Isolated", "invert": False}
@@ -294,7 +294,7 @@ def test_a_panic_of_a_tokenizer_is_an_error(model: Path) -> None:
     ],
 )
 def test_weights_that_are_no_floats_are_named(model: Path, name: str, dtype: torch.dtype) -> None:
-    """transformers would take them, where config.json says of no quantisation."""
+    """transformers would load them if config.json states no quantisation."""
     tensors = load_file(model / "model.safetensors")
     tensors[name] = tensors[name].to(dtype)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
@@ -331,7 +331,7 @@ def test_too_little_memory_is_no_fault_of_a_file(tmp_path: Path) -> None:
 
 
 def test_a_package_that_lacks_is_no_fault_of_a_file(tmp_path: Path) -> None:
-    message = r"model: the processor needs what is not installed: No module named 'timm'$"
+    message = r"model: the processor needs a package that is not installed: No module named 'timm'$"
     with (
         pytest.raises(RegraftError, match=message),
         foreign.foreign(tmp_path / "model", "the processor", "Export the whole model again."),

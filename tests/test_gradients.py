@@ -324,7 +324,7 @@ def test_a_walk_on_another_model(family, streamed, pico_dir, tmp_path):
 
 
 def putting_out(model, more):
-    """A Llama whose layers put out `more(state)` behind their state, which the next one reads."""
+    """A Llama whose layers return `more(state)` after their state, which the next one reads."""
     model = copy.deepcopy(model)
     decoder = model.get_decoder()
     for layer in decoder.layers:
@@ -379,5 +379,5 @@ def test_what_is_no_tensor_behind_the_state_is_refused(pico_dir, tmp_path):
     model = putting_out(opened.model, lambda state: [state])
     _, made = collated(opened, "llama", tmp_path / "data", n=1)
     layerwise = LayerwisePass(truth.resident(model), made)
-    with pytest.raises(RegraftError, match="Layers put out list behind their state"):
+    with pytest.raises(RegraftError, match="Layers return list after their state"):
         layerwise.advance(0, lambda _: None)

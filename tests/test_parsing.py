@@ -1,4 +1,4 @@
-"""What is read from files: a checked value or a clear error, and nothing else."""
+"""Reading a file gives a checked value or a clear error, and nothing else."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_bytes_are_a_value_or_a_clear_error(value: Any, tail: bytes) -> None:
         ('{"a": -1e999}', r'"a" is -inf'),
         ('{"a": 18446744073709551616}', r'"a" is an integer of more than 64 bits'),
         (f'{{"a": {"9" * 5000}}}', r'"a" is an integer of more than 4,000 digits'),
-        ('{"a": 1, "b": 2, "a": 3}', r'the field "a" is there twice'),
+        ('{"a": 1, "b": 2, "a": 3}', r'the field "a" appears twice'),
         ('{"a\\u0000b": 1}', "holds a NUL"),
         ("[" * (MOST_DEPTH + 2) + "]" * (MOST_DEPTH + 2), "levels deep"),
         ("[" * 100_000, "nested too deeply"),
@@ -70,7 +70,7 @@ def test_names_of_large_objects_are_compared_at_once() -> None:
     text = json.dumps(dict.fromkeys(names, 0))
     began = time.monotonic()
     assert list(json_value(text, "x")) == names
-    with pytest.raises(RegraftError, match='the field "n199999" is there twice'):
+    with pytest.raises(RegraftError, match='the field "n199999" appears twice'):
         json_value(f'{text[:-1]}, "n199999": 1}}', "x")
     assert time.monotonic() - began < 10
 
@@ -89,7 +89,7 @@ def test_other_programs_numbers_are_taken_as_they_are() -> None:
     ("text", "message"),
     [
         ("a: &a [1]\nb: &b [*a, *a]\n", None),
-        ("x: &a [*a]\n", "stands inside what it is the name of"),
+        ("x: &a [*a]\n", "refers to a value that contains it"),
         ("a: " + "[" * 5000, "nested too deeply"),
         ("a: !!python/object/apply:os.system [true]\n", "not valid YAML"),
         ("b: 1\na: !!bool x\n", '(?s)not valid YAML: "x" cannot be read.*line 2, column 4'),
@@ -98,7 +98,7 @@ def test_other_programs_numbers_are_taken_as_they_are() -> None:
         (f"a: {'9' * 50}\n", "more than 64 bits"),
         ("a: .nan\n", '"a" is nan'),
         ("1: x\n", "the name 1 is not text"),
-        ("a: 1\na: 2\n", "'a' is there twice"),
+        ("a: 1\na: 2\n", "'a' appears twice"),
         ('a: "x\\ud83d"\n', "half a character"),
         ("", "is empty"),
     ],
@@ -115,7 +115,7 @@ def test_yaml(tmp_path: Path, text: str, message: str | None) -> None:
 
 
 def test_aliases_that_would_fill_all_memory(tmp_path: Path) -> None:
-    """Nine lines that stand for a thousand million values; also where mappings are merged."""
+    """Nine lines that expand to a thousand million values; also through merge keys."""
     for first, rest in (("[x]", "[{}]"), ("{x: 1}", "{{<<: [{}]}}")):
         lines = [f"a0: &a0 {first}"]
         tens = (", ".join([f"*a{i}"] * 10) for i in range(9))

@@ -1,4 +1,4 @@
-"""A model spread over devices by accelerate gives the numbers of a resident one."""
+"""A model split over devices by accelerate gives the same numbers as a resident one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from regraft.patch.format import Patch, TensorPatch
 
 
 def spread(model: nn.Module, folder: Path) -> nn.Module:
-    """Every second decoder layer waits on disk and is fetched by accelerate's hooks."""
+    """Offload every second decoder layer to disk, from where accelerate's hooks load it."""
     accelerate = pytest.importorskip("accelerate")
     model = copy.deepcopy(model)
     layers = {id(layer): i for i, layer in enumerate(decoder_layers(model))}
@@ -75,7 +75,7 @@ def test_answers_where_no_weight_fits_a_device(pico_dir, tmp_path):
 
 
 def test_streamed_model_of_a_real_folder(tmp_path):
-    """Weights in the checkpoint's dtype stay pages of the file; a layer runs only when held."""
+    """Weights in the checkpoint's dtype stay memory-mapped; a layer runs only inside `layer`."""
     folder = pico.save("qwen2_5_vl", tmp_path / "model", torch.bfloat16)
     opened = truth.opened(folder)
     model = load_placed(opened.source, dtype="bfloat16", device="cpu", placement="streamed")
@@ -93,7 +93,7 @@ def test_streamed_model_of_a_real_folder(tmp_path):
 
 @pytest.mark.parametrize("family", ["mllama", "llama", "qwen2_5_vl", "llava_next-mistral"])
 def test_layers_need_no_embedding(family, pico_dir, tmp_path):
-    """It stays in host memory, where ids on the device cannot be looked up."""
+    """The embedding stays in host memory, where ids on the device cannot be looked up."""
     opened = truth.opened(pico_dir(family))
     model = load_placed(opened.source, dtype="float32", device="cpu", placement="streamed")
     batch = response_batch(opened.processor, truth.examples(family, tmp_path, 2))
@@ -127,7 +127,7 @@ def test_a_model_for_the_cpu_is_not_spread(pico_dir, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:The following device_map keys")
 def test_a_patch_is_never_lost_on_a_spread_model(pico_dir, tmp_path):
-    """Weights outside of memory cannot take it; pretending would pass for the realigned model."""
+    """Weights on disk cannot be patched; an unpatched model would pass for the realigned one."""
     opened = truth.opened(pico_dir("llava_next-mistral"))
     linear = opened.architecture.layers[1].linear("q_proj")  # waits on disk
     weight = opened.source.checkpoint.read(linear.tensor)
@@ -141,7 +141,7 @@ def test_a_patch_is_never_lost_on_a_spread_model(pico_dir, tmp_path):
 
 
 def test_a_patch_reaches_weights_that_wait_in_host_memory(pico_dir, tmp_path):
-    """It is on while the block runs, whatever accelerate copies where, and off again after it."""
+    """It is on while the block runs, wherever accelerate copies weights, and off again after it."""
     accelerate = pytest.importorskip("accelerate")
     opened = truth.opened(pico_dir("llava_next-mistral"))
     linears = [opened.architecture.layers[i].linear("q_proj") for i in (0, 1)]
@@ -173,7 +173,7 @@ def resident_pass(opened: truth.Opened, batches) -> LayerwisePass:
 def test_states_wait_in_host_memory_where_the_device_is_full(
     copies, home, pico_dir, tmp_path, monkeypatch
 ):
-    """A backward pass has five times the states; the device is taken for one with less or more."""
+    """A backward pass needs five times the states; the device pretends to have less or more."""
     opened = truth.opened(pico_dir("llama"))
     batch = response_batch(opened.processor, truth.examples("llama", tmp_path, 2))
     layerwise = resident_pass(opened, [batch])

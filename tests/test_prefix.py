@@ -1,4 +1,4 @@
-"""What all prompts of a batch begin with is computed once; the answers are the same."""
+"""The common prefix of a batch's prompts is computed once; the answers are the same."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_tokens_and_logits_are_the_same(family: str) -> None:
 
 
 def test_other_models_are_left_alone(vlm_family: str, tmp_path: Path) -> None:
-    """Also without images: what their positions are is their own affair."""
+    """Also without images: they compute positions themselves."""
     model, processor, inputs = framed(vlm_family)
     assert with_shared_prefix(model, inputs).keys() == inputs.keys()
     seeing = prompt_batch(processor, truth.examples(vlm_family, tmp_path, 2)).inputs
@@ -61,7 +61,7 @@ def test_other_models_are_left_alone(vlm_family: str, tmp_path: Path) -> None:
 
 
 def test_the_prefix_is_computed_once() -> None:
-    """Counted where the decoder gets it: the prefix in one row, of all rows the rest alone."""
+    """The decoder gets the prefix in one row, then only the rest of all rows."""
     model, processor, inputs = framed("llama")
     length = shared_length(inputs["input_ids"], inputs["attention_mask"])
     seen: list[tuple[int, ...]] = []

@@ -1,4 +1,4 @@
-"""Quantised checkpoints are evaluated as what their numbers stand for, and never pruned."""
+"""Quantised checkpoints are evaluated with their dequantised weights, and never pruned."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SCHEMES: dict[str, tuple[int, int | None, str | None]] = {
 
 
 def rounded(weight: Tensor, bits: int, group: int | None) -> tuple[Tensor, Tensor]:
-    """Symmetric rounding by hand: scales `[out, groups]` and the weight that results."""
+    """Symmetric rounding by hand: scales `[out, groups]` and the rounded weight."""
     size = group or weight.shape[1]
     cut = weight.unflatten(1, (-1, size))  # [out, groups, size]
     most = 2 ** (bits - 1)
@@ -50,7 +50,7 @@ def rounded(weight: Tensor, bits: int, group: int | None) -> tuple[Tensor, Tenso
 
 
 def linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """Of the text decoder."""
+    """The linears of the text decoder."""
     layers = model.get_decoder().layers  # type: ignore[operator, union-attr]
     found = layers.named_modules()
     return [(name, one) for name, one in found if isinstance(one, nn.Linear)]
@@ -144,13 +144,13 @@ def test_fp8_in_blocks_is_what_its_numbers_stand_for(
 
 
 def in_words(numbers: Tensor, dim: int, order: Sequence[int] = range(8)) -> Tensor:
-    """Eight numbers of 4 bits, which lie along a dimension, in each word of 32."""
+    """Pack eight 4-bit numbers along a dimension into each 32-bit word."""
     eight = numbers.long().unflatten(dim, (-1, 8)).movedim(dim + 1, -1)[..., list(order)]
     return (eight << (4 * torch.arange(8))).sum(-1).to(torch.int32)
 
 
 def packed(method: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """What GPTQ or AWQ stores of a weight `[out, in]` that was rounded, and what it is then."""
+    """What GPTQ or AWQ stores for a weight `[out, in]`, and the dequantised weight."""
     cut = weight.T.unflatten(0, (-1, PACKED_GROUP))  # [groups, group, out]
     least, most = cut.amin(1), cut.amax(1)
     scales = ((most - least) / 15).half()  # [groups, out]
@@ -238,7 +238,7 @@ def test_an_evaluation_from_end_to_end(quantised: Callable[[str], Path], tmp_pat
 
 
 def package_config(package: str) -> Any:
-    """Of transformers: weights of 8 bits, activations as they are."""
+    """transformers' config for 8-bit weights and unquantised activations."""
     pytest.importorskip(package)
     if package == "bitsandbytes":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
@@ -298,7 +298,7 @@ def test_what_needs_weights_says_at_once_that_they_are_quantised(
 
 
 def stating(folder: Path, target: Path, quantization: dict[str, Any]) -> Path:
-    """A copy whose config.json says that it is quantised so."""
+    """A copy whose config.json states this quantisation."""
     shutil.copytree(folder, target)
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))

@@ -318,7 +318,7 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("seeds: 3", ["seeds: a list is needed"]),
         ("realign: 3", ["realign: settings are needed"]),
-        ("model: a\nmodel: b", ["'model' is there twice", "line 2"]),
+        ("model: a\nmodel: b", ["'model' appears twice", "line 2"]),
         ("realign: [{method: gain}, {method: gain}]", ["must differ", "['gain', 'gain']"]),
     ],
 )

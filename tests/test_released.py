@@ -41,7 +41,7 @@ LAYER = truth.layer_architecture(heads=4, kv_heads=2, head_dim=2, hidden=9)
 
 
 def restored_by_loops(safety, utility, role, heads, of_heads, p, q):
-    """(row, column) that the release takes out of its mask, of one matrix.
+    """(row, column) of one matrix that the release removes from its mask.
 
     `of_heads` are the chosen heads of this layer, of `heads`; scores are nested lists.
     """
@@ -65,7 +65,7 @@ def restored_by_loops(safety, utility, role, heads, of_heads, p, q):
 
 
 def pruned_by_loops(utility, sparsity):
-    """(row, column) that the release prunes of one matrix: the smallest of each row."""
+    """(row, column) of one matrix that the release prunes: the smallest of each row."""
     taken = set()
     for i, row in enumerate(utility):
         ranked = sorted(range(len(row)), key=lambda j: (row[j], j))

@@ -76,7 +76,7 @@ def test_replay_equals_the_full_forward(family, kind, pico_dir, tmp_path):
 
 
 def test_layer_by_layer_with_what_replay_itself_returned(family, pico_dir, tmp_path):
-    """As the pruner goes: also over layers that the family skips for this batch."""
+    """As the pruner does it, including layers that the family skips for this batch."""
     _, model, processor, architecture = truth.opened(pico_dir(family))
     for kind in ("left", "text"):
         batch = truth.make_batch(kind, family, processor, tmp_path / kind)
@@ -96,7 +96,7 @@ def test_layer_by_layer_with_what_replay_itself_returned(family, pico_dir, tmp_p
 
 @pytest.mark.parametrize("kind", ["left", "single"])
 def test_copies_do_not_mix(family, kind, pico_dir, tmp_path):
-    """Three copies of the batch with other hidden states give what they give alone."""
+    """Three copies of the batch with different hidden states give the same as each alone."""
     _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch(kind, family, processor, tmp_path)
     real = batch.inputs["attention_mask"].bool()
@@ -124,7 +124,7 @@ def test_model_is_clean_after_an_error(family, pico_dir, tmp_path):
 
 
 def test_a_forward_that_an_instance_had_comes_back():
-    """Also from blocks within blocks, and after an error."""
+    """Also after nested blocks, and after an error."""
     module, plain = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
 
     def hooked(value):
@@ -207,7 +207,7 @@ def test_ablation_equals_a_manual_edit_of_each_head(family, target, eps, pico_di
 
 
 def test_value_ablation_at_zero_is_a_zero_head(family, pico_dir, tmp_path):
-    """eps 0 on the value is the head's columns of o_proj set to zero, layer by layer."""
+    """eps 0 on the value equals zeroing the head's columns of o_proj, layer by layer."""
     _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch("single", family, processor, tmp_path)
     base = truth.full_forward(model, batch.inputs)

@@ -69,7 +69,7 @@ def test_angles_equal_scipy(r, more, seed, size):
     st.integers(0, 10**6),
 )
 def test_angles_of_known_rotations(wanted, seed):
-    """Each column turned by its own angle into a direction of its own; bases rotated within."""
+    """Each column is turned by its own angle into its own direction; bases are rotated within."""
     r = len(wanted)
     frame = orthonormal(2 * r, 2 * r, seed)
     a, free = frame[:, :r], frame[:, r:]
@@ -144,7 +144,7 @@ def every_head(architecture: Any) -> dict[int, range]:
 
 
 def naive_scores(model, processor, architecture, examples, r_max, target, eps):
-    """One unbatched forward, pixels to logits, a head and sample: two arrays [layers, heads]."""
+    """One unbatched forward, pixels to logits, per head and sample: two arrays [layers, heads]."""
     rows = [prompt_batch(processor, [example]).inputs for example in examples]
 
     def last(states):
@@ -239,7 +239,7 @@ def contents(folder):
 
 
 def test_finished_layers_are_not_run_again(pico_dir, tmp_path):
-    """A killed run loses the layer that it was at; resumed, it writes the same bytes."""
+    """A killed run loses at most the layer it was running; resumed, it writes the same bytes."""
     _, model, processor, architecture = truth.opened(pico_dir("llava"))
     examples = truth.examples("llava", tmp_path, 5)
     cut = [prompt_batch(processor, rows) for rows in batches(examples, 2)]
@@ -307,7 +307,7 @@ def test_rank_beyond_the_samples_is_refused(pico_dir, tmp_path):
 
 @pytest.mark.parametrize("cap", [None, 0.5])
 def test_logits_are_the_models_own(family, cap, pico_dir, tmp_path):
-    """Also where the config asks for capped logits, which Gemma 3 with images does not heed."""
+    """Also if the config asks for capped logits, which Gemma 3 with images ignores."""
     _, model, processor, _ = truth.opened(pico_dir(family))
     batch = truth.make_batch("single", family, processor, tmp_path)
     config = model.get_decoder().config
@@ -333,7 +333,7 @@ def test_capped_logits_are_the_models_own(tmp_path):
 
 
 def test_rows_padded_on_the_right(family, pico_dir, tmp_path):
-    """The last token is then elsewhere in every row, so that all positions must run."""
+    """The last token's position then differs by row, so all positions must run."""
     _, model, processor, architecture = truth.opened(pico_dir(family))
     left = prompt_batch(processor, truth.examples(family, tmp_path, 3))
     scores = [
@@ -362,7 +362,7 @@ def test_rounding_again_moves_by_one_unit_at_most(dtype):
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "mllama", "gemma3"])
 def test_noise_floor_of_half_precision(family, pico_dir, tmp_path):
-    """There below float32 only, and near the true error of the scores in bfloat16."""
+    """Measured only below float32; in bfloat16 it is near the true error of the scores."""
     architecture = truth.opened(pico_dir(family)).architecture
     model, processor = pico.build(family)
     batch = prompt_batch(processor, truth.examples(family, tmp_path, 3))

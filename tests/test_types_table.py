@@ -1,4 +1,4 @@
-"""The table of all types in the documentation says what is found by trying."""
+"""The documentation's table of all types matches what trying them gives."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ KINDS = (
 
 @torch.no_grad()
 def most_likely(model: Any, ids: Tensor, count: int) -> list[int]:
-    """The most likely token, again and again, by whole passes without a cache."""
+    """Greedy decoding by whole passes without a cache."""
     own, encodes = model.generation_config, model.config.is_encoder_decoder
     start = own.bos_token_id if own.decoder_start_token_id is None else own.decoder_start_token_id
     found, written = torch.tensor([[start]]) if encodes else ids, []
@@ -73,7 +73,7 @@ def most_likely(model: Any, ids: Tensor, count: int) -> list[int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_the_most_likely_tokens(kind: str, tmp_path: Path) -> None:
-    """Also where the checkpoint would sample, punish repetition and stop early."""
+    """Also if the checkpoint's config samples, penalises repetition and stops early."""
     assert types_table.saved(kind, tmp_path / "model") == ""
     model = load_model(open_answering(tmp_path / "model"), device="cpu")
     for part in (model, *model.modules()):
@@ -131,7 +131,7 @@ def test_lists_of_layers_have_several_names(build: Any, settings: Any, tmp_path:
 def test_what_cannot_be_calibrated_is_pruned_by_magnitude(
     kind: str, why: str, tmp_path: Path
 ) -> None:
-    """The reason is said before any layer runs; weights are found, pruned and restored."""
+    """The reason is given before any layer runs; weights are found, pruned and restored."""
     if kind not in types_table.TYPES:
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     assert types_table.saved(kind, tmp_path / "dense") == ""

@@ -29,7 +29,7 @@ CASES = [
 
 
 def last_token(model, text):
-    """A last-token replay as the scoring of heads makes it."""
+    """A last-token replay as head scoring makes it."""
     recorded = record(model, text, cross_attention_layers(model))
     return last_token_replay(model, text, recorded.known)
 
@@ -151,7 +151,7 @@ def test_vision_keys_are_computed_once_a_batch(pico_dir, tmp_path):
 
 @contextmanager
 def kept_elsewhere(model, base, positions):
-    """Full forwards in which every layer's output is the unablated one beside `positions`."""
+    """Full forwards in which every layer's output is the unablated one outside `positions`."""
     rows = torch.arange(len(positions))[:, None]
     hooks = []
     for index, layer in enumerate(decoder_layers(model)):
@@ -188,7 +188,7 @@ def zeroed(model, layer, head, head_dim):
 
 
 def layer_outputs(model, inputs):
-    """What each executed layer puts out in one full forward."""
+    """Output of each executed layer in one full forward."""
     found = {}
     hooks = [
         layer.register_forward_hook(lambda _m, _a, out, i=i: found.__setitem__(i, out))
@@ -203,7 +203,7 @@ def layer_outputs(model, inputs):
 
 
 def some_positions(rows, length, size):
-    """Ascending, other ones in each row, the last among them."""
+    """Ascending positions that differ by row and include the last."""
     generator = torch.Generator().manual_seed(size)
     order = torch.rand(rows, length, generator=generator)
     order[:, -1] = 2
@@ -213,7 +213,7 @@ def some_positions(rows, length, size):
 @pytest.mark.parametrize(("family", "kind"), CASES)
 @pytest.mark.parametrize("size", [1, 5, 1000])
 def test_window_follows_an_ablation_through_its_positions(family, kind, size, pico_dir, tmp_path):
-    """All heads of a layer side by side; 1000 is more than there is: the whole prompt."""
+    """All heads of a layer side by side; a window of 1000 is the whole prompt."""
     _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch(kind, family, processor, tmp_path)
     mask = batch.inputs["attention_mask"].bool()
@@ -246,7 +246,7 @@ def test_window_follows_an_ablation_through_its_positions(family, kind, size, pi
 
 
 def test_most_attended_positions(family, pico_dir, tmp_path):
-    """Against attention weights written out: the sum over layers and heads of the last query's."""
+    """Against attention weights by definition: the last query's, summed over layers and heads."""
     _, model, processor, _ = truth.opened(pico_dir(family))
     batch = truth.make_batch("left", family, processor, tmp_path)
     decoder, weights = model.get_decoder(), []
@@ -275,7 +275,7 @@ def test_most_attended_positions(family, pico_dir, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_vl", "gemma3", "mistral_sw", "mllama"])
 def test_eager_attention(family, pico_dir, tmp_path):
-    """Its masks are added, not looked up."""
+    """Its masks are added to the logits, not boolean."""
     _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch("left", family, processor, tmp_path)
     real = batch.inputs["attention_mask"].bool()

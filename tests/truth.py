@@ -1,7 +1,7 @@
 """Independent, naive implementations that the fast ones are compared with.
 
 Everything here runs whole forward passes, one head or one layer at a time, from pixels to logits,
-through hooks and attention code of its own. Nothing of `regraft.models.replay` or of
+with its own hooks and attention code. It uses nothing of `regraft.models.replay` or
 `regraft.heads.ships`.
 """
 
@@ -91,7 +91,7 @@ def pad_right(batch: Batch) -> Batch:
 
 
 class States(NamedTuple):
-    """Of one full forward: input of each layer that ran, normed final state, logits."""
+    """One full forward: input of each layer that ran, normed final state, logits."""
 
     entering: dict[int, Tensor]
     final: Tensor
@@ -117,7 +117,7 @@ def full_forward(model: nn.Module, inputs: Any) -> States:
 
 @torch.no_grad()
 def linear_inputs(model: nn.Module, batch: Batch, names: list[str]) -> dict[str, Tensor]:
-    """What the linears with these module names read in one full forward."""
+    """Inputs of the linears with these module names in one full forward."""
     modules, seen = dict(model.named_modules()), {}
     hooks = [
         modules[name].register_forward_pre_hook(
@@ -141,7 +141,7 @@ _EDIT: dict[str, Any] = {}
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Softmax attention written out; q, k, v are [B, heads, S, D], the mask is additive."""
+    """Softmax attention by its definition; q, k, v are [B, heads, S, D], the mask is additive."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (torch.repeat_interleave(t, repeats, dim=1) for t in (key, value))
     if module is _EDIT["module"]:
@@ -176,7 +176,7 @@ def ablated(model: nn.Module, layer: int, head: int, target: str, eps: float) ->
 
 @contextmanager
 def edited(weight: Tensor) -> Iterator[Tensor]:
-    """Yield a weight to change; it is as before after the block."""
+    """Yield a weight to change; it is restored after the block."""
     before = weight.detach().clone()
     try:
         with torch.no_grad():
@@ -201,7 +201,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _traits(model: nn.Module) -> dict[str, Any]:
-    """What a function may leave behind; transformers itself adds hooks that record, once."""
+    """State that a function might leave behind; transformers itself adds recording hooks, once."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 
     def hooks(module: nn.Module) -> list[Any]:
@@ -266,7 +266,7 @@ def random_statistics(
 
 
 def resident(network: nn.Module) -> PlacedModel:
-    """A model that is all on the device of its first parameter."""
+    """A resident model on the device of its first parameter."""
     parameter = next(network.parameters())
     return PlacedModel(network, parameter.device, parameter.dtype)
 
@@ -274,7 +274,7 @@ def resident(network: nn.Module) -> PlacedModel:
 def layerwise(
     model: nn.Module, batches: Sequence[Batch], *, streamed: bool = False
 ) -> LayerwisePass:
-    """The batches before the first layer of a model on the CPU."""
+    """A layerwise pass of the batches on a CPU model, before its first layer."""
     return LayerwisePass(replace(resident(model), streamed=streamed), batches)
 
 
@@ -289,7 +289,7 @@ def prune(
     streamed: bool = False,
     **kwargs: Any,
 ) -> LayerResults:
-    """Prune `model` layer by layer, every linear with one pattern or those that are given."""
+    """Prune `model` layer by layer, with one pattern for all linears or one for each."""
     architecture, results = opened.source.architecture, LayerResults(folder)
     if isinstance(pattern, Pattern):
         pattern = assign_patterns(architecture.linears, pattern)

@@ -1,13 +1,13 @@
 """What regraft can do with every image-text-to-text type of the installed transformers, by trying.
 
-Of each type a tiny model with random weights is made from its default config, saved, opened, loaded
-and asked, through the code that evaluates. Its decoder is run layer by layer on the same prompts
-and compared with a whole forward pass, and what pruning and restoring need is gathered of every
-linear: squares of inputs and gradients. The table in docs/families.md is written by
+For each type a tiny model with random weights is made from its default config, saved, opened,
+loaded and evaluated on prompts. Its decoder is run layer by layer on the same prompts and compared
+with a whole forward pass, and what pruning and restoring need is gathered from every linear:
+squares of inputs and gradients. The table in docs/families.md is written by
 
     python tests/types_table.py --write
 
-and says only what was found so. With names of types what became of them is printed alone.
+and says only what was found this way. With names of types, only their results are printed.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ _EXTRA: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one type: empty where all went well, otherwise the reason."""
+    """The results for one type: empty fields for success, otherwise the reason."""
 
     name: str
     kind: str
@@ -303,10 +303,10 @@ class Ids:
 
 
 def saved(kind: str, folder: Path) -> str:
-    """Write a tiny checkpoint of a type, of weights under which answers differ.
+    """Write a tiny checkpoint of a type, with weights that make answers differ.
 
     Returns:
-        Why its own `generate` does not answer, empty where it does.
+        Why its own `generate` does not answer; empty if it does.
     """
     name, model, reason = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind], None, ""
     for derive in (True, False):
@@ -347,7 +347,7 @@ def prompts(kind: str, config: Any) -> list[dict[str, torch.Tensor]]:
 
 
 def _with_image(kind: str, config: Any) -> dict[str, torch.Tensor]:
-    """Three prompts of one length with an image each, in the form that the processor gives."""
+    """Three prompts of one length with an image each, as the processor would return them."""
     generator = torch.Generator().manual_seed(1)
     size = config.vision_config.image_size
     pixels = torch.rand(3, 3, size, size, generator=generator)
@@ -368,7 +368,7 @@ def _with_image(kind: str, config: Any) -> dict[str, torch.Tensor]:
 
 
 def look(kind: str) -> Row:
-    """Make, load, ask and read one type."""
+    """Make, load, evaluate and describe one type."""
     name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
@@ -384,7 +384,7 @@ def look(kind: str) -> Row:
 
 
 def _evaluates(kind: str, folder: Path, loaded: list[Any]) -> str:
-    """Why it does not evaluate; the model goes into `loaded` where that is not why."""
+    """Why it cannot be evaluated; the model is put into `loaded` if it loads."""
     try:
         with _in_time():
             source = open_answering(folder)
@@ -403,7 +403,7 @@ def _evaluates(kind: str, folder: Path, loaded: list[Any]) -> str:
 
 
 def _prunes(kind: str, folder: Path, loaded: Sequence[Any]) -> tuple[str, str]:
-    """Why it does not prune and restore, and why heads are not scored."""
+    """Why it cannot be pruned and restored, and why heads cannot be scored."""
     try:
         with _in_time():
             source = open_source(folder)
@@ -425,7 +425,7 @@ def _prunes(kind: str, folder: Path, loaded: Sequence[Any]) -> tuple[str, str]:
 
 
 def _heads(architecture: Architecture) -> str:
-    """Which layers have heads that are scored, and why the others have none."""
+    """Which layers have heads that can be scored, and why the others have none."""
     count = sum(1 for layer in architecture.layers if layer.heads)
     of = len(architecture.layers)
     if count == of:
@@ -437,13 +437,13 @@ def _heads(architecture: Architecture) -> str:
 def calibrated(
     model: Any, architecture: Architecture, inputs: Mapping[str, torch.Tensor], folder: Path
 ) -> list[str]:
-    """Run what pruning and restoring by calibration data does, and compare it with a whole pass.
+    """Run what pruning and restoring need from calibration data, and compare it with a whole pass.
 
     Returns:
-        Names in layers of linears that have no gradient.
+        Names within layers of linears that have no gradient.
 
     Raises:
-        AssertionError: a layer's input is another, or a linear outside of experts was not reached.
+        AssertionError: a layer's input differs, or a linear outside of experts was not reached.
     """
     labels = inputs["input_ids"].clone()
     labels[:, : -TOKENS + 1] = IGNORED
@@ -485,7 +485,7 @@ def calibrated(
 def whole_gradients(
     model: Any, linears: Sequence[LinearArchitecture], batch: Batch
 ) -> dict[LinearArchitecture, torch.Tensor]:
-    """Gradients of the mean loss of a batch, by autograd on the whole; 0 where there is none."""
+    """Gradients of a batch's mean loss, by autograd on the whole model; 0 if there is none."""
     held = {li: model.get_parameter(f"{li.module}.{li.parameter}") for li in linears}
     for weight in held.values():
         weight.requires_grad_()
@@ -512,7 +512,7 @@ def _reason(error: Exception, folder: Path) -> str:
 
 
 def _cut(text: str) -> str:
-    """Text of at most `_MOST` characters, cut where a part of its sentence ends."""
+    """Text cut to at most `_MOST` characters, at the end of a clause."""
     if len(text) <= _MOST:
         return text
     ends = [text.rfind(one, 0, _MOST) for one in ("; ", ": ", ", ", " (")]
@@ -536,7 +536,7 @@ def _in_time() -> Iterator[None]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The table and what it adds up to, for the page."""
+    """The table and its totals, for the page."""
     evaluate, prune, heads = (
         [not cell.startswith("no") for cell in column]
         for column in zip(*((row.evaluates, row.prunes, row.heads) for row in rows), strict=True)
@@ -555,7 +555,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main(words: Sequence[str]) -> None:
-    """Print what became of the types that are named, or of all and write the page."""
+    """Print the results of the named types, or of all and write the page."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Tensors with a JSON header in one safetensors file; the same content gives the same bytes."""
+"""Artifacts: tensors and a JSON header in one safetensors file; same content, same bytes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from regraft.disk.paths import is_file
 from regraft.errors import RegraftError
 
 ABOUT_FILE = "regraft.json"  # in a checkpoint that regraft wrote: how it was made
-_KEY = "regraft"  # one key: safetensors does not keep the order of several
+_KEY = "regraft"  # a single key: safetensors does not keep the order of several
 
 
 def write_artifact(
     path: Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write `tensors` and `header` in one step, marked as of this `kind`."""
+    """Write `tensors` and `header` atomically; `kind` is stored as the file's format."""
     marks = {"format": kind, "digest": _digest(tensors)}
     content = json.dumps({**marks, **header}, sort_keys=True)
     with atomic_file(path) as temporary:
@@ -36,7 +36,7 @@ def write_artifact(
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with the permissions of any file; `save_file` restricts them."""
+    """Write a safetensors file with default permissions, which `save_file` would restrict."""
     path.touch()
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata=dict(metadata or {}))
@@ -44,14 +44,14 @@ def save_tensors(
 
 
 def read_artifact(path: Path, kind: str, what: str) -> tuple[Fields, dict[str, Tensor]]:
-    """Read what `write_artifact` wrote: (header, tensors).
+    """Read (header, tensors) of a file that `write_artifact` wrote.
 
     Args:
-        kind: The expected mark.
-        what: What the user calls such a file, for messages.
+        kind: The expected format.
+        what: What such a file holds ("head scores"), for messages.
 
     Raises:
-        RegraftError: the file is missing, damaged, or of another kind.
+        RegraftError: the file is missing, damaged, or of another format.
     """
     if path.is_dir():
         raise RegraftError(f"{path} is a folder; a file with {what} is needed.")
@@ -65,8 +65,8 @@ def read_artifact(path: Path, kind: str, what: str) -> tuple[Fields, dict[str, T
         raise RegraftError(f"{path} is damaged and cannot be read ({what}): {error}") from error
     if header.pop("digest", None) != _digest(tensors):
         raise RegraftError(
-            f"{path} is damaged: its tensors ({', '.join(sorted(tensors)[:3])} ...) are not those "
-            "that were written, of which its header has the digest."
+            f"{path} is damaged: its tensors ({', '.join(sorted(tensors)[:3])} ...) do not match "
+            "the digest in its header."
         )
     fields = Fields(header, f"{path}: its header")
     if "about" in fields:
@@ -79,28 +79,24 @@ def artifact_header(
 ) -> dict[str, Any]:
     """The header of an artifact, from the metadata of its safetensors file.
 
-    Args:
-        metadata: Of the file.
-        kind: See `read_artifact`.
-        what: See `read_artifact`.
-        where: Names the file, for messages.
+    `kind` and `what` are as for `read_artifact`; `where` names the file in messages.
 
     Raises:
-        RegraftError: it is damaged, or of another kind.
+        RegraftError: the header is damaged, or of another format.
     """
     header = json_value(metadata.get(_KEY, "{}"), f"{where} is damaged: its header")
     found = header.pop("format", None) if isinstance(header, dict) else None
     if found != kind:
-        mark = "missing" if found is None else shown(found)
+        stated = "missing" if found is None else shown(found)
         raise RegraftError(
-            f"{where} does not hold {what} of regraft: the format in its header is {mark}; "
+            f"{where} does not hold {what} of regraft: the format in its header is {stated}; "
             f"expected {kind}."
         )
     return cast(dict[str, Any], header)
 
 
 def load_unfinished(path: Path) -> dict[str, Tensor]:
-    """Read tensors that a stage keeps for itself until it is done.
+    """Read tensors of a stage's unfinished work.
 
     Raises:
         RegraftError: the file is damaged.
@@ -121,23 +117,23 @@ def require_finite(
     nan: bool = False,
     unbounded: Callable[[str], bool] = lambda _: False,
 ) -> None:
-    """Raise where a tensor holds NaN (unless `nan`) or infinity, by its name; `path` is its file's.
+    """Raise if a tensor holds NaN (unless `nan`) or infinity; the message names it and `path`.
 
-    Those that are `unbounded` may hold infinity. Those of the meta device, and quantised ones,
-    which are floats of 8 bits or classes of a package's own (torchao), are passed over.
+    Tensors whose name is `unbounded` may hold infinity. Tensors on the meta device and quantised
+    ones (8-bit floats, or a package's own class, as in torchao) are not checked.
     """
     for name, tensor in tensors.items():
         plain = type(tensor) in (Tensor, Parameter) and tensor.is_floating_point()
         if tensor.is_meta or not (plain and tensor.element_size() > 1 and tensor.numel()):
             continue
-        known = tensor.nan_to_num(0.0, torch.inf, -torch.inf) if nan else tensor
-        least_and_most = torch.stack(known.aminmax())  # NaN where one is
-        if least_and_most.isfinite().all():
+        values = tensor.nan_to_num(0.0, torch.inf, -torch.inf) if nan else tensor
+        extremes = torch.stack(values.aminmax())  # NaN if any value is NaN
+        if extremes.isfinite().all():
             continue
-        if least_and_most.isnan().any() or not unbounded(name):
+        if extremes.isnan().any() or not unbounded(name):
             raise RegraftError(
                 f"{path}: the tensor {name} holds numbers that are "
-                f"{'infinite' if nan else 'NaN or infinite'}. Make it, or download it, again."
+                f"{'infinite' if nan else 'NaN or infinite'}. Create or download it again."
             )
 
 

@@ -1,7 +1,6 @@
-"""What artifacts say of how they were made, as read from their files.
+"""Read an artifact's description (`about`): how it was made.
 
-Whoever asks such a description for a field that it lacks, or that is of another type, gets a
-`RegraftError` with the name of the file and the field.
+A field that is missing or of the wrong type raises a `RegraftError` that names file and field.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ _OPEN = with_config(ConfigDict(extra="allow"))
 
 
 class Fields(dict[str, Any]):
-    """A JSON object of a file, and all objects in it; a field that is missing is an error."""
+    """A JSON object read from a file, nested ones included; a missing field is a `RegraftError`."""
 
     def __init__(self, value: Mapping[str, Any], where: str) -> None:
         self.where = where
         super().__init__({name: _wrapped(one, f"{where}.{name}") for name, one in value.items()})
 
     def __missing__(self, name: str) -> Any:
-        raise RegraftError(f"{self.where}: the field {name!r} is missing. Make it again.")
+        raise RegraftError(f"{self.where}: the field {name!r} is missing. Create the file again.")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Fields, (dict(self), self.where)
@@ -43,7 +42,7 @@ def _wrapped(value: Any, where: str) -> Any:
 
 @_OPEN
 class _Account(TypedDict, total=False):
-    """Of prompts that were used."""
+    """Prompts of one source: how many were read, used and skipped (by reason)."""
 
     source: str
     read: _Count
@@ -54,7 +53,7 @@ class _Account(TypedDict, total=False):
 
 @_OPEN
 class _Settings(TypedDict, total=False):
-    """Settings that are read again."""
+    """The settings that other code reads back."""
 
     full_answers: bool
     max_new_tokens: _Count
@@ -63,7 +62,7 @@ class _Settings(TypedDict, total=False):
 
 @_OPEN
 class _About(TypedDict, total=False):
-    """The fields of descriptions that are read again, wherever they stand."""
+    """The fields that other code reads back, of the descriptions of all kinds of artifacts."""
 
     stage: str
     versions: dict[str, str]
@@ -86,10 +85,10 @@ class _About(TypedDict, total=False):
 
 
 def described(value: Any, where: str) -> Fields:
-    """A description that was read; `where` names its file, and the field that it is.
+    """Check a description that was read; `where` names its file and field in messages.
 
     Raises:
-        RegraftError: it is none, or a field of it is of the wrong type, by name.
+        RegraftError: it is not an object, or one of its fields has the wrong type.
     """
     if not isinstance(value, dict):
         raise RegraftError(f"{where}: expected an object with fields, found {shown(value)}.")
@@ -98,24 +97,24 @@ def described(value: Any, where: str) -> Fields:
 
 
 def about_of(path: Path) -> Fields:
-    """The description in a JSON file.
+    """Read the description in a JSON file.
 
     Raises:
-        RegraftError: the file is missing or holds none.
+        RegraftError: the file is missing or holds no valid description.
     """
     return described(fields_of(path, "description", "about")["about"], f"{path}: about")
 
 
 def fields_of(path: Path, what: str, *needed: str) -> dict[str, Any]:
-    """The JSON object in a file that regraft wrote.
+    """Read the JSON object in a file that regraft wrote.
 
     Args:
         path: The file.
-        what: What it holds, for the message.
+        what: What it holds ("description"), for messages.
         needed: Fields that it must have.
 
     Raises:
-        RegraftError: the file is missing or holds none, or one of the fields is not in it.
+        RegraftError: the file is missing, holds no JSON object, or lacks a needed field.
     """
     content = json_object(read_text(path, "A JSON file is needed."), str(path))
     for name in needed:

@@ -1,4 +1,4 @@
-"""Writing to disk so that nothing is ever half-written."""
+"""Write to disk so that nothing is ever half-written; locks, threads and digests of files."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from regraft.errors import PassingError, RegraftError
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
+except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 WORKERS = min(4, os.cpu_count() or 1)
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # Lustre and NFS, mounted without
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # Lustre or NFS mounted without locks
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -38,27 +38,27 @@ def _temporary(target: Path) -> Path:
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Turn the operating system's "no space left" and "not allowed" into a clear error.
+    """Turn the operating system's errors about writing `target` into clear ones.
 
     Raises:
-        PassingError: the disk is full, or the target may not, or cannot, be written.
+        PassingError: the disk is full, permission is missing, or the path cannot be written.
     """
-    said = {
+    messages = {
         (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): f"The disk is full: could not write {target}. "
-        "Nothing was kept of it. Free some space and run the same command again, which goes on "
+        "Nothing of it was kept. Free some space and run the same command again, which continues "
         "from what was finished before, or choose another output folder.",
         (errno.EACCES, errno.EPERM, errno.EROFS): f"No permission to write {target}. Choose "
         "another output folder.",
         (errno.ENAMETOOLONG,): f"The name of {target} is too long for this file system. Choose a "
         "shorter one.",
-        (errno.ENOTDIR, errno.EEXIST, errno.EISDIR): f"{target} cannot be written: a file stands "
-        "where a folder is needed, or a folder where a file is. Choose another output.",
+        (errno.ENOTDIR, errno.EEXIST, errno.EISDIR): f"{target} cannot be written: there is a file "
+        "where a folder is needed, or a folder where a file is needed. Choose another output.",
     }
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = _error_number(error)
-        for numbers, message in said.items():
+        for numbers, message in messages.items():
             if number in numbers:
                 raise PassingError(message) from error
         raise
@@ -73,7 +73,7 @@ def _error_number(error: OSError | SafetensorError) -> int | None:
 
 @contextmanager
 def new_folders(target: Path) -> Iterator[None]:
-    """Make the folders above `target`; if the block fails, remove those that are empty again."""
+    """Create the folders above `target`; if the block fails, remove the new ones if empty."""
     made = [folder for folder in target.parents if not folder.exists()]
     try:
         with disk_errors(target):
@@ -126,7 +126,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def discard_leftover(target: Path) -> Path:
-    """Remove what a killed run left of `target`; returns the temporary path beside it."""
+    """Remove the temporary path that a killed run left beside `target`; return that path."""
     temporary = _temporary(target)
     with disk_errors(target):
         if temporary.is_dir():
@@ -147,10 +147,10 @@ def require_empty(folder: Path) -> None:
 
 
 def require_new(folder: Path) -> None:
-    """Raise unless `folder` is empty, see `require_empty`, and can be put in place by one rename.
+    """Raise unless `folder` is absent or empty and can be put in place by one rename.
 
     Raises:
-        PassingError: it is not empty, a link, a mount point, or the current folder.
+        PassingError: it is not empty, or is a link, a mount point or the current folder.
     """
     require_empty(folder)
     for what, applies in {
@@ -160,19 +160,19 @@ def require_new(folder: Path) -> None:
     }.items():
         if applies:
             raise PassingError(
-                f"The output folder {folder} is {what}, where no finished folder can be put in one "
-                f"step. Name a new one, such as {folder / 'out'}."
+                f"The output folder {folder} is {what}, which a finished folder cannot replace in "
+                f"one step. Choose a new one, such as {folder / 'out'}."
             )
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder; 0 where there is nothing."""
+    """Bytes of a file, or of all files in a folder; 0 if the path does not exist."""
     files = path.rglob("*") if path.is_dir() else (path,)
     return sum(one.stat().st_size for one in files if one.is_file())
 
 
 def leftover_bytes(target: Path) -> int:
-    """Of what a killed run left of `target`, which goes before it is written again."""
+    """Bytes that a killed run left beside `target`; freed before it is written again."""
     return size_of(_temporary(target))
 
 
@@ -192,24 +192,24 @@ def _size(count: int) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk."""
+    """Flush a file's content, or a folder's entries, to the disk."""
     if not path.is_dir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
     elif os.name == "posix":
         folder = os.open(path, os.O_RDONLY)
-        with suppress(OSError):  # not every file system can
+        with suppress(OSError):  # not every file system supports it
             os.fsync(folder)
         os.close(folder)
 
 
-def read_at(handle: io.FileIO, place: int, data: memoryview) -> None:
-    """Fill `data` with what an unbuffered file holds from byte `place` on.
+def read_at(handle: io.FileIO, offset: int, data: memoryview) -> None:
+    """Fill `data` with the bytes of an unbuffered file from `offset` on.
 
     Raises:
-        RegraftError: the file ends before that.
+        RegraftError: the file ends before `data` is full.
     """
-    handle.seek(place)
+    handle.seek(offset)
     while data:
         count = handle.readinto(data)
         if not count:
@@ -217,14 +217,14 @@ def read_at(handle: io.FileIO, place: int, data: memoryview) -> None:
         data = data[count:]
 
 
-def write_at(handle: io.FileIO, place: int, data: memoryview) -> None:
-    """Overwrite an unbuffered file from byte `place` on."""
-    handle.seek(place)
+def write_at(handle: io.FileIO, offset: int, data: memoryview) -> None:
+    """Overwrite an unbuffered file from byte `offset` on."""
+    handle.seek(offset)
     write_all(handle, data)
 
 
 def write_all(handle: io.FileIO, data: memoryview) -> None:
-    """Write all of `data`, which one call of an unbuffered file need not do."""
+    """Write all of `data`; a single `write` to an unbuffered file may write less."""
     while data:
         data = data[handle.write(data) :]
 
@@ -232,9 +232,9 @@ def write_all(handle: io.FileIO, data: memoryview) -> None:
 def in_threads(
     work: Callable[[Item], Result], items: Iterable[Item], stop: Event | None = None
 ) -> list[Result]:
-    """`work` on every item, a few at a time, in any order; the results in order.
+    """Run `work` on every item in threads, in any order; return the results in order.
 
-    The first error stops those that have not begun and sets `stop`, for the others to heed.
+    The first error cancels calls that have not begun and sets `stop`, which running ones can check.
     """
     with ThreadPoolExecutor(WORKERS) as pool:
         futures = [pool.submit(work, item) for item in items]
@@ -242,7 +242,7 @@ def in_threads(
             for future in as_completed(futures):
                 future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # before others are let go on
+            pool.shutdown(wait=False, cancel_futures=True)  # before `stop` frees a thread
             if stop is not None:
                 stop.set()
             raise
@@ -251,13 +251,15 @@ def in_threads(
 
 @contextmanager
 def locked(path: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a lock on the file `path`, made if it is not there, for the length of the block.
+    """Hold a lock on the file `path`, created if missing, while the block runs.
 
-    `wait` until another process gives it back.
+    Args:
+        path: The lock file.
+        what: The output that it protects, for messages.
+        wait: Wait while another process holds the lock.
 
     Raises:
-        RegraftError: another process holds it, which is writing `what`, and nobody waits; or the
-            file system has no locks.
+        RegraftError: another process holds it and `wait` is off, or the file system has no locks.
     """
     with path.open("ab") as handle:
         if fcntl is not None:
@@ -278,14 +280,14 @@ def locked(path: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
                 ) from error
             if not _is_at(handle, path):
                 raise RegraftError(
-                    f"Another regraft process was writing {what} at this moment. The same command "
-                    "goes on from what it has done."
+                    f"Another regraft process has just written {what}. Run the same command again; "
+                    "it continues from there."
                 )
         yield
 
 
 def _is_at(handle: IO[bytes], path: Path) -> bool:
-    """Whether the open file is still the one at `path`, from where its last holder removed it."""
+    """Whether the open file is still the one at `path`; its last holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(handle.fileno()), path.stat())
     except FileNotFoundError:
@@ -293,7 +295,7 @@ def _is_at(handle: IO[bytes], path: Path) -> bool:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write `text` to `target` in one step: UTF-8, with ? for half a character, which is none."""
+    """Write `text` to `target` atomically, in UTF-8, with ? in place of lone surrogates."""
     with atomic_file(target) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
 
@@ -304,12 +306,12 @@ def to_json(value: Any) -> str:
 
 
 def write_json(target: Path, value: Any) -> None:
-    """Write `value` as JSON in one step."""
+    """Write `value` as JSON atomically."""
     write_text(target, to_json(value))
 
 
 def slug(text: str) -> str:
-    """`text` as a file name: letters, digits, dots, dashes; a digest where others were lost."""
+    """`text` as a file name of word characters, dots and dashes; if others were lost, a digest."""
     plain = re.sub(r"[^\w.-]+", "-", text).strip("-.")
     return plain if plain == text else f"{plain[-60:]}-{digest(text)[:8]}"
 

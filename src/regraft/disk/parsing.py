@@ -1,8 +1,8 @@
-"""Files that others wrote, read so that nothing but a checked value or a `RegraftError` comes out.
+"""Parse JSON and YAML that others wrote, into a checked value or a `RegraftError`.
 
-Every reader of text, JSON and YAML goes through here. A value has at most `MOST_DEPTH` levels,
-integers of 64 bits, finite numbers, text that is valid Unicode (no lone surrogates) and no name
-twice in one object, so that whatever is made of it can be written again.
+Every reader of JSON and YAML goes through here. A value has at most `MOST_DEPTH` levels, integers
+of 64 bits, finite numbers, valid Unicode (no lone surrogates) and no name twice in one object, so
+that it can always be written again.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from regraft.errors import RegraftError
 
 MOST_DEPTH = 64
 _MOST_YAML = 2**20  # characters; PyYAML reads about half a million a second
-_MOST_NODES = 50_000  # of YAML, an alias counting as all that it stands for
+_MOST_NODES = 50_000  # of YAML, with aliases expanded
 _MOST_DIGITS = 4000  # of an integer; Python's `int` reads 4300
 _SHOWN = 60  # characters of a wrong value in a message
-EXACT = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))  # how `from_json` reads
+EXACT = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))  # for types of `from_json`
 Read = TypeVar("Read")
 
 
 class _RefusedError(ValueError):
-    """What is wrong in a text, without the name of its file."""
+    """A problem in a text; the caller adds the name of its file."""
 
 
 def read_json(path: Path, *, lenient: bool = False) -> Any:
@@ -43,15 +43,15 @@ def read_json(path: Path, *, lenient: bool = False) -> Any:
 
 
 def json_value(text: str | bytes, where: str, *, lenient: bool = False) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Args:
-        where: What it is of, for errors.
-        lenient: Take numbers of any size and names that are there twice, of which the last counts,
-            as other programs' settings have them.
+        where: Names the text in messages.
+        lenient: Accept numbers of any size, and duplicate names (the last one counts), as other
+            programs do in their settings.
 
     Raises:
-        RegraftError: it is not valid JSON, or not within the bounds of this module.
+        RegraftError: it is not valid JSON, or exceeds the bounds of this module.
     """
     try:
         if isinstance(text, bytes):
@@ -68,7 +68,7 @@ def json_value(text: str | bytes, where: str, *, lenient: bool = False) -> Any:
 
 
 def json_object(text: str | bytes, where: str) -> dict[str, Any]:
-    """The value of a JSON text that must be an object; see `json_value`."""
+    """Parse a JSON text that must be an object; see `json_value`."""
     found = json_value(text, where)
     if not isinstance(found, dict):
         raise RegraftError(f"{where}: expected a JSON object, found {shown(found)}.")
@@ -76,7 +76,7 @@ def json_object(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 class _LongInteger:
-    """In the place of an integer of more digits than `int` reads, so that its field is named."""
+    """Stands for an integer too long for `int`, so that the error can name its field."""
 
 
 def _integer(text: str) -> int | _LongInteger:
@@ -87,13 +87,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise _RefusedError(f"the field {shown(name)} is there twice.")
+            raise _RefusedError(f"the field {shown(name)} appears twice.")
         found[name] = value
     return found
 
 
 def _check(value: Any, *, strict: bool = True) -> None:
-    """Raise `_RefusedError` where a value of JSON or YAML is not what this module promises."""
+    """Raise `_RefusedError` if a value of JSON or YAML breaks a promise of this module."""
     todo: list[tuple[Any, tuple[Any, ...], int]] = [(value, (), 0)]
     while todo:
         one, place, depth = todo.pop()
@@ -108,7 +108,7 @@ def _check(value: Any, *, strict: bool = True) -> None:
             for name, inner in one.items():
                 if isinstance(name, str) and ("\0" in name or SURROGATE.search(name)):
                     raise _RefusedError(
-                        f"the name {name!r} of a field holds a NUL or half a character."
+                        f"the field name {name!r} holds a NUL or half a character (a surrogate)."
                     )
                 todo.append((inner, (place, name), depth + 1))
         elif isinstance(one, list):
@@ -116,9 +116,9 @@ def _check(value: Any, *, strict: bool = True) -> None:
 
 
 def _problem(value: Any, strict: bool) -> str:
-    """What is wrong with one value, "" where nothing is."""
+    """What is wrong with one value; "" if nothing."""
     if isinstance(value, str) and not value.isascii() and SURROGATE.search(value):
-        return "holds half a character (a lone surrogate, such as \\ud83d), which is no valid text"
+        return "holds half a character (a lone surrogate, such as \\ud83d): not valid Unicode"
     if isinstance(value, _LongInteger):
         return f"is an integer of more than {_MOST_DIGITS:,} digits"
     if strict and isinstance(value, int) and not -(2**63) <= value < 2**64:
@@ -129,7 +129,7 @@ def _problem(value: Any, strict: bool) -> str:
 
 
 def _field(place: tuple[Any, ...]) -> str:
-    """The names of a place, from outside in, as in "rows.3.asr"."""
+    """The path of a nested value, outermost name first, such as "rows.3.asr"."""
     names: list[str] = []
     while place:
         place, name = place
@@ -138,15 +138,15 @@ def _field(place: tuple[Any, ...]) -> str:
 
 
 def shown(value: object) -> str:
-    """A wrong value for a message, cut to a line."""
+    """A value as JSON for a message, shortened to a line."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without base-60 numbers, so that `n_m: 2:4` is the text that it looks like.
+    """YAML without base-60 numbers, so that `n_m: 2:4` is text.
 
-    A key that is there twice is an error; YAML takes the last.
+    A duplicate key is an error; PyYAML would take the last one.
     """
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -154,7 +154,7 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (yaml.YAMLError, RecursionError):
             raise
-        except Exception as error:  # of all kinds: `!!bool x` a KeyError, long integers another
+        except Exception as error:  # any kind: a KeyError for `!!bool x`, a ValueError for others
             value = shown(node.value) if isinstance(node, yaml.ScalarNode) else "this"
             raise yaml.constructor.ConstructorError(
                 None, None, f"{value} cannot be read as {node.tag}", node.start_mark
@@ -167,7 +167,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is there twice", key.start_mark
+                    None, None, f"{key.value!r} appears twice", key.start_mark
                 )
             seen.add(key.value)
         found = super().construct_mapping(node, deep)
@@ -183,45 +183,47 @@ _Loader.yaml_implicit_resolvers = {
     first: [
         (tag, re.compile(r"[-+]?(0|[1-9][0-9_]*)$") if tag.endswith(":int") else pattern)
         for tag, pattern in resolvers
-        if not tag.endswith((":timestamp", ":value"))  # dates are text
+        if not tag.endswith((":timestamp", ":value"))  # dates stay text
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """Read YAML, plain values alone; None where all is comments. `what` is as for `read_text`.
+    """Read YAML of plain values; None if it is all comments. For `what` see `read_text`.
 
     Raises:
-        RegraftError: see `read_text`; it is not valid YAML, or not within this module's bounds.
+        RegraftError: see `read_text`; it is not valid YAML, or exceeds this module's bounds.
     """
     text = read_text(path, what)
     if not text.strip():
         raise RegraftError(f"{path} is empty; expected settings, each a name and a value.")
     if len(text) > _MOST_YAML:
-        raise RegraftError(f"{path} is larger than any such file ({len(text):,} characters).")
+        raise RegraftError(
+            f"{path} is too large: {len(text):,} characters; expected at most {_MOST_YAML:,}."
+        )
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
-        _measure(node, {}, set())
+        _count_nodes(node, {}, set())
         found = loader.construct_document(node)
         _check(found)
     except RecursionError as error:
         raise RegraftError(f"{path} is not valid YAML: it is nested too deeply.") from error
     except _RefusedError as error:
         raise RegraftError(f"{path}: {error}") from error
-    except Exception as error:  # besides its own a ValueError, of a character that is none
+    except Exception as error:  # a YAMLError, or a ValueError for an invalid character
         reason = str(error) if isinstance(error, yaml.YAMLError) else repr(error)
         raise RegraftError(f"{path} is not valid YAML: {reason}") from error
     return found
 
 
-def _measure(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
-    """How many nodes there are in all with every alias written out."""
+def _count_nodes(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
+    """Count the nodes with every alias expanded."""
     if id(node) in above:
-        raise _RefusedError("an alias (*name) stands inside what it is the name of.")
+        raise _RefusedError("an alias (*name) refers to a value that contains it.")
     if id(node) in sizes:
         return sizes[id(node)]
     inside: list[yaml.Node] = []
@@ -229,18 +231,18 @@ def _measure(node: yaml.Node, sizes: dict[int, int], above: set[int]) -> int:
         inside = node.value
     elif isinstance(node, yaml.MappingNode):
         inside = [one for pair in node.value for one in pair]
-    size = 1 + sum(_measure(one, sizes, {*above, id(node)}) for one in inside)
+    size = 1 + sum(_count_nodes(one, sizes, {*above, id(node)}) for one in inside)
     if size > _MOST_NODES:
-        raise _RefusedError(f"it has more than {_MOST_NODES:,} values, aliases written out.")
+        raise _RefusedError(f"it has more than {_MOST_NODES:,} values, aliases expanded.")
     sizes[id(node)] = size
     return size
 
 
 def from_json(kind: type[Read], value: Any, where: str) -> Read:
-    """A dataclass from JSON values, each checked against its type; `where` names it in errors.
+    """Build a typed object from JSON values, each checked; `where` names it in messages.
 
     Raises:
-        RegraftError: a field is missing, unknown or of the wrong type, by name.
+        RegraftError: a field is missing, unknown or of the wrong type; the message names it.
     """
     try:
         found: Read = _adapter(cast(Any, kind)).validate_json(json.dumps(value), strict=True)
@@ -257,11 +259,10 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def _first_problem(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     *above, name = map(str, first["loc"]) if first["loc"] else [""]
-    inside = "".join(f"{one}." for one in above).rstrip(".")
     if first["type"] == "dataclass_type":
         found = f"expected a JSON object, found {type(first['input']).__name__}."
         return f"{name}: {found}" if name else found
-    field = f"{inside}: field {name!r}" if inside else f"field {name!r}"
+    field = f"{'.'.join(above)}: field {name!r}" if above else f"field {name!r}"
     if first["type"] == "missing":
         return f"{field} is missing."
     if first["type"] == "unexpected_keyword_argument":

@@ -1,4 +1,4 @@
-"""What lies at a path: whether it can be read, its text, and whether it stays where it belongs."""
+"""Check paths and names, and read text, with a clear error where that fails."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _MOST_NAME = 255  # bytes of a file's name on nearly every file system
 
 @contextmanager
 def unreadable(path: Path, what: str = "") -> Iterator[None]:
-    """Turn what the operating system says of a path that cannot be read into a clear error.
+    """Turn the operating system's errors about reading `path` into clear ones.
 
     `what` is a sentence for the message: what is needed.
 
     Raises:
-        RegraftError: it is missing, a folder, not readable, or its name is none.
+        RegraftError: it is missing, a folder or not readable, or its name is invalid.
     """
     more = f" {what}" if what else ""
     try:
@@ -42,11 +42,10 @@ def unreadable(path: Path, what: str = "") -> Iterator[None]:
 
 
 def require_file(path: Path, what: str = "") -> int:
-    """The size of an ordinary file in bytes.
+    """Raise unless `path` is a regular file; return its size in bytes.
 
     Raises:
-        RegraftError: see `unreadable`; it is a device, a pipe or a socket, reading which may never
-            end.
+        RegraftError: see `unreadable`; it is a device, a pipe or a socket, which may never end.
     """
     with unreadable(path, what):
         about = path.stat()
@@ -58,14 +57,14 @@ def require_file(path: Path, what: str = "") -> int:
 
 
 def at_home(path: Path) -> Path:
-    """A path with "~" as a user's folder; as it is where there is no such user."""
+    """Expand "~" in a path; leave it where there is no such user."""
     with suppress(RuntimeError):
         return path.expanduser()
     return path
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file is there; a name that no file can have is that of none."""
+    """Whether `path` is a file; False if no file can have such a name."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # longer than 255 bytes; a NUL
@@ -88,12 +87,12 @@ def read_text(path: Path, what: str = "") -> str:
 
 
 def is_text(value: str) -> bool:
-    """Whether text is whole Unicode, without half of a pair of surrogates."""
+    """Whether text is valid Unicode, without lone surrogates."""
     return not SURROGATE.search(value)
 
 
 def is_name(name: str) -> bool:
-    """Whether this can be the name of a file in a folder: one part of a path, of 255 bytes."""
+    """Whether this can name a file in a folder: one part of a path, of at most 255 bytes."""
     return (
         name not in ("", ".", "..")
         and not re.search(r"[/\\\0\ud800-\udfff]", name)
@@ -102,10 +101,11 @@ def is_name(name: str) -> bool:
 
 
 def within(path: Path, folder: Path) -> bool:
-    """Whether a path lies in a folder with all links followed.
+    """Whether a path lies in a folder once all links are followed.
 
-    The hub's cache is one place: its snapshots are links to the blobs beside them.
+    Snapshots in the hub's cache link to the blobs beside them, which count as inside.
     """
+
     real, root = (Path(os.path.realpath(one)) for one in (path, folder))
     if real.is_relative_to(root):
         return True

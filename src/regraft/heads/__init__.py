@@ -1,1 +1,1 @@
-"""How much each attention head matters for safety: Ships and query-level KL."""
+"""Score how much each attention head matters for safety: Ships and query-level KL."""

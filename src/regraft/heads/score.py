@@ -1,4 +1,4 @@
-"""Score every attention head: Ships and KL, exactly, or an estimate first and the best exactly."""
+"""Score every attention head by Ships and KL: all exactly, or by estimate and the best exactly."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class HeadScores:
     Attributes:
         ships: Data-set level, in radians.
         kl: Query level, mean over samples, in nats.
-        about: How they were made.
+        about: How the scores were made.
         exact: Which heads were ablated exactly, `[layers, heads]` bool; other scores are estimates.
-            None where all were.
-        estimate: Ships and KL as estimated, `[2, layers, heads]`; None where nothing was.
-        noise: Ships and KL that one more rounding of a layer's input makes, `[2, layers]`: scores
-            below it mean nothing. None in float32.
-        released: Scores of HSR's released code (`first_feature_angles`); None where not all heads
-            are exact.
+            None if all are exact.
+        estimate: Estimated Ships and KL, `[2, layers, heads]`; None if nothing was estimated.
+        noise: Ships and KL caused by one extra rounding of a layer's input, `[2, layers]`: lower
+            scores are not meaningful. None in float32.
+        released: Scores by HSR's released code (`first_feature_angles`); None unless all heads are
+            exact.
     """
 
     ships: Tensor
@@ -56,24 +56,21 @@ class HeadScores:
             return self.ships if criterion == "ships" else self.kl
         if self.released is None:
             raise RegraftError(
-                "These head scores lack those of HSR's released code (`released`). Score heads "
-                "again, to another file, with `regraft analyse heads` in mode exact."
+                "These head scores do not include those of HSR's released code (`released`). Score "
+                "heads again, to another file, with `regraft analyse heads` in mode exact."
             )
         return self.released
 
     def ranked(self, criterion: Criterion) -> list[tuple[int, int]]:
-        """(layer, head), most important first; heads that were not scored are left out.
-
-        Heads with exact scores come before those with estimates.
-        """
+        """All scored (layer, head), most important first, exact scores before estimates."""
         heads = _ranked(self.of(criterion))
         exact = self.exact
         return heads if exact is None else sorted(heads, key=lambda head: not exact[head])
 
     def certain(self, criterion: Criterion) -> int:
-        """How many of the best heads may be taken: as far as all of them have exact scores.
+        """How many of the best heads by estimate have exact scores without a gap.
 
-        A head may have been scored exactly for its rank by the other criterion alone.
+        Further heads may have exact scores because they rank high by the other criterion.
         """
         if self.exact is None or self.estimate is None:
             return len(self.ranked(criterion))
@@ -85,7 +82,7 @@ class HeadScores:
         """The `count` most important (layer, head).
 
         Raises:
-            RegraftError: fewer heads were scored, or scored exactly.
+            RegraftError: fewer heads were scored, or fewer exactly.
         """
         ranked, certain = self.ranked(criterion), self.certain(criterion)
         if count > len(ranked):
@@ -99,10 +96,7 @@ class HeadScores:
         return ranked[:count]
 
     def below_noise(self, criterion: Criterion) -> int | None:
-        """How many heads score below the rounding noise of their layer; None without a floor.
-
-        Heads of estimated scores do not count: what is measured is the noise of exact ones.
-        """
+        """How many exact scores are below the rounding noise of their layer; None if unmeasured."""
         if self.noise is None:
             return None
         floor = self.noise[("ships", "kl").index(criterion)]
@@ -113,7 +107,7 @@ class HeadScores:
 def recall(estimate: Tensor, exact: Tensor, k: int) -> float:
     """Share of the `k` best heads by `exact` that are among the `k` best by `estimate`.
 
-    Both are `[layers, heads]`, NaN where there is no score.
+    Both are `[layers, heads]`, NaN for heads without a score.
     """
     best = set(_ranked(exact)[:k])
     return len(best & set(_ranked(estimate)[:k])) / len(best)
@@ -135,10 +129,10 @@ def score_heads(
 
     Args:
         batches: Prompts that end where the answer starts.
-        partial: Folder for finished layers, which are not run again after a kill. They serve for
-            another `r_max` and other `candidates` too, if nothing else differs.
+        partial: Folder for finished layers, which are not run again after a kill. They can be
+            reused with another `r_max` or other `candidates`, if nothing else differs.
         about: Recorded with the scores.
-        advance: See `ablate_heads`; what candidates take is told once they are known.
+        advance: See `ablate_heads`; the work for candidates is added once they are known.
 
     Raises:
         RegraftError: r_max exceeds the number of samples or features, or states overflow.
@@ -172,14 +166,14 @@ def score_heads(
 
 
 def candidates(estimate: Tensor, count: int) -> dict[int, list[int]]:
-    """Layer -> the heads in it that are among the `count` best by Ships or by KL.
+    """Select the heads that are among the `count` best by Ships or by KL, as layer -> heads.
 
     Args:
         estimate: Ships and KL, `[2, layers, heads]`.
-        count: How many by each.
+        count: Number of heads by each criterion.
     """
     best = sorted({head for one in estimate for head in _ranked(one)[:count]})
-    return {layer: [head for at, head in best if at == layer] for layer in {at for at, _ in best}}
+    return {layer: [h for i, h in best if i == layer] for layer in {i for i, _ in best}}
 
 
 def save_heads(path: Path, scores: HeadScores) -> None:
@@ -194,14 +188,14 @@ def load_heads(path: Path, architecture: Architecture) -> HeadScores:
     """Read scores and check that they fit the model.
 
     Raises:
-        RegraftError: the file is missing, is something else, or is of a model of other size.
+        RegraftError: the file is missing or damaged, or its scores are of a model of another size.
     """
     header, tensors = read_artifact(path, FORMAT, "head scores")
     expected = [len(architecture.layers), max(layer.heads for layer in architecture.layers)]
     shapes = {"ships": expected, "kl": expected, "exact": expected, "released": expected}
     shapes |= {"estimate": [2, *expected], "noise": [2, expected[0]]}
-    if odd := sorted(({"ships", "kl"} - tensors.keys()) | (tensors.keys() - shapes.keys())):
-        raise RegraftError(f"{path} is damaged: the tensor {odd[0]} is missing or unknown.")
+    if wrong := sorted(({"ships", "kl"} - tensors.keys()) | (tensors.keys() - shapes.keys())):
+        raise RegraftError(f"{path} is damaged: the tensor {wrong[0]} is missing or unknown.")
     for name, tensor in tensors.items():
         if list(tensor.shape) != shapes[name]:
             raise RegraftError(
@@ -215,22 +209,22 @@ def load_heads(path: Path, architecture: Architecture) -> HeadScores:
 
 
 class _Measured(NamedTuple):
-    scores: Tensor  # Ships, KL, released: [3, layers, heads] float64, NaN where there is none
+    scores: Tensor  # Ships, KL, released: [3, layers, heads] float64, NaN if not scored
     noise: Tensor | None  # [2, layers]
 
 
 def _measure(states: States, architecture: Architecture, heads: Heads, r_max: int) -> _Measured:
-    layers, most = len(architecture.layers), max(layer.heads for layer in architecture.layers)
-    scores = torch.full((3, layers, most), math.nan, dtype=torch.float64)
+    layers, columns = len(architecture.layers), max(layer.heads for layer in architecture.layers)
+    scores = torch.full((3, layers, columns), math.nan, dtype=torch.float64)
     noise = torch.full((2, layers), math.nan, dtype=torch.float64)
     base = states.base()  # [N, d]
-    for layer, some in heads.items():
+    for layer, chosen in heads.items():
         found = states.layer(layer)
         if found is None:
             continue
-        scores[0, layer, list(some)] = ships(base, found.ablated, r_max)
-        scores[1, layer, list(some)] = found.kl.double().mean(dim=1)
-        scores[2, layer, list(some)] = first_feature_angles(base, found.ablated)
+        scores[0, layer, list(chosen)] = ships(base, found.ablated, r_max)
+        scores[1, layer, list(chosen)] = found.kl.double().mean(dim=1)
+        scores[2, layer, list(chosen)] = first_feature_angles(base, found.ablated)
         if found.jittered is not None and found.jittered_kl is not None:
             noise[0, layer] = ships(base, found.jittered[None], r_max)
             noise[1, layer] = found.jittered_kl.double().mean()
@@ -238,7 +232,7 @@ def _measure(states: States, architecture: Architecture, heads: Heads, r_max: in
 
 
 def _ranked(scores: Tensor) -> list[tuple[int, int]]:
-    """(layer, head) of what was scored, best first; ties in order of layer and head."""
+    """All scored (layer, head), best first; ties in order of layer and head."""
     order = torch.argsort(scores.flatten().nan_to_num(-math.inf), descending=True, stable=True)
     heads = scores.shape[1]
     scored = int((~scores.isnan()).sum())

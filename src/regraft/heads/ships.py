@@ -1,26 +1,26 @@
-"""Ships and KL (Zhou et al. 2025, arXiv 2410.13708): how far a model turns without one head.
+"""Ships and KL (Zhou et al. 2025, arXiv 2410.13708): how much ablating a head changes a model.
 
     M  = states of the last token of N harmful prompts, after the final norm     [N, d]
     U  = the first r_max left singular vectors of M                              [N, r_max]
+    p  = the next token's distribution
     for each layer, for each of its heads h:
-        M_h, U_h, p_h = the same, and the next token's distribution, where h's query, key and value
-                        are scaled by eps
+        M_h, U_h, p_h = the same with h's query, key and value scaled by eps
         Ships_h = sum of the principal angles between U and U_h
         KL_h    = mean over prompts of KL(p || p_h)
 
-What scaling does to the head's output z_h, the D columns it owns in o_proj's input, is known
-without touching a weight, exactly and for every family:
+The effect of scaling on the head's output z_h, the D columns it owns in o_proj's input, is computed
+exactly for every family, without changing a weight:
 
 - value: z_h -> eps * z_h (attention is linear in the value);
 - query or key: the logits are scaled by eps, the same as scaling the softmax scale, so z_h comes
   from one more attention pass with `attention.scaling * eps` ("undifferentiated attention");
 - all three: scale * eps^2, then eps * z_h.
 
-Heads do not mix before o_proj, so that one pass serves all heads at once, and under GQA a query
-head is ablated alone although it shares its key and value. The edit sits after q_norm and k_norm
-where a family has them.
+Heads do not mix before o_proj, so one pass serves all heads, and under GQA a query head is ablated
+alone although it shares its key and value. Scaling takes effect after q_norm and k_norm, where a
+family has them.
 
-`states.py` runs the model with each head scaled, `score.py` puts the scores of a model together.
+`states.py` runs the model with each head ablated, `score.py` computes the scores of all heads.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class HeadSettings(Settings):
 
     r_max: int = Field(5, ge=1, description="Rank of the subspaces of Ships.")
     target: Annotated[AblationTarget, EXPERT] = Field(
-        "all", description="What of a head is scaled."
+        "all", description="Which projection of a head is scaled."
     )
     eps: Annotated[float, EXPERT] = Field(
-        EPS, ge=0, lt=1, description="The factor; with 0 a head is switched off."
+        EPS, ge=0, lt=1, description="The factor; 0 switches a head off."
     )
     mode: Annotated[Mode, NAMED] = Field(
         "exact",
@@ -60,10 +60,10 @@ class HeadSettings(Settings):
         "best.",
     )
     window: Annotated[int, EXPERT] = Field(
-        8, ge=1, description="Screening: prompt positions followed."
+        8, ge=1, description="Screening: prompt positions recomputed."
     )
     candidates: Annotated[int, EXPERT] = Field(
-        16, ge=1, description="Screening: best heads to ablate."
+        16, ge=1, description="Screening: how many of the best heads to ablate."
     )
     tokens_per_pass: Annotated[int | None, EXPERT] = Field(
         None, ge=1, description="Tokens in one pass; fewer need less memory."
@@ -76,10 +76,10 @@ class HeadSettings(Settings):
         return self
 
     def passes(self, heads: int) -> float:
-        """What scoring takes, about, in forward passes.
+        """Approximate cost of scoring, in forward passes.
 
-        A head runs the layers behind it, half of all on average; where it is estimated with some
-        tokens of a prompt, about a sixth.
+        Ablating a head runs the layers after it, half of all on average. An estimate runs them for
+        some tokens of a prompt only, at about a sixth of that cost.
         """
         if self.mode == "exact":
             return heads / 2
@@ -87,16 +87,16 @@ class HeadSettings(Settings):
 
 
 def most_rank(samples: int, hidden: int) -> int:
-    """The highest rank at which subspaces of `samples` dimensions can turn.
+    """The highest rank at which subspaces of a space of `samples` dimensions can differ.
 
-    One less than these dimensions: as many vectors span all of them, whatever the states are.
+    That many vectors would span the whole space, whatever the states are.
     """
     return min(samples - 1, hidden)
 
 
 @dataclass(frozen=True)
 class HeadOutputs:
-    """o_proj's input `[B, S, H*D]` of one layer: as it is, and with every head ablated."""
+    """o_proj's input `[B, S, H*D]` of one layer: intact, and with every head ablated."""
 
     intact: Tensor
     ablated: Tensor
@@ -132,13 +132,13 @@ def replay_ablated(
     outputs: HeadOutputs,
     heads: Sequence[int],
 ) -> Tensor:
-    """Run from `layer` to the end once for each of `heads` ablated, all in one batch.
+    """Run from `layer` to the end with each of `heads` ablated in turn, all in one batch.
 
     Args:
-        run: Which way to run it: `replay` of the whole batch, or one of `key_values` or `window`.
+        run: `replay` of the whole batch, or a replay of `key_values` or `window`.
         hidden: Input of the layer, `[B, S, d]`.
         outputs: From `head_outputs` on the same input.
-        heads: Query heads, one a copy of the batch.
+        heads: Query heads, one for each copy of the batch.
 
     Returns:
         Normed final states `[len(heads), B, T, d]`, at the positions that `run` returns.
@@ -157,9 +157,9 @@ def replay_ablated(
             z = fold(z, copies)
         return o_proj(z), None  # type: ignore[operator]
 
-    known = hidden[:, -outputs.intact.shape[1] :]  # a run may have reached its last position only
+    used = hidden[:, -outputs.intact.shape[1] :]  # the last layer may run at the last position only
     with replaced_forwards({attention: forward}):
-        final = run(start=layer, hidden=tile_rows(known, copies))
+        final = run(start=layer, hidden=tile_rows(used, copies))
     return final.view(copies, -1, *final.shape[1:])
 
 
@@ -199,8 +199,8 @@ def left_subspace(states: Tensor, r_max: int) -> Tensor:
 def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     """Principal angles between the column spaces of two orthonormal bases, in radians.
 
-    Angles above 45 degrees come from the cosine, smaller ones from the sine, where arccos would
-    lose half the digits (Bjorck & Golub 1973; scipy.linalg.subspace_angles does the same).
+    Angles above 45 degrees come from the cosine, smaller ones from the sine, because arccos loses
+    half the digits there (Bjorck & Golub 1973; scipy.linalg.subspace_angles does the same).
 
     Args:
         a: `[..., n, r]` with orthonormal columns, float64.
@@ -216,7 +216,7 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ships(base: Tensor, ablated: Tensor, r_max: int) -> Tensor:
-    """Data-set level Ships: the sum of principal angles that an ablation turns (eq. 8 to 10).
+    """Data-set level Ships: the sum of principal angles between before and after (eq. 8 to 10).
 
     Args:
         base: Final hidden states of the last prompt token, `[samples, hidden]`.
@@ -233,18 +233,18 @@ def ships(base: Tensor, ablated: Tensor, r_max: int) -> Tensor:
 
 
 def first_feature_angles(base: Tensor, ablated: Tensor) -> Tensor:
-    """What HSR's released code computes in place of Ships: the turn of hidden feature 0 alone.
+    """Compute what HSR's released code uses in place of Ships: the angle of hidden feature 0 alone.
 
-    Its SVD is commented out; columns of the states are normalised and the first of each is taken.
-    The release gives degrees, from float32 arccos, which cannot resolve below 0.02 degrees.
+    Its SVD is commented out; it normalises the columns of the states and takes the first column.
+    It returns degrees, from a float32 arccos that cannot resolve angles below 0.02 degrees.
 
     Args:
         base: Final hidden states of the last prompt token, `[samples, hidden]`.
         ablated: The same with each head ablated, `[heads, samples, hidden]`.
 
     Returns:
-        `[heads]`, float64, radians in [0, pi / 2]: the angle between the lines that the samples'
-        values of feature 0 span before and after. NaN where that feature is 0 in all samples.
+        `[heads]`, float64, radians in [0, pi / 2]: the angle between the lines spanned by the
+        samples' values of feature 0 before and after. NaN if that feature is 0 in all samples.
     """
     before, after = (states[..., :1].double() for states in (base, ablated))
     before, after = (

@@ -1,6 +1,6 @@
-"""Last-token states of a model with one head ablated, for all heads, saved as they come.
+"""Last-token states of a model with one head ablated, for all heads, saved layer by layer.
 
-One file a layer and batch: a run that is killed loses at most the layer that it was at.
+There is one file per layer and batch, so a killed run loses at most the layer it was running.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from regraft.models.replay import Replay, last_positions, logits_of, replay, tex
 from regraft.models.window import most_attended, window_at, window_replay
 from regraft.progress import Advance, expect
 
-CPU_TOKENS = 16384  # in one pass where no device memory sets the bound
-MOST_TOKENS = 262144  # more in one pass makes no pass faster
+CPU_TOKENS = 16384  # per pass on CPU, where no device memory sets a limit
+MOST_TOKENS = 262144  # per pass; more is not faster
 
 
 @dataclass(frozen=True)
 class LayerStates:
-    """Of one layer over all batches, float32 on CPU: N samples, h ablated heads.
+    """Results of one layer over all batches, float32 on CPU: N samples, h ablated heads.
 
     `ablated` are states `[h, N, d]` of the last prompt token after the final norm, `kl` the
     divergence from the unablated model, `[h, N]`. `jittered` `[N, d]` and `jittered_kl` `[N]` are
-    of the unablated model whose input to this layer is rounded once more; None in float32.
+    the same for the unablated model with this layer's input rounded once more; None in float32.
     """
 
     ablated: Tensor
@@ -60,17 +60,16 @@ class States:
         return torch.cat([load_unfinished(_base_file(folder))["base"] for folder in self.folders])
 
     def layer(self, index: int) -> LayerStates | None:
-        """One layer's, None where it was not wanted or did not run in every batch."""
+        """Read one layer; None if it was not requested or did not run in every batch."""
         files = [_layer_file(folder, index) for folder in self.folders]
         if not all(file.exists() for file in files):
             return None
         parts = [load_unfinished(file) for file in files]
         if any("ablated" not in part for part in parts):
             return None
-        samples = {"ablated": 1, "kl": 1, "jittered": 0, "jittered_kl": 0}  # where N is
-        return LayerStates(
-            **{name: torch.cat([part[name] for part in parts], samples[name]) for name in parts[0]}
-        )
+        sample_dims = {"ablated": 1, "kl": 1, "jittered": 0, "jittered_kl": 0}
+        joined = {n: torch.cat([part[n] for part in parts], sample_dims[n]) for n in parts[0]}
+        return LayerStates(**joined)
 
 
 def ablate_heads(
@@ -82,31 +81,30 @@ def ablate_heads(
     heads: Mapping[int, Sequence[int]],
     advance: Advance,
 ) -> States:
-    """Run every batch with each of `heads` ablated; what `folder` holds already is not run again.
+    """Run every batch with each of `heads` ablated; layers already in `folder` are not run again.
 
     Args:
         model: The dense model, left as it was.
         batches: Prompts that end where the answer starts.
-        how: What is done to a head. "screened" follows the consequences through `window` positions
-            of a prompt only, with the keys and values of all others as they were.
+        how: How a head is ablated. "screened" recomputes only `window` positions of a prompt; all
+            others keep their keys and values.
         heads: Layer -> its heads to ablate; other layers are not run.
-        advance: Called for each layer of each batch with what its heads' ablation runs again,
-            `steps` of it a prompt.
+        advance: Called for each layer of each batch with samples times `layers_run`.
 
     Raises:
         RegraftError: states overflow in the model's dtype.
     """
     folders = tuple(folder / f"batch_{i:05d}" for i in range(len(batches)))
-    for batch, place in distributed.share(tuple(zip(batches, folders, strict=True))):
+    for batch, target in distributed.share(tuple(zip(batches, folders, strict=True))):
         missing = {
             layer.index: heads[layer.index]
             for layer in architecture.layers
-            if heads.get(layer.index) and not _layer_file(place, layer.index).exists()
+            if heads.get(layer.index) and not _layer_file(target, layer.index).exists()
         }
-        there = {index: some for index, some in heads.items() if index not in missing}
-        expect(advance, -len(batch.ids) * layers_run(architecture, there))
-        if missing or not _base_file(place).exists():
-            _run_batch(model, architecture, placed(batch, model), place, how, missing, advance)
+        done = {index: chosen for index, chosen in heads.items() if index not in missing}
+        expect(advance, -len(batch.ids) * layers_run(architecture, done))
+        if missing or not _base_file(target).exists():
+            _run_batch(model, architecture, placed(batch, model), target, how, missing, advance)
     distributed.barrier()
     return States(folders)
 
@@ -124,28 +122,28 @@ def _run_batch(
     run = _Run.start(model, batch, how)
     if not _base_file(folder).exists():
         _save(_base_file(folder), {"base": run.base})
-    for index, some in heads.items():
+    for index, chosen in heads.items():
         hidden = run.entering.get(index)
         states = {}
-        if hidden is not None:  # Mllama skips its cross-attention where there is no image
+        if hidden is not None:  # Mllama skips its cross-attention without an image
             tokens = how.tokens_per_pass or tokens_that_fit(architecture, hidden)
-            states = run.ablated(architecture.layers[index], hidden, some, tokens)
+            states = run.ablated(architecture.layers[index], hidden, chosen, tokens)
             if hidden.dtype in (torch.bfloat16, torch.float16):
                 seed = crc32(f"{folder.name} {index}".encode())
                 states |= run.jittered(index, hidden, seed)
         _require_finite(states, index)
         _save(_layer_file(folder, index), states)
-        advance(len(batch.ids) * layers_run(architecture, {index: some}))
+        advance(len(batch.ids) * layers_run(architecture, {index: chosen}))
 
 
 def layers_run(architecture: Architecture, heads: Mapping[int, Sequence[int]]) -> int:
-    """Layers that run again for a prompt: of each ablated head its own and all behind."""
-    return sum(len(some) * (len(architecture.layers) - index) for index, some in heads.items())
+    """Number of layer runs for one prompt: each ablated head reruns its own layer and all after."""
+    return sum(len(own) * (len(architecture.layers) - index) for index, own in heads.items())
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One batch of the unablated model, and the way to run parts of it again."""
+    """One batch's run of the unablated model, and how to replay parts of it."""
 
     model: nn.Module
     how: HeadSettings
@@ -153,13 +151,13 @@ class _Run:
     entering: Mapping[int, Tensor]  # [B, T, d]
     base: Tensor  # [B, d]
     logits: Tensor  # [B, vocabulary]
-    at: Tensor  # [B] on CPU, the last real token, counted from the end: -1 and less
+    at: Tensor  # [B] on CPU, position of the last real token from the end, -1 or less
 
     @classmethod
     def start(cls, model: nn.Module, batch: Batch, how: HeadSettings) -> _Run:
         text = text_inputs(model, batch.inputs)
         length = batch.inputs["input_ids"].shape[1]
-        at = (last_positions(batch.inputs, length) - length).cpu()  # -1: padding on the left
+        at = (last_positions(batch.inputs, length) - length).cpu()  # all -1 with left padding
         if how.mode == "screened":
             recorded = record(model, text)
             window = window_at(model, recorded, most_attended(model, recorded, how.window))
@@ -185,8 +183,8 @@ class _Run:
         copies = max(1, tokens // (hidden.shape[0] * hidden.shape[1]))
         states = torch.cat(
             [
-                self._last(replay_ablated(model, self.replay, index, hidden, outputs, some))
-                for some in even_chunks(heads, copies)
+                self._last(replay_ablated(model, self.replay, index, hidden, outputs, chunk))
+                for chunk in even_chunks(heads, copies)
             ]
         )
         return {"ablated": states, "kl": kl_divergence(self.logits, logits_of(model, states))}
@@ -199,12 +197,12 @@ class _Run:
         return {"jittered": states, "jittered_kl": kl}
 
     def _last(self, states: Tensor) -> Tensor:
-        """`[k, B, T, d]` -> the last token's, `[k, B, d]`."""
+        """Select the last token's states: `[k, B, T, d]` -> `[k, B, d]`."""
         return states[:, torch.arange(len(self.at)), self.at]
 
 
 def rounded_again(hidden: Tensor, seed: int) -> Tensor:
-    """`hidden * (1 + u)` with u uniform in half the dtype's epsilon either way, in its dtype."""
+    """`hidden * (1 + u)` in its dtype, with u uniform in +-half of the dtype's epsilon."""
     generator = torch.Generator(hidden.device).manual_seed(seed)
     uniform = torch.rand(hidden.shape, generator=generator, device=hidden.device) - 0.5
     eps = torch.finfo(hidden.dtype).eps
@@ -212,9 +210,9 @@ def rounded_again(hidden: Tensor, seed: int) -> Tensor:
 
 
 def tokens_that_fit(architecture: Architecture, hidden: Tensor) -> int:
-    """How many tokens one pass may hold beside a batch `[B, S, d]`: half of the free memory.
+    """How many tokens of a pass fit in half of the free memory, beside a batch `[B, S, d]`.
 
-    Counts what a decoder layer keeps of a token: the outputs of its linears, the MLP's product,
+    Counts what a decoder layer keeps per token: the outputs of its linears, the MLP's product,
     some hidden states, repeated keys and values, and the token's row of the attention mask.
     """
     device = hidden.device
@@ -228,7 +226,8 @@ def tokens_that_fit(architecture: Architecture, hidden: Tensor) -> int:
 
 
 def even_chunks(heads: Sequence[int], size: int) -> list[Sequence[int]]:
-    """Even chunks of at most `size` heads."""
+    """Split heads into even chunks of at most `size`."""
+
     size = math.ceil(len(heads) / math.ceil(len(heads) / size))
     return [heads[start : start + size] for start in range(0, len(heads), size)]
 

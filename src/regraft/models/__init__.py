@@ -1,1 +1,1 @@
-"""All that knows transformers: checkpoints on disk, loading, architecture, replay of layers."""
+"""Everything that knows transformers: checkpoints, loading, architecture, replay of layers."""

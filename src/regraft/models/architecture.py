@@ -1,9 +1,9 @@
 """Where a model keeps its heads and prunable weights, in memory and on disk.
 
 One description serves every family: `model.get_decoder()` owns the decoder layers, and every
-`nn.Linear` inside them is prunable but for routers. Heads are a property of the layers that have
-them, and follow from the sizes of q_proj and k_proj. The text decoder alone counts; vision tower,
-projector, embeddings and head are never pruned.
+`nn.Linear` inside them except routers is prunable. The heads of a layer follow from the sizes of
+its q_proj and k_proj. Only the text decoder is described; vision tower, projector, embeddings and
+output head are never pruned.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from regraft.errors import RegraftError
 from regraft.models.places import Place, of_tensor
 
-_READ_VISION = (
+_VISION_ONLY = (
     *("cross_attn.k_proj", "cross_attn.v_proj"),  # Mllama
     *("crossattention.self.key", "crossattention.self.value"),  # BLIP
     "mlp.vision_moe.",
@@ -29,10 +29,10 @@ _READ_VISION = (
 class LinearArchitecture:
     """One prunable weight, `[out, in]`: of an `nn.Linear`, or of one expert.
 
-    `name` is its place in the layer ("self_attn.q_proj", "mlp.experts.3.down_proj"), `module` the
-    dotted name in the model of what owns it, `parameter` its name there. `tensor` is its name on
-    disk (the same weight, whatever prefix the file uses). Where the parameter in memory or the
-    tensor on disk hold more than this weight, `held` and `stored` say where in them it is.
+    `name` is its name in the layer ("self_attn.q_proj", "mlp.experts.3.down_proj"), `module` the
+    dotted name of the module that owns it, `parameter` the parameter's name in that module, and
+    `tensor` the name on disk. If the parameter in memory holds more than this weight, `held` is
+    the weight's place in it; `stored` is the same for the tensor on disk.
     """
 
     layer: int
@@ -47,7 +47,7 @@ class LinearArchitecture:
 
     @property
     def key(self) -> str:
-        """ "layers.0.self_attn.q_proj": the same in every export of a model."""
+        """The same in every export of a model: "layers.0.self_attn.q_proj"."""
         return f"layers.{self.layer}.{self.name}"
 
     @property
@@ -63,19 +63,20 @@ class LinearArchitecture:
 
     @property
     def reads_vision(self) -> bool:
-        """Whether its inputs are vision tokens alone.
+        """Whether its inputs are vision tokens only.
 
-        Those of cross-attention's keys and values are, and of Ernie's experts for them.
+        True for the keys and values of cross-attention, and for Ernie's vision experts.
         """
-        return self.name.startswith(_READ_VISION)
+        return self.name.startswith(_VISION_ONLY)
 
 
 @dataclass(frozen=True)
 class LayerArchitecture:
     """One decoder layer: H query heads, KV key/value heads, head size D, its linears.
 
-    `attention` is "self_attn", "cross_attn" (Mllama) or what the layer has in their place. Where
-    heads cannot be told apart there are 0, and `headless` says why.
+    `attention` is the name of the attention module, "self_attn" or "cross_attn" (Mllama), or of
+    the module in its place. A layer whose heads cannot be identified has 0 heads, and `headless`
+    says why.
     """
 
     index: int
@@ -105,8 +106,8 @@ class Block:
 class Architecture:
     """The text decoder of one checkpoint. `tied`: lm_head shares the embedding.
 
-    `prefix` is what its names on disk begin with; `others` are the names in memory and the shapes
-    of all parameters that are never pruned, in the decoder and outside it.
+    `prefix` is the start of its tensors' names on disk; `others` has the name in memory and the
+    shape of every parameter that is never pruned, inside and outside the decoder.
     """
 
     family: str
@@ -130,7 +131,7 @@ class Architecture:
 
     @property
     def left_dense(self) -> list[str]:
-        """What decoder layers have beside prunable weights, by name in them: routers, kernels."""
+        """Names, within a layer, of matrices that are never pruned, such as routers."""
         first = next(self.linears)
         own = re.match(rf"(.*?\b(?:{'|'.join(LAYER_LISTS)})\.){first.layer}\.", f"{first.module}.")
         assert own is not None
@@ -140,12 +141,14 @@ class Architecture:
 
     @property
     def headless(self) -> str:
-        """Which layers have no heads and why: "layers 0-2, 4: ..."; empty where all have some."""
-        reasons = dict.fromkeys(layer.headless for layer in self.layers if layer.headless)
-        of = {why: [one.index for one in self.layers if one.headless == why] for why in reasons}
+        """Which layers have no heads and why: "layers 0-2, 4: ..."; empty if all have heads."""
+        by_reason: dict[str, list[int]] = {}
+        for layer in self.layers:
+            if layer.headless:
+                by_reason.setdefault(layer.headless, []).append(layer.index)
         return "; ".join(
             f"{'layers' if indices[1:] else 'layer'} {_ranges(indices)}: {why}"
-            for why, indices in of.items()
+            for why, indices in by_reason.items()
         )
 
 
@@ -161,20 +164,16 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 HEAD_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
-ROUTERS = (
-    "router",
-    "gate",
-    "shared_expert_gate",
-    "modality_router",
-)  # choose experts or weigh them; never pruned
+# Linears that choose experts or weight their outputs; never pruned
+ROUTERS = ("router", "gate", "shared_expert_gate", "modality_router")
 
 
 def head_block(layer: LayerArchitecture, linear: LinearArchitecture, head: int) -> Block | None:
-    """The region of `head` in a weight (HSR, section 3.2), None for a linear without heads.
+    """The region of `head` in a weight (HSR, section 3.2); None for a linear without heads.
 
-    Rows h*D:(h+1)*D of q_proj, or h*2D:(h+1)*2D where each head's query comes with its gate; the
-    rows of key/value head h // (H/KV) of k_proj and v_proj, which the query heads of a group share
-    (GQA); columns h*D:(h+1)*D of o_proj.
+    Rows h*D:(h+1)*D of q_proj, or h*2D:(h+1)*2D if it also makes each head's gate; the rows of
+    key/value head h // (H/KV) of k_proj and v_proj, which the query heads of a group share (GQA);
+    columns h*D:(h+1)*D of o_proj.
     """
     out_features, in_features = linear.shape
     size = layer.head_dim
@@ -194,10 +193,10 @@ def head_block(layer: LayerArchitecture, linear: LinearArchitecture, head: int) 
 def check_same_architecture(
     dense: Architecture, pruned: Architecture, names: tuple[str, str]
 ) -> None:
-    """Raise unless two checkpoints are the same network, with the first difference.
+    """Raise unless two checkpoints are the same network; the message has the first difference.
 
-    Every parameter's shape must be the same, of the decoder, the vocabulary and the vision part;
-    names on disk and dtypes may differ. `names` are what messages call the two.
+    Every parameter must have the same shape, in the decoder, the vocabulary and the vision part;
+    names on disk and dtypes may differ. Messages call the two checkpoints by `names`.
     """
     if difference := _difference(dense, pruned):
         raise RegraftError(
@@ -228,27 +227,27 @@ def _other_shape(a: Mapping[str, tuple[int, ...]], b: Mapping[str, tuple[int, ..
     return None
 
 
-LAYER_LISTS = ("layers", "layer", "h", "block", "blocks")  # as decoders call them
+LAYER_LISTS = ("layers", "layer", "h", "block", "blocks")  # names of decoders' module lists
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
     """The module that owns the decoder layers and, as a rule, the final norm.
 
     Raises:
-        RegraftError: the model has none (an encoder, a classifier).
+        RegraftError: the model has no text decoder (an encoder, a classifier).
     """
     decoder: object = model
     while not _layer_lists(decoder):
         find = getattr(decoder, "get_decoder", None)
         found = find() if callable(find) else None
-        if found is decoder:  # it knows of no other: Llama 4's language model, BERT's kin
+        if found is decoder:  # it returns itself: Llama 4's language model, BERT-like models
             encodes = not getattr(getattr(decoder, "config", None), "is_decoder", True)
             inner = None if encodes else getattr(decoder, "encoder", None)
             found = getattr(decoder, "model", inner)
         if found is None or found is decoder:
             raise RegraftError(
-                f"{type(model).__name__} has no text decoder with layers in a list of a usual name "
-                f"({', '.join(LAYER_LISTS)})."
+                f"{type(model).__name__} has no text decoder with its layers in a module list "
+                f"called {', '.join(LAYER_LISTS[:-1])} or {LAYER_LISTS[-1]}."
             )
         decoder = found
     assert isinstance(decoder, nn.Module)
@@ -256,7 +255,7 @@ def text_decoder(model: nn.Module) -> nn.Module:
 
 
 def language_model(model: nn.Module) -> nn.Module:
-    """The innermost part of a model that makes logits: itself, as a rule.
+    """The innermost part of a model that makes logits, usually the model itself.
 
     Raises:
         RegraftError: no part has an output head.
@@ -267,14 +266,14 @@ def language_model(model: nn.Module) -> nn.Module:
     found = [part for part in around if output_head(part) is not None]
     if not found:
         raise RegraftError(
-            f"{type(model).__name__} has no output head that transformers knows of; regraft works "
-            "on vision-language and language models."
+            f"{type(model).__name__} has no output head that transformers knows; regraft works on "
+            "vision-language and language models."
         )
     return found[-1]
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """What makes logits of final states, `[vocabulary, d]`."""
+    """The module that turns final states into logits, weight `[vocabulary, d]`."""
     find = getattr(model, "get_output_embeddings", None)
     return find() if callable(find) else None
 
@@ -285,7 +284,7 @@ def _layer_lists(module: object) -> list[nn.ModuleList]:
 
 
 def layer_list(decoder: nn.Module) -> nn.ModuleList:
-    """The list in which a text decoder keeps its layers."""
+    """The module list in which a text decoder keeps its layers."""
     return _layer_lists(decoder)[0]
 
 
@@ -293,12 +292,12 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(layer_list(text_decoder(model)))
 
 
-# Mllama's, what Nemotron-H calls all, and other names
+# "cross_attn" is Mllama's; Nemotron-H calls every kind "mixer"
 ATTENTIONS = ("self_attn", "cross_attn", "mixer", "attention", "attn", "self_attention")
 
 
 def find_attention(layer: nn.Module) -> tuple[str, nn.Module] | None:
-    """Name and module of a decoder layer's attention, of those names that families have for it."""
+    """Name and module of a decoder layer's attention, by the names in `ATTENTIONS`."""
     for name in ATTENTIONS:
         module = getattr(layer, name, None)
         if isinstance(module, nn.Module):
@@ -307,7 +306,7 @@ def find_attention(layer: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def attention_of(layer: nn.Module) -> tuple[str, nn.Module]:
-    """The same of a layer that has one."""
+    """`find_attention` in a layer that must have one."""
     found = find_attention(layer)
     if found is None:
         raise RegraftError(f"{type(layer).__name__} has none of {', '.join(ATTENTIONS)}.")
@@ -315,7 +314,7 @@ def attention_of(layer: nn.Module) -> tuple[str, nn.Module]:
 
 
 def embeds_for_each_layer(decoder: nn.Module) -> bool:
-    """Whether projections of the embeddings go into every layer (Gemma 3n, Gemma 4)."""
+    """Whether every layer also reads a projection of the embeddings (Gemma 3n, Gemma 4)."""
     return bool(getattr(decoder.config, "hidden_size_per_layer_input", 0))
 
 
@@ -330,9 +329,9 @@ def has_cross(layer: nn.Module) -> bool:
 
 
 def cache_argument(module: nn.Module) -> str:
-    """What a decoder's or a decoder layer's forward calls its cache of keys and values.
+    """Name of the key/value cache among the arguments of a decoder's or a layer's forward.
 
     "cache" from transformers 5.24 on, "past_key_values" before.
     """
-    forward = type(module).forward  # an instance's own may be a stand-in
+    forward = type(module).forward  # the instance's forward may be replaced
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"

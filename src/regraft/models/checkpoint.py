@@ -1,7 +1,7 @@
-"""A checkpoint on disk: names, shards and bytes. Knows safetensors and nothing of models.
+"""A checkpoint on disk: names, shards and bytes. Knows safetensors but not models.
 
 Headers are parsed here because `safetensors.safe_open` does not give the byte range of a tensor,
-without which a tensor could not be overwritten where it lies.
+which is needed to overwrite it in place.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from regraft.models.places import Place
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights that are not quantised
-_SAMPLE = 4096
-_SAMPLED = 1024
+_OUTLINE_BYTES = 4096  # of each tensor in `Checkpoint.outline`
+_SAMPLE = 1024  # elements in `Checkpoint.sample`
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
 _SETTINGS = {".json", ".jinja", ".txt", ".model", ".py"}
 _MOST_SETTINGS = 2**30  # bytes
-_MOST_HEADER = 100_000_000  # bytes, as safetensors itself
+_MOST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 _AGAIN = "Download or export the file again."
 _LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {
@@ -53,7 +53,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """Where one tensor lies: `shard` file name, byte range [start, stop) in it, dtype, shape."""
+    """Where one tensor is: `shard` file name, byte range [start, stop) in it, dtype, shape."""
 
     name: str
     shard: str
@@ -75,7 +75,7 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors shards, opened and checked, no tensor read yet."""
+    """A folder of safetensors shards whose headers have been read and checked."""
 
     folder: Path
     shards: tuple[str, ...]
@@ -87,7 +87,7 @@ class Checkpoint:
         return self._elements(record, 0, math.prod(record.shape)).view(record.shape)
 
     def matrix(self, name: str, place: Place | None, shape: tuple[int, int]) -> Tensor:
-        """Read the matrix at a place of one tensor, or the tensor, contiguous, in its own dtype."""
+        """Read the matrix at `place` in one tensor (None: all of it), contiguous, in its dtype."""
         if place is None:
             return self.read(name)
         part = self._elements(self.record(name), place.first, place.stop(shape) - place.first)
@@ -97,11 +97,11 @@ class Checkpoint:
         """Read at most 1024 elements from the middle of one tensor, flat, in its own dtype."""
         record = self.record(name)
         elements = record.bytes // record.torch_dtype.itemsize
-        count = min(elements, _SAMPLED)
+        count = min(elements, _SAMPLE)
         return self._elements(record, (elements - count) // 2, count)
 
     def _elements(self, record: TensorRecord, first: int, count: int) -> Tensor:
-        """Read some elements of a tensor, flat."""
+        """Read `count` elements of a tensor from element `first` on, flat."""
         size = record.torch_dtype.itemsize
         with (self.folder / record.shard).open("rb") as handle:
             handle.seek(record.start + first * size)
@@ -125,10 +125,7 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all shards, config, tokenizer, processor and template, 64 hex digits.
-
-        Reads every byte once.
-        """
+        """SHA-256 over the bytes of all shards and settings files, 64 hex digits."""
         settings = [path.name for path in self._settings()]
         names = (*self.shards, *settings)
         with ThreadPoolExecutor(max_workers=4) as pool:
@@ -136,12 +133,11 @@ class Checkpoint:
             return digest(*names, *digests)
 
     def outline(self, without: Container[str] = ()) -> str:
-        """SHA-256 of what is known without reading all weights, 64 hex digits.
+        """A cheap fingerprint that does not read all weights: SHA-256, 64 hex digits.
 
-        It covers where each tensor lies, its dtype, shape and first 4 KiB, and the config,
-        tokenizer, processor and template files. Two checkpoints of one layout that differ only
-        deeper inside their tensors have the same outline. `without` are names of tensors whose
-        content does not count, and of files.
+        It covers each tensor's record and first 4 KiB, and the settings files. Checkpoints of one
+        layout that differ only further inside their tensors have the same outline. `without` names
+        tensors and files whose content is ignored.
         """
         parts: list[bytes | str | memoryview] = []
         for shard in self.shards:
@@ -151,7 +147,7 @@ class Checkpoint:
                         parts.append(repr(record))
                         handle.seek(record.start)
                         size = 0 if name in without else record.bytes
-                        parts.append(handle.read(min(size, _SAMPLE)))
+                        parts.append(handle.read(min(size, _OUTLINE_BYTES)))
         for path in self._settings():
             if path.name not in without:
                 parts += [path.name, file_digest(path)]
@@ -163,7 +159,10 @@ class Checkpoint:
         found = [path for path in files if path.suffix in _SETTINGS and path.is_file()]
         for path in found:
             if (size := path.stat().st_size) > _MOST_SETTINGS:
-                raise RegraftError(f"{path} has {size:,} bytes: no such file of a model does.")
+                raise RegraftError(
+                    f"{path} has {size:,} bytes; expected at most {_MOST_SETTINGS:,} for such a "
+                    "file of a model."
+                )
         return found
 
 
@@ -172,8 +171,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         RegraftError: the folder, a shard or the index is missing, a shard is truncated or not
-            safetensors, a tensor's range is not of its size, index and shards disagree, or only
-            pickled weights are there.
+            safetensors, a tensor's byte range does not fit its shape and dtype, index and shards
+            disagree, or the folder holds pickled weights only.
     """
     if folder.is_file():
         raise RegraftError(
@@ -183,12 +182,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise RegraftError(
             f"The model folder {folder} does not exist. A folder on disk is needed here, with "
-            "config.json and safetensors: the word demo or a hub id will not do. `hf download ID` "
-            "prints the folder of a model from the hub."
+            "config.json and safetensors, not a hub id or the word demo. `hf download ID` prints "
+            "the folder of a model from the hub."
         )
     _require_within(folder)
     index = folder / INDEX_FILE
-    listed = _listed(folder)
+    listed = _read_index(folder)
     shards = tuple(sorted(set(listed.values()))) or (SINGLE_FILE,)
     tensors: dict[str, TensorRecord] = {}
     for shard in shards:
@@ -206,9 +205,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _require_within(folder: Path) -> None:
-    """Raise where a file of a model is a link out of its folder: a copy would take what it finds.
+    """Raise if a file is a link out of the model's folder: a copy would include its target.
 
-    The hub's own links, from a snapshot to the blobs beside it, are no such links.
+    The hub's own links, from a snapshot to the blobs beside it, are allowed.
     """
     for path in folder.rglob("*"):
         if path.is_symlink() and not within(path, folder):
@@ -218,8 +217,8 @@ def _require_within(folder: Path) -> None:
             )
 
 
-def _listed(folder: Path) -> dict[str, str]:
-    """Tensor -> shard by the index, whose shards are there; empty where there is a single file."""
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor -> shard as the index has it, all shards existing; empty for a single weights file."""
     index = folder / INDEX_FILE
     if (folder / SINGLE_FILE).is_file():
         return {}
@@ -240,8 +239,8 @@ def _listed(folder: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not is_name(shard):
             raise RegraftError(
-                f"{index}: the shard of {name!r} in weight_map is {shown(shard)}, which leaves the "
-                "folder, or is no file name."
+                f"{index}: the shard of {name!r} in weight_map is {shown(shard)}; expected the "
+                "name of a file in the folder."
             )
     first = {shard: name for name, shard in reversed(weight_map.items())}
     for shard, name in first.items():
@@ -249,8 +248,8 @@ def _listed(folder: Path) -> dict[str, str]:
             raise RegraftError(
                 f"{folder}: shard {shard}, listed in {INDEX_FILE} for {name!r}, is missing."
             )
-    if not isinstance(content.get("metadata"), dict):  # without which transformers loads nothing
-        raise RegraftError(f"{index}: field metadata is missing, or no JSON object.")
+    if not isinstance(content.get("metadata"), dict):  # transformers requires it
+        raise RegraftError(f"{index}: field metadata is missing or not a JSON object.")
     return weight_map
 
 
@@ -269,14 +268,14 @@ def _read_header(path: Path) -> Iterator[TensorRecord]:
     header.pop("__metadata__", None)
     entries = [(name, *_entry(f"{where}: tensor {name}", one)) for name, one in header.items()]
     base = 8 + length
-    place = 0
+    end = 0
     for name, dtype, shape, start, stop in sorted(entries, key=lambda entry: entry[3:]):
-        if start != place:
+        if start != end:
             raise RegraftError(
                 f"{path} is damaged: tensor {name} begins at byte {start} of the data, the one "
-                f"before it ends at {place}. {_AGAIN}"
+                f"before it ends at {end}. {_AGAIN}"
             )
-        place = stop
+        end = stop
         if base + stop > size:
             raise RegraftError(
                 f"{path} is truncated: tensor {name} ends at byte {base + stop}, "
@@ -285,7 +284,7 @@ def _read_header(path: Path) -> Iterator[TensorRecord]:
         record = TensorRecord(name, path.name, dtype, shape, base + start, base + stop)
         _require_size(path, record)
         yield record
-    if rest := size - base - place:
+    if rest := size - base - end:
         raise RegraftError(f"{path}: {rest} bytes follow the last tensor. {_AGAIN}")
 
 
@@ -308,7 +307,7 @@ def _entry(where: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    """Whether a value is a list of whole numbers from 0 on."""
+    """Whether a value is a list of non-negative integers."""
     return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
 
 
@@ -319,12 +318,12 @@ def _require_size(path: Path, record: TensorRecord) -> None:
     if record.bytes != needed:
         raise RegraftError(
             f"{path} is damaged: tensor {record.name} of shape {list(record.shape)} and dtype "
-            f"{record.dtype} takes {needed} bytes, the header gives it {record.bytes}. {_AGAIN}"
+            f"{record.dtype} takes {needed} bytes, the header says {record.bytes}. {_AGAIN}"
         )
 
 
 def read_tensor(handle: BufferedReader | BufferedRandom, record: TensorRecord) -> Tensor:
-    """The tensor that a file holds from where it stands, as its record describes it."""
+    """Read the tensor that `record` describes from the file's current position."""
     tensor = torch.empty(record.shape, dtype=record.torch_dtype)
     memory = tensor.reshape(-1).view(torch.uint8).numpy().data
     if handle.readinto(memory) != memory.nbytes:

@@ -1,8 +1,8 @@
-"""A copy of a checkpoint in which some tensors differ.
+"""Copy a checkpoint with some tensors changed.
 
 Shards are copied and the bytes of single tensors overwritten, so that everything else (other
-tensors, their order, dtypes, shard sizes, metadata) is kept to the byte. What is copied is checked
-on the way, so that it is read once.
+tensors, their order, dtypes, shard sizes, metadata) stays the same to the byte. Weights are checked
+while they are copied, so they are read only once.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from regraft.progress import Advance
 Edit = Callable[[Tensor], Tensor]
 EditShard = Callable[[Path], None]
 Unbounded = Callable[[str], bool]
-"""Whether a tensor, by its name, may hold infinity."""
-_CHUNK = 2**20  # bytes read at a time, which a core's own cache holds
+"""Whether the tensor of this name may hold infinity."""
+_CHUNK = 2**20  # bytes read at a time; they fit in a core's own cache
 
 
 def write_edited(
@@ -54,9 +54,9 @@ def write_edited(
     advance: Advance = lambda _: None,
     unbounded: Unbounded = lambda _: False,
 ) -> Checkpoint:
-    """Copy a checkpoint folder to `target`, replacing single tensors, in one atomic step.
+    """Copy a checkpoint folder to `target` atomically, replacing single tensors.
 
-    Config, processor, tokenizer and chat template files are copied as they are; a
+    Config, processor, tokenizer and chat template files are copied unchanged, except that a
     `sparsity_config` in config.json is dropped (zeros are saved densely and serving engines
     reject it); weights in other formats are left out.
 
@@ -67,11 +67,11 @@ def write_edited(
             replacement, of the same shape and dtype. One tensor is in memory at a time.
         files: Extra text files to write into the folder, name -> content.
         advance: Called with the number of bytes just copied.
-        unbounded: Of which tensors infinity is copied.
+        unbounded: Which tensors may hold infinity.
 
     Raises:
-        RegraftError: `target` is not empty, the disk is full, an edit names no tensor, or a tensor
-            of `source` holds NaN or infinity.
+        RegraftError: `target` is not empty, the disk is full, an edit names a tensor that does not
+            exist, or a tensor of `source` holds NaN or infinity.
     """
     for name in edits:
         source.record(name)
@@ -103,14 +103,14 @@ def write_copy(
     unbounded: Unbounded = lambda _: False,
     one_by_one: bool = False,
 ) -> Checkpoint:
-    """Copy a checkpoint folder as `write_edited` does, with any edit of its shards.
+    """Copy a checkpoint folder as `write_edited` does, editing whole shards.
 
     `edit_shard` is called with the path of each shard's copy, in several threads unless shards are
     copied `one_by_one`.
 
     Raises:
         RegraftError: `target` is not empty, the disk is full, a tensor of `source` holds NaN or
-            infinity, or the source changed meanwhile.
+            infinity, or `source` changed during the copy.
     """
     check_target(source, target)
     stamps = source.stamps()
@@ -119,11 +119,11 @@ def write_copy(
         for name, content in (files or {}).items():
             (temporary / name).write_text(content, encoding="utf-8")
         stop = Event()
-        advance = _one_at_a_time(advance, stop)
+        advance = _thread_safe(advance, stop)
 
         def copy(shard: str) -> None:
             with (temporary / shard).open("wb", buffering=0) as writer:
-                for piece in checked(source, shard, unbounded):
+                for piece in _read_checked(source, shard, unbounded):
                     write_all(writer, piece)
                     advance(len(piece))
             edit_shard(temporary / shard)
@@ -135,7 +135,7 @@ def write_copy(
             in_threads(copy, source.shards, stop)
         if source.stamps() != stamps:
             raise PassingError(
-                f"{source.folder} was changed while it was copied. Run the same command again when "
+                f"{source.folder} changed while it was copied. Run the same command again when "
                 "nothing else writes there."
             )
     return open_checkpoint(target)
@@ -145,7 +145,7 @@ def check_target(source: Checkpoint, target: Path) -> None:
     """Check that a copy of `source` can be written to `target`; writes and removes nothing.
 
     Raises:
-        RegraftError: `target` is no new folder, lies inside `source`, or the disk is too full.
+        RegraftError: `target` is not a new folder or is inside `source`, or the disk is too full.
     """
     require_new(target)
     if target.resolve().is_relative_to(source.folder.resolve()):
@@ -157,13 +157,11 @@ def check_target(source: Checkpoint, target: Path) -> None:
     require_space(target, needed - leftover_bytes(target))
 
 
-def checked(
-    source: Checkpoint, shard: str, unbounded: Unbounded = lambda _: False
-) -> Iterator[memoryview]:
-    """Read all bytes of a shard in order, through one buffer, and check them on the way.
+def _read_checked(source: Checkpoint, shard: str, unbounded: Unbounded) -> Iterator[memoryview]:
+    """Yield all bytes of a shard in order, through one buffer, after checking them.
 
     Raises:
-        RegraftError: a tensor of floats holds NaN, or infinity and is not `unbounded`.
+        RegraftError: a float tensor holds NaN, or infinity without being `unbounded`.
     """
     path = source.folder / shard
     records = [one for one in source.tensors.values() if one.shard == shard]
@@ -171,10 +169,10 @@ def checked(
     buffer = torch.empty(_CHUNK, dtype=torch.uint8)
     with path.open("rb", buffering=0) as handle:
         for piece in _cut(0, header):
-            yield _filled(buffer, handle, piece)
+            yield _fill(buffer, handle, piece)
         for record in sorted(records, key=lambda one: one.start):
             for piece in _cut(record.start, record.stop):
-                content = _filled(buffer, handle, piece)
+                content = _fill(buffer, handle, piece)
                 if record.dtype in FLOATS:
                     part = buffer[: len(piece)].view(record.torch_dtype)
                     require_finite(source.folder, {record.name: part}, unbounded=unbounded)
@@ -182,12 +180,18 @@ def checked(
 
 
 def check_all_weights(source: Checkpoint, unbounded: Unbounded, advance: Advance) -> None:
-    """Read all weights of a checkpoint as `checked` does; `advance` is told the bytes."""
+    """Read a checkpoint and check its weights for NaN and infinity, as a copy does.
+
+    `advance` is called with the number of bytes just read.
+
+    Raises:
+        RegraftError: a float tensor holds NaN, or infinity without being `unbounded`.
+    """
     stop = Event()
-    advance = _one_at_a_time(advance, stop)
+    advance = _thread_safe(advance, stop)
 
     def check(shard: str) -> None:
-        for piece in checked(source, shard, unbounded):
+        for piece in _read_checked(source, shard, unbounded):
             advance(len(piece))
 
     in_threads(check, source.shards, stop)
@@ -197,15 +201,15 @@ def _cut(start: int, stop: int) -> Iterator[range]:
     return (range(first, min(first + _CHUNK, stop)) for first in range(start, stop, _CHUNK))
 
 
-def _filled(buffer: Tensor, handle: io.FileIO, piece: range) -> memoryview:
-    """A piece of a file, in the buffer."""
+def _fill(buffer: Tensor, handle: io.FileIO, piece: range) -> memoryview:
+    """Read a range of bytes of a file into the buffer."""
     content = buffer[: len(piece)].numpy().data
     read_at(handle, piece.start, content)
     return content
 
 
-def _one_at_a_time(advance: Advance, stop: Event) -> Advance:
-    """`advance` for several threads, one of them at a time; an error once `stop` is set."""
+def _thread_safe(advance: Advance, stop: Event) -> Advance:
+    """`advance` behind a lock; raises once `stop` is set."""
     lock = Lock()
 
     def locked(count: int) -> None:
@@ -228,7 +232,7 @@ def _copy_side_files(source: Checkpoint, target: Path) -> None:
 
 
 def _side_files(source: Checkpoint) -> Iterator[Path]:
-    """What is copied of a model's folder besides its weights."""
+    """Files of a model's folder to copy besides its weights."""
     for path in sorted(source.folder.rglob("*")):
         relative = path.relative_to(source.folder)
         hidden = any(part.startswith(".") for part in relative.parts)
@@ -246,9 +250,9 @@ def _copy_config(source: Path, target: Path) -> None:
     dense = {key: value for key, value in config.items() if key != "sparsity_config"}
     quantization = dense.get("quantization_config")
     if isinstance(quantization, dict) and "sparsity_config" in quantization:
-        left = {k: v for k, v in quantization.items() if k != "sparsity_config"}
-        if left.get("config_groups"):
-            dense["quantization_config"] = left
+        rest = {k: v for k, v in quantization.items() if k != "sparsity_config"}
+        if rest.get("config_groups"):
+            dense["quantization_config"] = rest
         else:
             del dense["quantization_config"]
     if dense == config:

@@ -1,6 +1,6 @@
-"""Read the architecture of a model off its modules, and find its weights in a checkpoint.
+"""Derive the architecture of a model from its modules, and find its weights in a checkpoint.
 
-Every layer's linears are prunable; heads are told apart where a layer has separate q, k, v and o
+Every layer's linears are prunable; heads are identified where a layer has separate q, k, v and o
 projections.
 """
 
@@ -27,7 +27,7 @@ from regraft.models.architecture import (
 from regraft.models.checkpoint import Checkpoint
 from regraft.models.experts import parameters_of, transposed
 from regraft.models.layout import Layout
-from regraft.models.on_disk import OnDisk, Part
+from regraft.models.on_disk import Part, WeightFinder
 from regraft.models.places import Place
 
 
@@ -36,10 +36,10 @@ def read_architecture(
 ) -> Architecture:
     """Describe a model (weights may be on the meta device) and find its weights on disk.
 
-    `layout` is asked for where they are only if their names do not tell.
+    `layout` is called only if tensor names on disk do not suffice.
 
     Raises:
-        RegraftError: there are no linears, no output head, or the checkpoint has no such weights.
+        RegraftError: there are no linears, no output head, or the checkpoint lacks their weights.
     """
     output = output_head(language_model(model))
     assert output is not None
@@ -53,19 +53,19 @@ def read_architecture(
         raise RegraftError(
             f"The decoder layers of {type(model).__name__} have no linears to prune."
         )
-    on_disk = OnDisk.of(model, checkpoint, layout, shapes)
-    layers = _describe_layers(model, on_disk)
+    finder = WeightFinder.of(model, checkpoint, layout, shapes)
+    layers = _describe_layers(model, finder)
     pruned = {f"{li.module}.{li.parameter}" for layer in layers for li in layer.linears}
     return Architecture(
         family=model.config.model_type,  # type: ignore[union-attr, arg-type]
         layers=layers,
         hidden_size=_text_config(model).hidden_size,
         vocabulary=output.weight.shape[0],  # type: ignore[index, arg-type]
-        # config.tie_word_embeddings would not do: MllamaConfig has none
+        # not from config.tie_word_embeddings, which MllamaConfig lacks
         tied=output.weight is model.get_input_embeddings().weight,  # type: ignore[operator]
         has_vision=hasattr(model.config, "vision_config"),
         parameters=sum(p.numel() for p in model.parameters()),
-        prefix=on_disk.prefix or "",
+        prefix=finder.prefix or "",
         others=tuple(
             (name, tuple(parameter.shape))
             for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -75,11 +75,11 @@ def read_architecture(
 
 
 def _is_prunable(name: str, module: nn.Module) -> bool:
-    within = name.split(".")  # Gemma 4's is "router.proj"
-    return isinstance(module, nn.Linear) and not any(part in ROUTERS for part in within)
+    parts = name.split(".")  # Gemma 4's router is "router.proj"
+    return isinstance(module, nn.Linear) and not any(part in ROUTERS for part in parts)
 
 
-def _describe_layers(model: nn.Module, on_disk: OnDisk) -> tuple[LayerArchitecture, ...]:
+def _describe_layers(model: nn.Module, finder: WeightFinder) -> tuple[LayerArchitecture, ...]:
     names = {id(module): name for name, module in model.named_modules()}
     described, layers = [], decoder_layers(model)
     sharing = any(
@@ -92,26 +92,26 @@ def _describe_layers(model: nn.Module, on_disk: OnDisk) -> tuple[LayerArchitectu
         for name, module in layer.named_modules():
             where = _Where(index, name, f"{names[id(layer)]}.{name}")
             if _is_prunable(name, module):
-                linears += _linear(where, module, on_disk)
+                linears += _linear(where, module, finder)
             else:
-                linears += _experts(where, module, on_disk)
+                linears += _experts(where, module, finder)
         attention, heads, why = _heads(layer, _text_config(model))
         if sharing and heads != NO_HEADS:
-            heads, why = NO_HEADS, "layers read keys and values of others"
+            heads, why = NO_HEADS, "layers share keys and values with others"
         described.append(LayerArchitecture(index, attention, *heads, tuple(linears), headless=why))
     return tuple(described)
 
 
 class _Where(NamedTuple):
     layer: int
-    name: str  # in the layer
-    module: str  # in the model
+    name: str  # within the layer
+    module: str  # within the model
 
 
-def _linear(where: _Where, module: Any, on_disk: OnDisk) -> list[LinearArchitecture]:
-    """The weight of an `nn.Linear`; several where it is stored as several tensors, one by one."""
+def _linear(where: _Where, module: Any, finder: WeightFinder) -> list[LinearArchitecture]:
+    """Describe the weight of an `nn.Linear`, or each part if it is stored as several tensors."""
     shape = (module.out_features, module.in_features)
-    parts = on_disk.linear(where.layer, where.name, where.module, shape)
+    parts = finder.linear(where.layer, where.name, where.module, shape)
     if len(parts) == 1:
         return [LinearArchitecture(*where, parts[0].tensor, shape, stored=parts[0].place)]
     layer, name, owner = where
@@ -129,8 +129,8 @@ def _linear(where: _Where, module: Any, on_disk: OnDisk) -> list[LinearArchitect
     ]
 
 
-def _experts(where: _Where, module: nn.Module, on_disk: OnDisk) -> list[LinearArchitecture]:
-    """The matrices of each expert, of a module that holds those of all in 3-D parameters."""
+def _experts(where: _Where, module: nn.Module, finder: WeightFinder) -> list[LinearArchitecture]:
+    """Describe each expert's matrices, if `module` holds those of all experts in 3-D parameters."""
     found = []
     flipped = bool(transposed(module))
     parameters = {name: getattr(module, name) for name in parameters_of(module)}
@@ -139,7 +139,7 @@ def _experts(where: _Where, module: nn.Module, on_disk: OnDisk) -> list[LinearAr
             shape = tuple(tensor.shape)
             dotted = f"{where.module}.{parameter}"
             rows, columns = shape[:0:-1] if flipped else shape[1:]
-            parts = on_disk.expert(dotted, shape, expert, flipped)
+            parts = finder.expert(dotted, shape, expert, flipped)
             for name, part in zip(_names(parameter, parts), parts, strict=True):
                 first = expert * rows * columns + part.first * (1 if flipped else columns)
                 found.append(
@@ -159,7 +159,7 @@ def _experts(where: _Where, module: nn.Module, on_disk: OnDisk) -> list[LinearAr
 
 
 def _names(parameter: str, parts: Sequence[Part]) -> list[str]:
-    """What the parts of an expert's matrix are called: as on disk, where gate and up are apart."""
+    """Names of a matrix's parts: as on disk if these differ (separate gate and up), or numbered."""
     if len(parts) == 1:
         return [parameter]
     names = [part.tensor.removesuffix(".weight").rpartition(".")[2] for part in parts]
@@ -176,33 +176,33 @@ NO_HEADS = (0, 0, 0)
 
 
 def _heads(layer: nn.Module, config: Any) -> tuple[str, tuple[int, int, int], str]:
-    """(what a layer attends by; query heads, key/value heads and head size; why there are none)."""
+    """(name of the attention; query heads, key/value heads, head size; why there are no heads)."""
     found = find_attention(layer)
     if found is not None:
         name, attention = found
         return name, *_heads_of(attention, config)
     others = [name for name, child in layer.named_children() if _mixes_tokens(name)]
     name = others[0] if others else "none"
-    return name, NO_HEADS, f"{name} is no attention by heads"
+    return name, NO_HEADS, f"{name} is not attention with heads"
 
 
 def _mixes_tokens(name: str) -> bool:
-    """Whether a child of a layer takes the place of attention: all but its MLP and norms do."""
+    """Whether a layer's child, by its name, replaces attention: anything but an MLP or a norm."""
     return not any(part in name for part in ("norm", "mlp", "feed_forward", "moe", "act"))
 
 
 def _heads_of(attention: nn.Module, config: Any) -> tuple[tuple[int, int, int], str]:
-    """Query heads, key/value heads and head size, or why they cannot be told apart.
+    """Query heads, key/value heads and head size, or why heads cannot be identified.
 
-    A q_proj with twice the rows makes each head's query and its gate (Qwen3-Next): the head's rows
+    A q_proj with twice the rows makes each head's query and its gate (Qwen3-Next); the head's rows
     are still one block.
     """
     kind = type(attention).__name__
     for role in HEAD_ROLES:
         if not isinstance(getattr(attention, role, None), nn.Linear):
-            return NO_HEADS, f"{kind} has no {role} of its own"
+            return NO_HEADS, f"{kind} has no separate {role}"
     if not isinstance(getattr(attention, "scaling", None), int | float):
-        return NO_HEADS, f"{kind} does not say how it scales"
+        return NO_HEADS, f"{kind} has no attribute scaling"
     size = _head_dim(attention, config)
     shapes = {role: list(getattr(attention, role).weight.shape) for role in HEAD_ROLES}
     heads, kv_heads = shapes["o_proj"][1] // size, shapes["k_proj"][0] // size
@@ -218,8 +218,8 @@ def _heads_of(attention: nn.Module, config: Any) -> tuple[tuple[int, int, int], 
 def _head_dim(attention: nn.Module, config: Any) -> int:
     """The head size D.
 
-    The attention module is asked first: Qwen2-VL's config has no `head_dim`, and of Qwen3 and
-    Gemma 3 hidden_size // num_attention_heads is another number.
+    The attention module comes first: Qwen2-VL's config has no `head_dim`, and in Qwen3 and Gemma 3
+    hidden_size // num_attention_heads is a different number.
     """
     size: int = (
         getattr(attention, "head_dim", None)

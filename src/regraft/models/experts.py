@@ -1,9 +1,9 @@
-"""Run experts one by one through a module a matrix, so that each can be observed and pruned.
+"""Run experts one by one, each matrix as a module, so that each can be observed and pruned.
 
 Families keep the weights of all experts of a layer in 3-D parameters, `[E, out, in]` or its
-transpose, and multiply them in one fused kernel. For the length of a block the same is computed
-expert by expert: every token takes the experts that the router chose, and each expert's matrices
-are modules that hooks can be put on. An expert to which no token goes runs on none.
+transpose, and multiply them in one fused kernel. Inside a block the same is computed expert by
+expert: every token goes to the experts that the router chose, and each expert's matrices are
+modules that take hooks. An expert that gets no token runs on an empty input.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ FIRST, LAST = ("gate_up_proj", "up_proj"), "down_proj"
 class ExpertLinear(nn.Module):
     """One matrix `[out, in]` of one expert.
 
-    `tokens` are those that its rows of input belong to, `[n]` int64, ascending, of `of` in all.
+    `tokens` are the indices of the tokens of its last input, one per row, `[n]` int64 ascending;
+    `of` is the number of tokens in the batch.
     """
 
     tokens: Tensor
@@ -42,7 +43,7 @@ class ExpertLinear(nn.Module):
 
 
 def transposed(experts: nn.Module) -> bool | None:
-    """Whether weights of all experts are `[E, in, out]`; None for a module that is no such one."""
+    """Whether experts' weights are `[E, in, out]`; None for a module that holds no experts."""
     if not any(hasattr(experts, name) for name in FIRST) or not hasattr(experts, LAST):
         return None
     if _is_llama4(experts):
@@ -52,7 +53,7 @@ def transposed(experts: nn.Module) -> bool | None:
 
 
 def parameters_of(experts: nn.Module) -> list[str]:
-    """Names of the 3-D parameters that hold experts' matrices; none of another module."""
+    """Names of the 3-D parameters that hold experts' matrices; empty for other modules."""
     if transposed(experts) is None:
         return []
     names = (*FIRST, LAST)
@@ -63,35 +64,35 @@ def parameters_of(experts: nn.Module) -> list[str]:
 def opened(
     linears: Mapping[LinearArchitecture, nn.Module], batch: Batch
 ) -> Iterator[Mapping[LinearArchitecture, nn.Module]]:
-    """Run experts one by one in the block, on a batch on the device.
+    """Run experts one by one inside the block, on a batch on the device.
 
-    `linears` come with the modules that own them, and are yielded with the module that multiplies
-    by each alone, which for those of experts is a new one.
+    `linears` maps each linear to the module that owns its weight. The yielded mapping has the
+    module that computes only this linear, which for an expert's is a new `ExpertLinear`.
     """
-    found: dict[LinearArchitecture, nn.Module] = {
+    modules: dict[LinearArchitecture, nn.Module] = {
         linear: module for linear, module in linears.items() if linear.expert is None
     }
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     for experts in dict.fromkeys(m for li, m in linears.items() if li.expert is not None):
         own = [li for li, module in linears.items() if module is experts]
-        alone = {li: ExpertLinear(li.weight(experts)) for li in own}
-        found |= alone
-        run = _Experts(experts, alone, _tokens_of_kind(own[0], batch))
+        separate = {li: ExpertLinear(li.weight(experts)) for li in own}
+        modules |= separate
+        run = _Experts(experts, separate, _tokens_of_kind(own[0], batch))
         forwards[experts] = run.scaled_before if _is_llama4(experts) else run.routed
     with replaced_forwards(forwards):
-        yield found
+        yield modules
 
 
 def _tokens_of_kind(expert: LinearArchitecture, batch: Batch) -> tuple[Tensor, int] | None:
-    """Which of a batch's tokens its layer's experts are given, `[n]` int64, and how many it has.
+    """(indices `[n]` int64 of the tokens that an expert's module gets, tokens in the batch).
 
-    None for all. Ernie 4.5 VL has experts for text tokens and others for vision tokens.
+    None if it gets all. Ernie 4.5 VL has separate experts for text and for vision tokens.
     """
     kinds = batch.inputs.get("moe_mm_token_type_ids")  # [B, S], 0 is text
     if kinds is None:
         return None
-    given = kinds.flatten().ne(0) == expert.reads_vision
-    return given.nonzero().flatten(), kinds.numel()
+    received = kinds.flatten().ne(0) == expert.reads_vision
+    return received.nonzero().flatten(), kinds.numel()
 
 
 def _is_llama4(experts: nn.Module) -> bool:
@@ -99,45 +100,45 @@ def _is_llama4(experts: nn.Module) -> bool:
 
 
 class _Experts:
-    """The matrices of a layer's experts, those that are observed and those that are not."""
+    """Forwards that compute a layer's experts one by one, observed or not."""
 
     def __init__(
         self,
         module: nn.Module,
-        alone: Mapping[LinearArchitecture, ExpertLinear],
-        given: tuple[Tensor, int] | None = None,
+        separate: Mapping[LinearArchitecture, ExpertLinear],
+        received: tuple[Tensor, int] | None,
     ) -> None:
         self.module: Any = module
-        self.given = given
+        self.received = received
         self.first = next(name for name in FIRST if hasattr(module, name))
-        self.alone: dict[tuple[str, int], list[ExpertLinear]] = {}
-        for linear, one in alone.items():
+        self.separate: dict[tuple[str, int], list[ExpertLinear]] = {}
+        for linear, one in separate.items():
             assert linear.expert is not None
-            self.alone.setdefault((linear.parameter, linear.expert), []).append(one)
+            self.separate.setdefault((linear.parameter, linear.expert), []).append(one)
         self.count = len(getattr(module, LAST))
 
     def product(self, name: str, expert: int, inputs: Tensor, tokens: Tensor, of: int) -> Tensor:
-        """Inputs `[n, in]` of some tokens times one expert's matrix, with its bias."""
-        whole: Tensor
-        parts = self.alone.get((name, expert))
+        """Multiply inputs `[n, in]` of `tokens` by one expert's matrix and add its bias."""
+        output: Tensor
+        parts = self.separate.get((name, expert))
         if parts is None:  # not observed
             weight = getattr(self.module, name)[expert]
-            whole = inputs @ (weight if transposed(self.module) else weight.T)
+            output = inputs @ (weight if transposed(self.module) else weight.T)
         else:
-            if self.given is not None:
-                tokens, of = self.given[0][tokens], self.given[1]
+            if self.received is not None:
+                tokens, of = self.received[0][tokens], self.received[1]
             for part in parts:
                 part.tokens, part.of = tokens, of
-            whole = torch.cat([part(inputs) for part in parts], dim=-1)
+            output = torch.cat([part(inputs) for part in parts], dim=-1)
         bias = getattr(self.module, f"{name}_bias", None)
         if bias is not None:
-            whole = whole + bias[expert]
-        return whole
+            output = output + bias[expert]
+        return output
 
     def routed(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """As `transformers.integrations.moe` has it, for hidden states `[T, d]`.
+        """The forward of `transformers.integrations.moe`, for hidden states `[T, d]`.
 
-        `chosen` are the experts of each token and `weights` theirs, `[T, k]`.
+        `chosen` are the experts of each token and `weights` their weights, `[T, k]`.
         """
         total, module = torch.zeros_like(hidden), self.module
         for expert in range(self.count):
@@ -152,9 +153,9 @@ class _Experts:
         return total
 
     def scaled_before(self, hidden: Tensor) -> Tensor:
-        """As Llama4TextExperts has it: every token for every expert, `[E * T, d]`, times its score.
+        """Llama4TextExperts' forward: every token for every expert, `[E * T, d]`, times its score.
 
-        The score of an expert that was not chosen is 0, and so is what it puts out.
+        An expert that was not chosen has score 0, so its input and output are 0.
         """
         rows = hidden.view(self.count, -1, hidden.shape[-1])
         outputs = []

@@ -1,8 +1,7 @@
-"""Files of a model that transformers reads: checked before, and named where it stumbles over them.
+"""Check a model's files before transformers reads them, and name them when it fails.
 
-transformers and tokenizers raise whatever comes of a file that is wrong, or build what it says
-however large that is. So settings are looked at first, and every error of theirs is told with the
-folder and the files.
+transformers and tokenizers raise arbitrary errors on a bad file, or build whatever it says, however
+large. So settings are checked first, and their errors are reported with the folder and the files.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ _SETTINGS = (
 _TEXT = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ANY = -math.inf
-_BOUNDS = {  # what a field's name ends in, and from where to where all models have it
+_BOUNDS = {  # pattern of a field's name, and the range that covers all models
     "config.json": (
-        (re.compile(r"(layers?|depths?|blocks|stages)$"), _ANY, 1024),  # an object each
+        (re.compile(r"(layers?|depths?|blocks|stages)$"), _ANY, 1024),  # one object each
         (re.compile(r"num_labels$"), _ANY, 4096),
-        (re.compile(r"experts$"), _ANY, 2**14),  # as Doge has
+        (re.compile(r"experts$"), _ANY, 2**14),  # Doge's number
         (  # rows, columns
             re.compile(r"(_size|dim|dims|d_model|d_ff|n_embd|heads|channels)$"),
             *(_ANY, 2**24),
@@ -46,28 +45,28 @@ _BOUNDS = {  # what a field's name ends in, and from where to where all models h
     **dict.fromkeys(processor_settings.FILES, processor_settings.BOUNDS),
 }
 _Bounds = Sequence[tuple[re.Pattern[str], float, float]]
-_LENGTH = re.compile(  # what generation.py reads
+_LENGTH = re.compile(  # fields that generation.py reads
     r"(^|\.)(rope_(scaling|parameters)\.(.+\.)?factor|(original_)?max_position_embeddings)$"
 )
-_MOST_RENDERED = 20_000  # characters that a template makes of one word
-_MOST_NUMBER = 10**6  # in a template
-_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers' own
-_PATIENCE = 10.0  # seconds for a chat template
-_MOST_GROWN = 1000  # characters that a tokenizer may put in the place of one
+_MOST_RENDERED = 20_000  # characters of a chat of one word
+_MOST_NUMBER = 10**6  # in a chat template
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag that transformers adds
+_PATIENCE = 10.0  # seconds for rendering a chat template
+_MOST_GROWN = 1000  # characters that a normalizer may make of one
 
 
 def check_settings(folder: Path) -> None:
-    """Look at the settings of a model before transformers builds what they say.
+    """Check a model's settings before transformers builds what they say.
 
     Raises:
-        RegraftError: a file is no ordinary one, or no JSON object, a number of layers, rows or
-            such is beyond any model, or the id of a token is none; it names file and field.
+        RegraftError: a file is not a regular file or not a JSON object, a size (layers, rows ...)
+            is beyond any model, or a token id is invalid; the message names file and field.
     """
     for name in (*_TEXT, *_SETTINGS):
         path = folder / name
         if not (path.exists() or path.is_symlink()):
             continue
-        require_file(path)  # to open a pipe may never end
+        require_file(path)  # opening a pipe may block forever
         if name == "tokenizer.json":
             _check_tokenizer(path)
         if name in _TEXT:
@@ -88,33 +87,34 @@ def check_settings(folder: Path) -> None:
 
 
 def _check_tokenizer(path: Path) -> None:
-    """Raise where a tokenizer knows no tokens, or puts far longer texts in the place of short ones.
+    """Raise if a tokenizer has no tokens, or a normalizer that lengthens text without bounds.
 
-    What such a normalizer makes of a prompt takes all memory, and the process ends.
+    If such a normalizer exhausts memory, the process ends.
     """
     try:
-        read = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):  # which tokenizers will tell
+        parsed = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):  # tokenizers will report it
         return
-    content = read if isinstance(read, dict) else {}
+    content = parsed if isinstance(parsed, dict) else {}
     model = content.get("model")
     if isinstance(model, dict) and model.get("vocab", ...) in ({}, []):
         raise RegraftError(f"{path}: model.vocab is empty. Take the file of the base model.")
-    steps = list(_steps(content.get("normalizer")))
-    grown = max((_grown(start, steps) for start, _ in [("a", ""), *steps] if start), default=1)
-    if grown > _MOST_GROWN:
+    replacements = list(_replacements(content.get("normalizer")))
+    starts = [start for start, _ in [("a", ""), *replacements] if start]
+    growth = max(_growth(start, replacements) for start in starts)
+    if growth > _MOST_GROWN:
         raise RegraftError(
-            f"{path}: its normalizer makes {grown:,} characters of one; expected {_MOST_GROWN:,} "
-            "at most. Take the file of the base model."
+            f"{path}: its normalizer makes {growth:,} characters of one; expected at most "
+            f"{_MOST_GROWN:,}. Take the file of the base model."
         )
 
 
-def _steps(normalizer: Any) -> Iterator[tuple[str, str]]:
-    """(what is replaced, by what) of a normalizer, in order; "" is put before, or any pattern."""
+def _replacements(normalizer: Any) -> Iterator[tuple[str, str]]:
+    """(pattern, replacement) of a normalizer, in order; "" stands for a prefix or for a regex."""
     if isinstance(normalizer, dict):
         inside = normalizer.get("normalizers")
         for one in inside if isinstance(inside, list) else ():
-            yield from _steps(one)
+            yield from _replacements(one)
         pattern = normalizer.get("pattern")
         literal = pattern.get("String") if isinstance(pattern, dict) else ""
         for name in ("content", "prepend"):
@@ -122,10 +122,10 @@ def _steps(normalizer: Any) -> Iterator[tuple[str, str]]:
                 yield literal if isinstance(literal, str) and name == "content" else "", text
 
 
-def _grown(start: str, steps: Sequence[tuple[str, str]]) -> int:
-    """How many characters replacements make of each of `start`; stops where they are too many."""
+def _growth(start: str, replacements: Sequence[tuple[str, str]]) -> int:
+    """Characters that replacements make of each one of `start`; stops once they are too many."""
     text = start
-    for pattern, by in steps:
+    for pattern, by in replacements:
         found = text.count(pattern) if pattern else len(text)
         if len(text) + found * len(by) > 2 * _MOST_GROWN * len(start):
             return len(text) + found * len(by)
@@ -161,60 +161,61 @@ def _require_ids(path: Path, content: dict[str, Any]) -> None:
         value = content.get(name)
         ids = value if isinstance(value, list) and value else [value]
         for one in ids:
-            none = one is None and not isinstance(value, list)
-            if not none and not (type(one) is int and -(2**31) <= one < 2**31):
+            unset = one is None and not isinstance(value, list)
+            if not unset and not (type(one) is int and -(2**31) <= one < 2**31):
                 raise RegraftError(
-                    f"{path}: {name} is {shown(value)}; expected the id of a token, or several."
+                    f"{path}: {name} is {shown(value)}; expected a token id or a list of them."
                 )
 
 
 @contextmanager
 def foreign(folder: Path, what: str, advice: str) -> Iterator[None]:
-    """Turn whatever others raise while they make `what` of a model's folder into a clear error.
+    """Turn any error that libraries raise while they load `what` from a folder into a clear one.
 
     Raises:
-        RegraftError: with the advice, in place of any error but for too little memory.
+        RegraftError: with `advice`, in place of any error except running out of memory.
     """
     try:
         yield
     except BaseException as error:
-        memory = is_host_memory(error) or is_device_memory(error)  # which is no fault of a file
-        ours = isinstance(error, RegraftError) or memory
-        if ours or not is_fault(error):
+        memory = is_host_memory(error) or is_device_memory(error)
+        if isinstance(error, RegraftError) or memory or not is_fault(error):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if isinstance(error, ImportError):
-            raise RegraftError(f"{folder}: {what} needs what is not installed: {reason}") from error
+            raise RegraftError(
+                f"{folder}: {what} needs a package that is not installed: {reason}"
+            ) from error
         raise RegraftError(
             f"{folder}: {what} could not be loaded ({reason}{_suspects(folder, reason)}). {advice}"
         ) from error
 
 
 def _suspects(folder: Path, reason: str) -> str:
-    """Fields of settings that are no use which the reason names, or unlike by default; in words."""
+    """Settings that may have caused a failure, as part of a sentence; "" if there are none."""
     from transformers import CONFIG_MAPPING
 
-    odd: list[str] = []
+    found: list[str] = []
     for name in _SETTINGS:
         try:
             given = read_json(folder / name, lenient=True)
             kind: str = given.get("model_type", "") if name == "config.json" else ""
             default = CONFIG_MAPPING[kind]().to_dict() if kind in CONFIG_MAPPING else {}
-            odd += [f"{field} of {name}" for field in _odd(given, default, reason)]
-        except Exception:  # there is no default of this type, or no such file: nothing is suspected
+            found += [f"{field} of {name}" for field in _suspicious(given, default, reason)]
+        except Exception:  # no such file, or no defaults for this type
             continue
-    return f"; look at {', '.join(odd[:3])}" if odd else ""
+    return f"; look at {', '.join(found[:3])}" if found else ""
 
 
-def _odd(given: Mapping[str, Any], default: Mapping[str, Any], reason: str) -> Iterator[str]:
-    """Names of fields with a list, say, or 0, where there is a positive number by default."""
+def _suspicious(given: Mapping[str, Any], default: Mapping[str, Any], reason: str) -> Iterator[str]:
+    """Fields that `reason` names, whose type is not the default's, or that should be positive."""
     for name, value in given.items():
         usual = default.get(name)
-        if name.endswith("token_id"):  # which differ, and may be several
+        if name.endswith("token_id"):  # they differ between models, and may be lists
             continue
         if isinstance(value, dict):
             inside = usual if isinstance(usual, dict) else {}
-            yield from (f"{name}.{inner}" for inner in _odd(value, inside, reason))
+            yield from (f"{name}.{inner}" for inner in _suspicious(value, inside, reason))
         named = isinstance(value, str) and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", reason)
         if named and value != usual and len(value) > 2:
             yield name
@@ -230,13 +231,12 @@ def _kind(value: object) -> type:
 
 @contextmanager
 def of_processor(folder: Path) -> Iterator[None]:
-    """`foreign`, for tokenizer and processor: the message names their files."""
-    there = [name for name in (*_TEXT, *_SETTINGS[2:]) if (folder / name).is_file()]
-    advice = (
-        f"It is made of {', '.join(there)}. If one is damaged or missing, copy tokenizer and "
-        "processor files of the base model there."
-    )
-    with foreign(folder, "the processor", advice if there else advice.partition(". ")[2]):
+    """`foreign` for tokenizer and processor: the message names their files."""
+    existing = [name for name in (*_TEXT, *_SETTINGS[2:]) if (folder / name).is_file()]
+    advice = "If a file is damaged or missing, copy the base model's tokenizer and processor files."
+    if existing:
+        advice = f"It is made of {', '.join(existing)}. {advice}"
+    with foreign(folder, "the processor", advice):
         try:
             yield
         except Exception:
@@ -245,11 +245,7 @@ def of_processor(folder: Path) -> Iterator[None]:
 
 
 def _blame_tokenizer(path: Path) -> None:
-    """Raise where a setting of a tokenizer that could not be loaded is of no kind that it can be.
-
-    Raises:
-        RegraftError: one is; it names the field.
-    """
+    """Raise a `RegraftError` that names a setting of the wrong type, if the file has one."""
 
     def is_token(value: Any) -> bool:
         return isinstance(value, str | dict)
@@ -270,22 +266,22 @@ def _blame_tokenizer(path: Path) -> None:
             raise RegraftError(f"{path}: {name} is {shown(value)}; expected {expected}.")
 
 
-def _factor(template: str) -> int:
-    """What a template may multiply by, from its constants: their product, or the largest.
+def _largest_number(template: str) -> int:
+    """An upper bound of what a template multiplies by: its largest constant or their product.
 
-    Python makes 'a' * 10**10 in one step, which no patience ends, and jinja2 as it compiles.
+    Python makes 'a' * 10**10 in one step that no timeout interrupts, jinja2 even while compiling.
     """
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
         tree = environment.parse(_GENERATION.sub("", template))
-    except (jinja2.TemplateError, RecursionError):  # which rendering tells
+    except (jinja2.TemplateError, RecursionError):  # rendering will report it
         return 1
-    if tree.find(nodes.Pow):  # no prompt is made by powers
+    if tree.find(nodes.Pow):  # no prompt needs powers
         return _MOST_NUMBER + 1
-    made = any(one.name in ("int", "float") for one in tree.find_all(nodes.Filter))  # of text
-    said = [one.value for one in tree.find_all(nodes.Const) if made or type(one.value) is int]
-    said += [one.data for one in tree.find_all(nodes.TemplateData) if made]
-    numbers = [int(digits) for one in said for digits in re.findall(r"\d{1,18}", str(one))]
+    converts = any(one.name in ("int", "float") for one in tree.find_all(nodes.Filter))
+    values = [one.value for one in tree.find_all(nodes.Const) if converts or type(one.value) is int]
+    values += [one.data for one in tree.find_all(nodes.TemplateData) if converts]
+    numbers = [int(digits) for one in values for digits in re.findall(r"\d{1,18}", str(one))]
     product = 1
     for node in tree.find_all(nodes.Mul):
         for side in (node.left, node.right):
@@ -295,7 +291,7 @@ def _factor(template: str) -> int:
 
 
 def _templates(processor: Any) -> list[str]:
-    """The templates of a processor or a tokenizer, which may have several by name."""
+    """All chat templates of a processor or a tokenizer, which may have several by name."""
     found: list[Any] = []
     for owner in (processor, getattr(processor, "tokenizer", None)):
         own = getattr(owner, "chat_template", None)
@@ -304,40 +300,41 @@ def _templates(processor: Any) -> list[str]:
 
 
 def check_template(folder: Path, processor: Any) -> None:
-    """Render a chat of one word, and wait for it a few seconds at most.
+    """Render a chat of one word as a test of the template, for a few seconds at most.
 
-    What else is wrong with a template is said where a prompt is rendered.
+    Other faults of a template are reported when a prompt is rendered.
 
     Raises:
-        RegraftError: it is no template, does not end, or makes far too much of the word.
+        RegraftError: it is not a valid template, does not end, or makes far too long a text.
     """
-    if any(_factor(one) > _MOST_NUMBER for one in _templates(processor)):
-        raise _bad(folder, f"holds a power, or multiplies by more than {_MOST_NUMBER:,}.")
-    asked = [{"role": "user", "content": "Hello"}]
+    if any(_largest_number(one) > _MOST_NUMBER for one in _templates(processor)):
+        why = f"holds a power, or multiplies by more than {_MOST_NUMBER:,}."
+        raise _template_error(folder, why)
+    chat = [{"role": "user", "content": "Hello"}]
     rendered: list[str] = []
-    wrong: list[str] = []
+    errors: list[str] = []
 
     def render() -> None:
         try:
             lent = lent_template(processor)
-            text = processor.apply_chat_template(asked, chat_template=lent, tokenize=False)
+            text = processor.apply_chat_template(chat, chat_template=lent, tokenize=False)
             rendered.append(str(text))
         except Exception as error:
-            if type(error).__name__ == "TemplateSyntaxError":  # others may be for want of an image
-                wrong.append(str(error))
+            if type(error).__name__ == "TemplateSyntaxError":  # others may want an image
+                errors.append(str(error))
 
     thread = threading.Thread(target=render, daemon=True)
     thread.start()
     thread.join(_PATIENCE)
     if thread.is_alive():
-        raise _bad(folder, f"has not rendered one word in {_PATIENCE:.0f} seconds.")
-    if wrong:
-        raise _bad(folder, f"is no template: {wrong[0]}")
+        raise _template_error(folder, f"has not rendered one word in {_PATIENCE:.0f} seconds.")
+    if errors:
+        raise _template_error(folder, f"is not a valid template: {errors[0]}")
     if rendered and len(rendered[0]) > _MOST_RENDERED:
-        raise _bad(folder, f"makes {len(rendered[0]):,} characters of one word.")
+        raise _template_error(folder, f"makes {len(rendered[0]):,} characters of one word.")
 
 
-def _bad(folder: Path, why: str) -> RegraftError:
+def _template_error(folder: Path, why: str) -> RegraftError:
     return RegraftError(
         f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) {why} "
         "Take that of the base model."

@@ -1,8 +1,9 @@
-"""How a class writes answers, how many tokens fit, and what all prompts of a batch begin with.
+"""How a model class generates answers, its context length, and sharing a batch's common prefix.
 
-A system prompt or a fixed instruction begins every prompt. Its keys and values are computed in one
-row, and the others get copies. Each row is laid out as prefix, padding, rest: with the padding
-masked and not counted in positions, every token attends to what it would attend to otherwise.
+All prompts often begin alike, with a system prompt or a fixed instruction. The keys and values of
+this prefix are computed for one row and copied to the others. Each row is laid out as prefix,
+padding, rest: padding is masked and not counted in positions, so every token attends to the same
+tokens as before.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from torch import Tensor, nn
 
 from regraft.models.architecture import cache_argument
 
-# Types that count positions from the padding on, or attend to it: found by trying all those of
-# transformers 5.24 (tests/types_table.py; of causal language models in the same way). Phi-4 looks
-# at an image without padding causally, but not beside one with some.
+# Types that count padding in positions, or attend to it: found by trying all types of transformers
+# 5.24 (tests/types_table.py; causal language models in the same way). Phi-4 attends causally within
+# an image that has no padding, unless another image in the batch has some.
 _CHANGED_BY_PADDING = (
     *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "blip", "deepseek_v4"),
     *("florence2", "git", "hy_v4", "kosmos-2", "kosmos-2.5", "marian", "mbart", "mvp"),
     *("paligemma", "pegasus", "phi4_multimodal", "plbart", "prophetnet", "roformer", "trocr"),
     "whisper",
 )
-_LEAST = 64  # tokens saved for which the pass over the prefix, in a batch of its own, pays off
+_LEAST = 64  # tokens saved, from which on the separate pass over the prefix pays off
 _STRETCHED = ("linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 def is_plain(model: nn.Module) -> bool:
-    """Whether it writes answers behind the prompt by transformers' own `generate`.
+    """Whether transformers' own `generate` appends its answers to the prompt.
 
-    Not so models whose encoder reads the prompt, and those with a `generate` of their own, which
+    False for models whose encoder reads the prompt, and for those with their own `generate`, which
     may return the answer alone.
     """
     from transformers import GenerationMixin
@@ -43,7 +44,7 @@ def is_plain(model: nn.Module) -> bool:
 
 
 def takes_padding(model: nn.Module) -> bool:
-    """Whether prompts of different lengths in one batch get the answers that each gets alone."""
+    """Whether a prompt's answer is the same alone and in a batch with padding."""
     return getattr(model.config, "model_type", "") not in _CHANGED_BY_PADDING
 
 
@@ -53,10 +54,10 @@ def encodes(model: nn.Module) -> bool:
 
 
 def answer_start(model: nn.Module, prompt: Tensor, tokens: Tensor) -> int:
-    """The place in `tokens` `[B, T]`, as `generate` returned them, of the answers' first token.
+    """Index of the answers' first token in `tokens` `[B, T]`, as `generate` returned them.
 
-    They are `prompt` `[B, S]` and answers; or start token and answers, where an encoder reads the
-    prompt; or, of a `generate` of the model's own, perhaps answers alone (a prompt is longer than
+    They hold the `prompt` `[B, S]` and answers; a start token and answers, if an encoder reads the
+    prompt; or perhaps answers alone, if the model has its own `generate` (a prompt is longer than
     two tokens, and no answer repeats all of it).
     """
     length = prompt.shape[1]
@@ -64,7 +65,7 @@ def answer_start(model: nn.Module, prompt: Tensor, tokens: Tensor) -> int:
         return 1
     if is_plain(model):
         return length
-    for start in (length, length - 1):  # BLIP puts its own token first and drops the last one
+    for start in (length, length - 1):  # BLIP replaces the first token and drops the last one
         if start and torch.equal(tokens[:, 1:start], prompt[:, 1:start]):
             return start
     return 0
@@ -74,16 +75,17 @@ def answer_start(model: nn.Module, prompt: Tensor, tokens: Tensor) -> int:
 def greedily(
     model: nn.Module, max_new_tokens: int, ends: int | None, padding: int | None
 ) -> Iterator[None]:
-    """`generate` takes the most likely token in the block, whatever the checkpoint says of it.
+    """Make `generate` greedy inside the block, whatever the checkpoint's generation config says.
 
-    Sampling, penalties and the like of the generation config are left out; what belongs to the
-    model's form of input and output stays. So of a model inside, whose `generate` some call.
+    Sampling, penalties and the like are dropped; special tokens stay. This includes inner models,
+    whose `generate` some classes call.
 
     Args:
-        ends: Ends an answer, where the checkpoint does not say what does.
-        padding: Behind answers that have ended; None for the first token that ends one.
+        ends: The token that ends an answer, if the checkpoint names none.
+        padding: The token after an ended answer; None for the first token that ends one.
     """
-    parts: list[Any] = [one for one in model.modules() if _configured(one)]
+    modules: list[Any] = list(model.modules())
+    parts = [one for one in modules if getattr(one, "generation_config", None) is not None]
     before = [one.generation_config for one in parts]
     for one, own in zip(parts, before, strict=True):
         one.generation_config = _greedy(own, max_new_tokens, ends, padding)
@@ -92,10 +94,6 @@ def greedily(
     finally:
         for one, own in zip(parts, before, strict=True):
             one.generation_config = own
-
-
-def _configured(module: nn.Module) -> bool:
-    return getattr(module, "generation_config", None) is not None
 
 
 def _greedy(own: Any, max_new_tokens: int, ends: int | None, padding: int | None) -> Any:
@@ -114,12 +112,12 @@ def _greedy(own: Any, max_new_tokens: int, ends: int | None, padding: int | None
 
 @torch.no_grad()
 def with_shared_prefix(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of `generate` for the same prompts, with what they share computed.
+    """Arguments of `generate` with the common prefix of the prompts in the cache.
 
-    Only where that is exact: a text-only model whose positions are given to it and whose layers all
-    attend to everything before (no sliding window, no recurrence). Everything else is returned as
-    it is. Answers are the same up to rounding. The B prompts are padded on the left to S tokens,
-    before and after.
+    Applied only where it is exact: to a text-only model that takes position ids and whose layers
+    all attend to every earlier token (no sliding window, no recurrence). Other inputs are returned
+    unchanged. Answers are the same up to rounding. The B prompts are padded on the left to S
+    tokens.
     """
     plain = dict(inputs)
     if inputs.keys() != {"input_ids", "attention_mask"} or not _takes_positions(model):
@@ -139,29 +137,29 @@ def with_shared_prefix(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[s
 
 
 def shared_length(ids: Tensor, mask: Tensor) -> int:
-    """How many real tokens all rows begin with; each keeps one token at least.
+    """Length of the common prefix of all rows, leaving at least one token in each.
 
     `ids` are `[B, S]` int64; `mask` `[B, S]` is 1 at real tokens, 0 at the padding on the left.
     """
     steps = torch.arange(ids.shape[1], device=ids.device)  # [S]
     start = ids.shape[1] - mask.sum(1)  # [B], the first real token
-    most = int(mask.sum(1).min()) - 1
+    longest = int(mask.sum(1).min()) - 1
     at = (start[:, None] + steps).clamp(max=ids.shape[1] - 1)
-    aligned = ids.gather(1, at)[:, :most]
+    aligned = ids.gather(1, at)[:, :longest]
     return int((aligned == aligned[:1]).all(0).int().cumprod(0).sum())
 
 
 def prefix_first(ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Rows of padding, prefix, rest -> prefix, padding, rest; ids and mask, `[B, S]` each."""
+    """Reorder rows of padding, prefix, rest to prefix, padding, rest; ids and mask, `[B, S]`."""
     steps = torch.arange(ids.shape[1], device=ids.device)  # [S]
     start = (ids.shape[1] - mask.sum(1))[:, None]  # [B, 1]
-    padding = steps - length  # where a place behind the prefix finds its padding
+    padding = steps - length  # source index for positions after the prefix that become padding
     at = torch.where(steps < length, start + steps, torch.where(padding < start, padding, steps))
     return ids.gather(1, at), mask.gather(1, at)
 
 
 def _takes_positions(model: nn.Module) -> bool:
-    """Whether it is text-only, of transformers' own classes, and is given its positions."""
+    """Whether it is a text-only model of transformers' own classes that takes position ids."""
     if hasattr(model.config, "vision_config"):
         return False
     own = type(model).__module__.startswith("transformers.")
@@ -169,7 +167,7 @@ def _takes_positions(model: nn.Module) -> bool:
 
 
 def _cache(model: nn.Module) -> Any:
-    """An empty cache, None where a layer's is not simply all keys and values."""
+    """An empty cache; None if a layer caches anything but all keys and values."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
@@ -177,11 +175,11 @@ def _cache(model: nn.Module) -> Any:
 
 
 def positions_of(config: Any) -> int | None:
-    """Tokens of a prompt and its answer together, None where no config sets a limit.
+    """The context length in tokens, prompt and answer together; None if no config limits it.
 
-    That is `max_position_embeddings` of the text part, or more where rotary embeddings are scaled:
-    some checkpoints state the length before scaling (Qwen2.5 with YaRN), others the one after it
-    (Llama 3.1). Of the two the longer is taken, so that nothing is refused that the model can read.
+    It is `max_position_embeddings` of the text part, or longer where rotary embeddings are scaled:
+    some checkpoints state the length before scaling (Qwen2.5 with YaRN), others after it (Llama
+    3.1). The longer one counts, so that nothing the model can read is refused.
     """
     text = config.get_text_config(decoder=True)
     stated = getattr(text, "max_position_embeddings", None)
@@ -192,7 +190,8 @@ def positions_of(config: Any) -> int | None:
 
 
 def _ropes(text: Any) -> Iterator[Mapping[str, Any]]:
-    """How rotary embeddings are scaled; of some models for each type of layer."""
+    """The parameters of rotary embeddings; some models have separate ones per layer type."""
+
     stated = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
     if not isinstance(stated, Mapping):
         return

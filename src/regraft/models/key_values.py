@@ -1,14 +1,14 @@
-"""Run decoder layers on keys and values that are known already.
+"""Run decoder layers on known keys and values.
 
-In every family an attention calls its cache's `update` with its keys and values, after norms and
-rotary embeddings and before GQA's repetition, and attends to what that returns. A stand-in for that
-cache gives a layer the keys and values of the positions that are left out; masks and rotary
-embeddings are cut to the positions that stay. What runs is the family's own layer.
+In every family, attention calls its cache's `update` with its keys and values, after norms and
+rotary embeddings and before GQA's repetition, and attends to what that returns. A stand-in for the
+cache supplies the keys and values of positions that are not run; masks and rotary embeddings are
+cut to the positions that are. The family's own layer code runs.
 
-`record` keeps what a run computes. `last_token_replay` is exact: the last layer is needed at the
-last position alone, so that its queries, output projection and MLP run for one token a row.
-Mllama's cross-attention reads keys and values that are computed once a batch, for all copies.
-`window` makes estimates.
+`record` keeps the intermediate results of a run. `last_token_replay` is exact: only the last
+position of the last layer is needed, so its queries, output projection and MLP run for one token
+per row. Mllama's cross-attention keys and values are computed once per batch and shared by all
+copies. `window` makes estimates.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from regraft.models.replay import (
     state_of,
 )
 
-# Where a layer's arguments have the query positions
+# The dimension of query positions in a layer's arguments
 _QUERY_DIMS = {
     "attention_mask": -2,
     "cross_attention_mask": -2,
@@ -51,7 +51,7 @@ _QUERY_DIMS = {
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys and values `[B, KV, T, D]` of one layer; stands in for a cache that holds them."""
+    """Keys and values `[B, KV, T, D]` of one layer; can be passed to it as its cache."""
 
     layer: int
     keys: Tensor
@@ -60,25 +60,25 @@ class KeyValues:
     def update(
         self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Put those of further positions behind these, as attention asks of a cache."""
+        """Append the keys and values of further positions, as a cache does."""
         return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
 
     @property
     def layers(self) -> Mapping[int, KeyValues]:
-        """Mllama's cross-attention reads `layers[index].keys` where there are no vision states."""
+        """Mllama's cross-attention reads `layers[index].keys` if it gets no vision states."""
         return {self.layer: self}
 
     def get_seq_length(self, *_args: Any) -> int:
-        """How many positions are known; asked by Llama 4, by Mllama in transformers below 5.20."""
+        """Number of positions; called by Llama 4, and by Mllama in transformers below 5.20."""
         return self.keys.shape[2]
 
     def before(self, positions: int) -> KeyValues:
-        """Without the last `positions`."""
+        """All but the last `positions`."""
         return KeyValues(self.layer, self.keys[:, :, :-positions], self.values[:, :, :-positions])
 
 
-class _Empty:
-    """Stands in for a cache that is empty."""
+class _EmptyCache:
+    """A stand-in for an empty cache."""
 
     def get_seq_length(self, *_args: Any) -> int:
         return 0
@@ -86,14 +86,14 @@ class _Empty:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The unablated run of one batch: how each executed layer was called, and what came out.
+    """The unablated run of one batch, by layer; layers that the family skips are missing.
 
     Attributes:
         entering: The layers' inputs, `[B, S, d]`.
-        arguments: Their other arguments, without a cache.
-        known: Keys and values, of the layers for which they were to be kept.
-        added: What the decoder adds to a layer's output, where it does (Qwen3VLTextModel's
-            deepstack).
+        arguments: Their other arguments, without the cache.
+        known: Their keys and values, for the layers in `keep`.
+        added: What the decoder adds to a layer's output (Qwen3VLTextModel's deepstack), if
+            anything.
         final: The normed final state, `[B, S, d]`.
     """
 
@@ -106,29 +106,27 @@ class Recorded:
 
 @torch.no_grad()
 def record(model: nn.Module, text: TextInputs, keep: Container[int] | None = None) -> Recorded:
-    """Run the whole decoder once; `keep` are the layers whose keys and values are kept, or all."""
+    """Run the whole decoder once; keep keys and values of the layers in `keep` (None: of all)."""
     decoder, layers = text_decoder(model), decoder_layers(model)
     entering: dict[int, Tensor] = {}
     arguments: dict[int, Mapping[str, Any]] = {}
     known: dict[int, KeyValues] = {}
     added: dict[int, Tensor] = {}
-    left: tuple[int, Tensor] | None = None  # the layer that ran last, and its output
+    last: tuple[int, Tensor] | None = None  # the layer that ran last, and its output
 
-    class Recorder(_Empty):
-        """Keeps what it is given."""
-
+    class Recorder(_EmptyCache):
         def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Any:
             known[layer] = KeyValues(layer, keys, values)
             return keys, values
 
     def enter(index: int) -> Callable[..., Any]:
         def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
-            if left is not None and left[1] is not args[0]:
-                added[left[0]] = args[0] - left[1]
+            if last is not None and last[1] is not args[0]:
+                added[last[0]] = args[0] - last[1]
             cache = cache_argument(layer)
             entering[index] = args[0]
             arguments[index] = {name: one for name, one in kwargs.items() if name != cache}
-            if args[1:]:  # Gemma 4's inputs of each layer; not understood by `narrowed`
+            if args[1:]:  # Gemma 4's per-layer inputs, which `narrowed` does not support
                 arguments[index] = {**arguments[index], "": args[1:]}
             if keep is None or index in keep:
                 kwargs = kwargs | {cache: Recorder()}
@@ -138,8 +136,8 @@ def record(model: nn.Module, text: TextInputs, keep: Container[int] | None = Non
 
     def leave(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            nonlocal left
-            left = index, state_of(output)
+            nonlocal last
+            last = index, state_of(output)
 
         return hook
 
@@ -156,19 +154,16 @@ def record(model: nn.Module, text: TextInputs, keep: Container[int] | None = Non
     return Recorded(entering, arguments, known, added, final)
 
 
-# The last token in the last layer
-
-
 def last_token_replay(model: nn.Module, text: TextInputs, cross: Mapping[int, KeyValues]) -> Replay:
-    """`replay` for the last position alone: what reaches the final norm is `[copies * B, 1, d]`.
+    """A `replay` that returns the final state of the last position only, `[copies * B, 1, d]`.
 
-    Exact for rows that end with a real token (left padding). A last layer whose arguments are not
-    understood runs in full, and all positions are returned. `cross` are the keys and values of the
+    Exact for rows that end with a real token (left padding). A last layer with unsupported
+    arguments runs in full, and all positions are returned. `cross` has the keys and values of the
     cross-attention layers (Mllama), B rows, which copies share.
     """
     if cross:
         # MllamaTextModel skips its cross-attention layers without any cross_attention_states. Their
-        # content is not read where keys and values are known: one row stands for all copies.
+        # content is not read if keys and values are known: one row stands for all copies.
         states = text.kwargs["cross_attention_states"][:1]
         text = replace(text, kwargs={**text.kwargs, "cross_attention_states": states})
     layers = decoder_layers(model)
@@ -186,9 +181,9 @@ def last_token_replay(model: nn.Module, text: TextInputs, cross: Mapping[int, Ke
 
 
 def _on_last(forward: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
-    """`forward` of a layer that returns the last position alone, `[N, 1, d]`."""
+    """Wrap a layer's `forward` to return the last position only, `[N, 1, d]`."""
     if not hasattr(layer, "self_attn") and not has_cross(layer):
-        return forward  # a recurrence, which has no keys and values
+        return forward  # a recurrence, without keys and values
     attends_itself = attention_of(layer)[0] == "self_attn"
     cache = cache_argument(layer)
 
@@ -197,17 +192,17 @@ def _on_last(forward: Callable[..., Any], layer: nn.Module) -> Callable[..., Any
         if narrow is None or more:
             return forward(hidden, *more, **kwargs)
         if attends_itself and hidden.shape[1] > 1:
-            # The positions before the last are needed as keys and values only. `update` puts the
-            # last one's own behind them.
-            own = _own_key_values(forward, hidden, {**kwargs, cache: _Finder()})
+            # Positions before the last are needed only as keys and values; `update` appends those
+            # of the last one.
+            own = _own_key_values(forward, hidden, {**kwargs, cache: _StoppingCache()})
             narrow[cache] = own.before(1)
         return forward(hidden[:, -1:], **narrow)
 
     return last
 
 
-class _Finder(_Empty):
-    """Ends the forward pass as soon as it is given keys and values."""
+class _StoppingCache(_EmptyCache):
+    """Ends the forward pass when it receives keys and values, which `Stop` carries out."""
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> None:
         raise Stop(KeyValues(layer, keys, values))
@@ -216,15 +211,15 @@ class _Finder(_Empty):
 def _own_key_values(
     forward: Callable[..., Any], hidden: Tensor, kwargs: Mapping[str, Any]
 ) -> KeyValues:
-    """Those of `hidden`, from a forward whose cache is a `_Finder`."""
+    """Keys and values of `hidden`, from a forward whose cache is a `_StoppingCache`."""
     try:
         forward(hidden, **kwargs)
     except Stop as stopped:
         known: KeyValues = stopped.value
         return known
     raise RegraftError(
-        "An attention of this model does not hand its keys to a cache; its heads cannot be "
-        "scored with this version of transformers."
+        "An attention of this model does not pass its keys to a cache; its heads cannot be scored "
+        "with this version of transformers."
     )
 
 
@@ -232,7 +227,7 @@ def _on_known(layer: nn.Module, known: KeyValues, batch: int) -> Callable[..., A
     """A cross-attention layer's forward on known keys and values of B rows, shared by all copies.
 
     Copies are laid out along the positions, `[copies * B, T, d]` -> `[B, copies * T, d]`, which
-    cross-attention treats one by one; so nothing of the keys and values is repeated.
+    cross-attention treats independently, so that keys and values are not repeated.
     """
     forward, cache = layer.forward, cache_argument(layer)
 
@@ -247,25 +242,22 @@ def _on_known(layer: nn.Module, known: KeyValues, batch: int) -> Callable[..., A
     return shared
 
 
-# Cutting and laying out a layer's arguments
-
-
 def narrowed(kwargs: Mapping[str, Any], size: int) -> dict[str, Any] | None:
     """A layer's keyword arguments for the last `size` query positions.
 
-    Masks keep all their keys. No mask stands for a causal one, for one query for none at all.
+    Masks keep all their keys. A missing mask means a causal one; a single query needs none.
 
     Returns:
-        The arguments, views where possible; None if one of them is not understood.
+        The arguments, views where possible; None if one of them is unsupported.
     """
-    if not all(_understood(name, value) for name, value in kwargs.items()):
+    if not all(_supported(name, value) for name, value in kwargs.items()):
         return None
     return along_queries(
         kwargs, lambda _, tensor, dim: tensor.narrow(dim, tensor.shape[dim] - size, size)
     )
 
 
-def _understood(name: str, value: Any) -> bool:
+def _supported(name: str, value: Any) -> bool:
     if isinstance(value, tuple):
         return name == "position_embeddings"
     if isinstance(value, Tensor) and name != "cross_attention_states":
@@ -276,7 +268,7 @@ def _understood(name: str, value: Any) -> bool:
 def along_queries(
     kwargs: Mapping[str, Any], change: Callable[[str, Tensor, int], Tensor]
 ) -> dict[str, Any]:
-    """A layer's arguments, with `change(name, tensor, dim)` for those of query positions."""
+    """A layer's arguments, with `change(name, tensor, dim)` applied along query positions."""
 
     def changed(name: str, value: Any) -> Any:
         if isinstance(value, tuple):  # the rotary cos and sin

@@ -1,7 +1,7 @@
-"""Take all calibration batches through the decoder, one layer at a time.
+"""Run all calibration batches through the decoder, one layer at a time.
 
-The vision tower and the embeddings run once. Hidden states wait in host memory where the model is
-streamed, so that only the layer at work is on the device, or where the device has little room left.
+The vision tower and the embeddings run once. Hidden states are kept in host memory if the model is
+streamed, so that the device holds only the running layer, or if the device is short of memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from regraft.models.replay import (
     TextInputs,
     hooked,
     input_of,
-    no_chain,
+    not_layerwise,
     replaced_forwards,
     replay,
     stand_ins,
@@ -39,19 +39,19 @@ from regraft.models.replay import (
 )
 from regraft.progress import Advance
 
-_EMBEDDED = ("inputs_embeds", "input_ids", "hidden_states")  # the last one of GIT and BLIP
-_COPIES = 4  # of the states that a backward pass has at a time, the embeddings aside
+_EMBEDDINGS = ("inputs_embeds", "input_ids", "hidden_states")  # the last one in GIT and BLIP
+_COPIES = 4  # of the states in memory during a backward pass, without the embeddings
 
 
 class LayerwisePass:
-    """Batches on their way: `states[i]` `[B, S, d]` is what enters the layer reached by batch i.
+    """All batches between two layers: `states[i]` `[B, S, d]` is batch i's input to the next one.
 
     Attributes:
         model: Resident or streamed.
-        shared: Of each batch, what else layers before handed on.
+        shared: For each batch, what earlier layers passed on besides the state.
         batches: Without their pixels, which only the vision tower reads.
         states: On the device, or in host memory.
-        tokens: Of all batches, padding too; of Gemma 3n four times as many, for its four streams.
+        tokens: In all batches, padding included; four times as many for Gemma 3n's four streams.
     """
 
     def __init__(self, model: PlacedModel, batches: Iterable[Batch], *, again: bool = True) -> None:
@@ -59,8 +59,8 @@ class LayerwisePass:
 
         Args:
             model: Resident or streamed.
-            batches: On any device. Of a generator one at a time is in memory.
-            again: Keep the embeddings for `rewind`, as many bytes as the states have.
+            batches: On any device. A generator is read one batch at a time.
+            again: Keep the embeddings for `rewind`, which takes as much memory as the states.
 
         Raises:
             RegraftError: the model's layers cannot be run one by one.
@@ -70,7 +70,7 @@ class LayerwisePass:
         self.layers = len(decoder_layers(model.network))
         self._cross = frozenset(cross_attention_layers(model.network))
         self._embeddings_kept = embeds_for_each_layer(text_decoder(model.network))
-        self._handed_on: tuple[str, ...] = ()
+        self._passed_on: tuple[str, ...] = ()
         self._home = torch.device("cpu") if model.streamed else model.device
         self._texts: list[TextInputs] = []
         self._shapes: list[torch.Size] = []  # of the embeddings; states may have more dimensions
@@ -81,10 +81,10 @@ class LayerwisePass:
                 embedded = replay(model.network, text, stop=0)
                 self._shapes.append(_embeddings_shape(text, embedded))
                 if not self.states:
-                    given = partial(self._filled, text.kwargs, embedded)
-                    self._handed_on = _handed_on(model.network, given)
-                    self._embeddings_kept |= input_of(0) in self._handed_on
-                if input_of(0) in self._handed_on:
+                    filled = partial(self._filled, text.kwargs, embedded)
+                    self._passed_on = _passed_on(model.network, filled)
+                    self._embeddings_kept |= input_of(0) in self._passed_on
+                if input_of(0) in self._passed_on:
                     text = _embedded(model.network, text)
                 kwargs = moved(self._without_embeddings(text.kwargs), self._home)
                 self._texts.append(TextInputs(kwargs, text.batch))
@@ -93,21 +93,21 @@ class LayerwisePass:
                 self._make_room()
         self.tokens = sum(state.numel() // state.shape[-1] for state in self.states)
         self.shared: list[Shared] = self._nothing_shared()
-        self._left: dict[int, Shared] = {}  # of the layer that ran last
+        self._next_shared: dict[int, Shared] = {}  # by batch, after the layer that ran last
         self._embedded = list(self.states) if again else None
 
     @property
     def samples(self) -> int:
-        """How many there are in all batches."""
+        """Number of samples in all batches."""
         return sum(len(batch.ids) for batch in self.batches)
 
     @property
     def work(self) -> int:
-        """How much one pass is, as progress counts it: samples times layers."""
+        """Progress units of one pass: samples times layers."""
         return self.samples * self.layers
 
     def _make_room(self) -> None:
-        """Let the states wait in host memory from now on, if the device has too little for more."""
+        """Move the states to host memory for good if the device is short of memory."""
         size = sum(state.nbytes for state in self.states)
         if self._home.type == "cuda" and (_COPIES + 1) * size > free_bytes(self._home):
             self._home = torch.device("cpu")
@@ -117,10 +117,10 @@ class LayerwisePass:
             ]
 
     def _nothing_shared(self) -> list[Shared]:
-        return [dict.fromkeys(self._handed_on, ()) for _ in self.states]
+        return [dict.fromkeys(self._passed_on, ()) for _ in self.states]
 
     def rewind(self) -> None:
-        """Back to before the first layer, whatever became of the decoder's weights meanwhile."""
+        """Go back to before the first layer; the decoder's weights may have changed since."""
         assert self._embedded is not None, "made with again=False"
         self.states = list(self._embedded)
         self.shared = self._nothing_shared()
@@ -128,8 +128,8 @@ class LayerwisePass:
     def on(self, model: PlacedModel) -> LayerwisePass:
         """The same batches before the first layer of another model.
 
-        Only the weights of its decoder layers may differ: vision tower and embeddings do not run
-        again. A pruned model and its dense one are such a pair.
+        Only the weights of its decoder layers may differ, as between a dense and a pruned model:
+        vision tower and embeddings do not run again.
         """
         other = copy(self)
         other.model = model
@@ -141,17 +141,17 @@ class LayerwisePass:
     ) -> Iterator[tuple[int, Tensor]]:
         """Run one layer on every batch, inside `model.layer`.
 
-        `around` makes a context, from the batch on the device, in which the layer runs.
+        `around` makes, from the batch on the device, the context in which the layer runs.
 
         Yields:
-            Index of the batch and the layer's output `[B, S, d]`; after the last layer, normed.
+            Index of the batch and the layer's output `[B, S, d]`; normed after the last layer.
         """
         for i, batch in enumerate(self.batches):
             shared = moved(self.shared[i], self.model.device)
             with nullcontext() if around is None else around(self.model.place(batch)):
                 state = self.states[i].to(self.model.device)
                 output = self.replay(i, layer, state, shared=shared)
-            self._left[i] = shared
+            self._next_shared[i] = shared
             yield i, output
 
     def replay(
@@ -165,12 +165,12 @@ class LayerwisePass:
     ) -> Tensor:
         """Run one layer on batch i, from the input `hidden` `[B, S, d]` on the device.
 
-        `shared` on the device is as for `models.replay.replay`.
+        For `shared`, on the device, see `models.replay.replay`.
         """
         text = self._texts[i]
         kwargs = dict(text.kwargs)
         if layer not in self._cross and kwargs.get("cross_attention_states") is not None:
-            # not read by this layer, but without any MllamaTextModel skips its cross-attention
+            # not read by this layer, but if it is None MllamaTextModel skips cross-attention
             kwargs["cross_attention_states"] = kwargs["cross_attention_states"][:1]
         kwargs = moved(kwargs, self.model.device)
         kwargs = self._with_embeddings(i, kwargs, hidden.new_zeros(()))
@@ -187,16 +187,13 @@ class LayerwisePass:
         )
 
     def _without_embeddings(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The decoder's arguments without what states carry on from, where no layer reads that."""
+        """The decoder's arguments without ids and embeddings, unless layers read these."""
         if self._embeddings_kept:
             return dict(kwargs)
-        return {name: None if name in _EMBEDDED else one for name, one in kwargs.items()}
+        return {name: None if name in _EMBEDDINGS else one for name, one in kwargs.items()}
 
     def _with_embeddings(self, i: int, kwargs: dict[str, Any], value: Tensor) -> dict[str, Any]:
-        """Batch i's arguments of the decoder, with embeddings that are all the same value.
-
-        As they are where layers need them.
-        """
+        """Batch i's decoder arguments, with constant embeddings unless layers read real ones."""
         if self._embeddings_kept:
             return kwargs
         name = "hidden_states" if "hidden_states" in kwargs else "inputs_embeds"
@@ -217,13 +214,13 @@ class LayerwisePass:
         """
         for i, output in self.run(layer, around):
             self.states[i] = output.to(self._home)
-            self.shared[i] = moved(self._left.pop(i), self._home)
+            self.shared[i] = moved(self._next_shared.pop(i), self._home)
             advance(len(self.batches[i].ids))
 
 
 @torch.no_grad()
 def _embedded(model: nn.Module, text: TextInputs) -> TextInputs:
-    """The same with embeddings in place of ids, so that these need not be embedded again."""
+    """Replace ids by their embeddings, so that they need not be embedded again."""
     ids = text.kwargs.get("input_ids")
     if ids is None:
         return text
@@ -232,40 +229,40 @@ def _embedded(model: nn.Module, text: TextInputs) -> TextInputs:
 
 
 def _embeddings_shape(text: TextInputs, states: Tensor) -> torch.Size:
-    """`[B, S, d]` of what the decoder was called with, embeddings or ids; states may have more."""
-    given = text.kwargs.get("inputs_embeds", text.kwargs.get("hidden_states"))
-    if given is None:
+    """`[B, S, d]` of the decoder's input, ids or embeddings; states may have more dimensions."""
+    embeddings = text.kwargs.get("inputs_embeds", text.kwargs.get("hidden_states"))
+    if embeddings is None:
         return torch.Size((*text.kwargs["input_ids"].shape, states.shape[-1]))
-    return torch.Size(given.shape)
+    return torch.Size(embeddings.shape)
 
 
-def _handed_on(model: nn.Module, given: Callable[[float], Mapping[str, Any]]) -> tuple[str, ...]:
-    """What layers hand on beside the state, from each to the next: names in `Shared`.
+def _passed_on(model: nn.Module, kwargs: Callable[[float], Mapping[str, Any]]) -> tuple[str, ...]:
+    """Find out what layers pass on besides the state: names in `Shared`.
 
-    `given` makes the decoder's arguments, with embeddings of that value where no layer may need
-    them. It runs on layers that put out NaN, so that what else a layer is given is NaN if it was
-    made of these.
+    The decoder runs with stand-ins for its layers that return NaN, so that whatever else is
+    computed from a layer's input or output is NaN as well. `kwargs` makes the decoder's arguments,
+    with embeddings that all have the given value, unless layers read the real ones.
     """
     layers, nan = range(len(decoder_layers(model))), torch.nan
     outputs: tuple[tuple[None, ...], ...] = ((), (None,), (None, None))
     for more in outputs:
         try:
-            found = _read_again(model, given(nan), layers, more)
+            found = _reused(model, kwargs(nan), layers, more)
             break
-        except (IndexError, TypeError, ValueError) as error:  # such as of unpacking
+        except (IndexError, TypeError, ValueError) as error:  # such as a failed unpacking
             cause = error
     else:
-        raise no_chain(f"What layers of {type(model).__name__} put out is not known") from cause
-    read = [i for i in layers if found and _read_again(model, given(0 if i else nan), {i}, more)]
+        raise not_layerwise(f"What layers of {type(model).__name__} return is unknown") from cause
+    read = [i for i in layers if found and _reused(model, kwargs(0 if i else nan), {i}, more)]
     return *((MORE,) if more else ()), *map(input_of, read)
 
 
-def _read_again(
+def _reused(
     model: nn.Module, kwargs: Mapping[str, Any], nans: Container[int], more: tuple[Any, ...]
 ) -> bool:
-    """Whether NaN, as the state that enters some layers, comes elsewhere, too.
+    """Whether the inputs of the layers in `nans`, which are NaN, are also used elsewhere.
 
-    To a layer in another way, or to the end: the last layer puts out 0.
+    That is by a layer as anything but its own input, or after the last layer, which returns 0.
     """
     kind, ran, layers, seen = type(model).__name__, set(), decoder_layers(model), False
 
@@ -273,29 +270,29 @@ def _read_again(
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal seen
             if index in ran:
-                raise no_chain(f"Layer {index} of {kind} runs more than once")
+                raise not_layerwise(f"Layer {index} of {kind} runs more than once")
             ran.add(index)
-            given = (args[1:] if index in nans else args, kwargs)
-            seen = seen or any(bool(one.isnan().any()) for one in tensors_within(given))
+            others = (args[1:] if index in nans else args, kwargs)
+            seen = seen or any(bool(one.isnan().any()) for one in tensors_within(others))
 
         return enter
 
-    def put_out(index: int, whole: Tensor) -> Tensor:
-        return torch.full_like(whole, torch.nan if index + 1 in nans else 0)
+    def output_of(index: int, first: Tensor) -> Tensor:
+        return torch.full_like(first, torch.nan if index + 1 in nans else 0)
 
     checks = (
         layer.register_forward_pre_hook(check(i), with_kwargs=True)
         for i, layer in enumerate(layers)
     )
-    with torch.no_grad(), hooked(checks), replaced_forwards(stand_ins(layers, put_out, more)):
+    with torch.no_grad(), hooked(checks), replaced_forwards(stand_ins(layers, output_of, more)):
         final: Tensor = text_decoder(model)(**kwargs).last_hidden_state
     return seen or bool(final.isnan().any())
 
 
 def _without_image(batch: Batch, positions: int) -> Batch:
-    """A batch whose pixels need not be moved again, with labels for all positions.
+    """Drop a batch's pixels and give it labels for all `positions`.
 
-    GIT's image has some of its own, before the prompt.
+    GIT has positions for the image before the prompt.
     """
     kept = {name: one for name, one in batch.inputs.items() if not name.startswith("pixel")}
     labels = batch.labels

@@ -1,7 +1,7 @@
-"""From a folder or hub id to a model with its weights, its processor and its architecture.
+"""Load a model from a folder or hub id: its weights, its processor and its architecture.
 
-To answer prompts a model must load and nothing more. Its architecture, which pruning, restoring and
-head scores go by, is read when it is asked for.
+To answer prompts, a model only has to load. Its architecture, which pruning, restoring and head
+scores need, is read on first access.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from regraft.models.loaded import (
     check_weights,
     describe_unused,
     enough_memory,
-    of_parameters,
+    parameter_tensors,
 )
 from regraft.models.placement import PlacedModel
 from regraft.models.resolve import (
@@ -55,7 +55,7 @@ _ADVICE = "Export the whole model again."
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that was found and checked, with no weight in memory."""
+    """A checkpoint that was found and checked, without weights in memory."""
 
     checkpoint: Checkpoint
     trust_remote_code: bool = False
@@ -70,7 +70,7 @@ class Source:
 
     @cached_property
     def config(self) -> Any:
-        """As transformers reads it, of any type."""
+        """The config that transformers reads, of any model type."""
         with quiet():
             return read_config(self.folder, self.trust_remote_code)
 
@@ -80,11 +80,11 @@ class Source:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Of the text decoder, for all that prunes, restores or scores heads.
+        """The text decoder's architecture, needed to prune, restore or score heads.
 
         Raises:
-            RegraftError: why it cannot: quantised weights, no answers that are token after token,
-                or see `read_architecture`.
+            RegraftError: weights are quantised, the model does not answer token by token, or see
+                `read_architecture`.
         """
         require_unquantised(self.config, self.folder)
         require_greedy(self.config, self.folder)
@@ -96,55 +96,55 @@ class Source:
         except RegraftError as error:
             where = "" if str(self.folder) in str(error) else f"{self.folder}: "
             raise RegraftError(f"{where}{error}") from error
-        except Exception as error:  # of classes that are written otherwise than all we know
+        except Exception as error:  # of classes built unlike any that we know
             raise RegraftError(
                 f"{self.folder}: {type(network).__name__} cannot be described "
-                f"({type(error).__name__}: {error}), so that it can be evaluated, not pruned."
+                f"({type(error).__name__}: {error}): it can be evaluated, but not pruned."
             ) from error
 
     @cached_property
-    def _described(self) -> Any:
-        described = foreign(self.folder, "the model of its config.json", _ADVICE)
-        with torch.device("meta"), quiet(), described:
-            made, trust = auto_class(self.config, self.folder), self.trust_remote_code
-            return made.from_config(self.config, trust_remote_code=trust)
+    def _on_meta(self) -> Any:
+        errors = foreign(self.folder, "the model of its config.json", _ADVICE)
+        with torch.device("meta"), quiet(), errors:
+            auto, trust = auto_class(self.config, self.folder), self.trust_remote_code
+            return auto.from_config(self.config, trust_remote_code=trust)
 
     @cached_property
     def layout(self) -> Layout:
         """Where each parameter is in the files, by transformers' conversions."""
         with foreign(self.folder, "the names of its tensors", _ADVICE):
-            return read_layout(self._described, self.checkpoint)
+            return read_layout(self._on_meta, self.checkpoint)
 
     @cached_property
     def without_weights(self) -> Any:
-        """The model on the meta device, which the files fit by `check_headers` if `comparable`.
+        """The model on the meta device; if `comparable`, checked against the files' headers.
 
         Raises:
-            RegraftError: they do not, or no model can be built from config.json.
+            RegraftError: the files do not fit, or no model can be built from config.json.
         """
         if self.comparable:
-            check_headers(self._described, self.checkpoint, self.layout)
-        return self._described
+            check_headers(self._on_meta, self.checkpoint, self.layout)
+        return self._on_meta
 
     @property
     def comparable(self) -> bool:
-        """Whether the files hold what the model has: not quantised, no code that comes with it."""
+        """Whether files and model have the same tensors: not if quantised, or of remote code."""
         return quantisation_of(self.config) is None and not self.trust_remote_code
 
     @cached_property
-    def _of_parameters(self) -> frozenset[str]:
+    def _parameter_tensors(self) -> frozenset[str]:
         try:
-            return of_parameters(self._described, self.layout)
-        except RegraftError:  # of a type that transformers does not know
+            return parameter_tensors(self._on_meta, self.layout)
+        except RegraftError:  # a type that transformers does not know
             return frozenset()
 
     def unbounded(self, tensor: str) -> bool:
-        """Whether a tensor may hold infinity: as far as is known, no parameter is made of it."""
-        return tensor not in self._of_parameters
+        """Whether a tensor may hold infinity: no parameter is known to be loaded from it."""
+        return tensor not in self._parameter_tensors
 
     @cached_property
     def readable_architecture(self) -> Architecture | None:
-        """The same, None where it cannot be read, for what can do without it."""
+        """The architecture, or None if it cannot be read, for callers that can do without."""
         try:
             return self.architecture
         except RegraftError:
@@ -155,12 +155,12 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source
     """Find a checkpoint, check its files and read its architecture without loading weights.
 
     Args:
-        model: A folder, a hub id such as "Qwen/Qwen2.5-VL-7B-Instruct" (downloaded once), with a
-            revision where wanted: "ID@main", or "demo" for the bundled model.
+        model: A folder, a hub id such as "Qwen/Qwen2.5-VL-7B-Instruct" (downloaded once), with an
+            optional revision, "ID@main", or "demo" for the bundled model.
         trust_remote_code: Run Python code that comes with the checkpoint.
 
     Raises:
-        RegraftError: what makes the checkpoint unusable, or keeps it from being pruned.
+        RegraftError: the checkpoint is unusable, or cannot be pruned; the message says why.
     """
     source = Source(open_checkpoint(resolve(model)), trust_remote_code)
     _ = source.architecture
@@ -168,10 +168,10 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source
 
 
 def open_answering(model: str | Path, *, trust_remote_code: bool = False) -> Source:
-    """Find a checkpoint that is to answer prompts: of any type that transformers loads.
+    """Find a checkpoint that only has to answer prompts, of any type that transformers loads.
 
     Raises:
-        RegraftError: what makes the checkpoint unusable, such as a package that is not installed.
+        RegraftError: the checkpoint is unusable, for example because a package is not installed.
     """
     source = Source(open_checkpoint(resolve(model)), trust_remote_code)
     require_greedy(source.config, source.folder)
@@ -182,7 +182,7 @@ def open_answering(model: str | Path, *, trust_remote_code: bool = False) -> Sou
 
 
 def stored_dtype(source: Source) -> str:
-    """The checkpoint's own, by its config as for transformers, or else its weights: "bfloat16"."""
+    """The checkpoint's own dtype ("bfloat16"), by its config or, failing that, its weights."""
     config = read_json(source.folder / "config.json", lenient=True)
     named = config.get("dtype") or config.get("torch_dtype")
     if not named:
@@ -204,13 +204,13 @@ def load_model(
     Args:
         source: The opened checkpoint.
         dtype: "auto" is float32 on CPU and the checkpoint's own dtype on an accelerator.
-        device: "auto" is the accelerator where there is one, else "cpu".
-        split: Spread the layers over all accelerators, and host memory where they do not suffice.
-        note: Called with what to say of weights on disk that the model has no place for.
+        device: "auto" is an accelerator if there is one, else "cpu".
+        split: Spread the layers over all accelerators, and over host memory if these are too small.
+        note: Called with a warning if the files have weights that the model does not use.
 
     Raises:
-        RegraftError: what is in memory is not the checkpoint (`check_loading`, `check_weights`),
-            memory does not suffice, or a model is to be split without accelerate.
+        RegraftError: the loaded weights are not the checkpoint's (`check_loading`,
+            `check_weights`), memory is too small, or accelerate is needed for `split` and missing.
     """
     target = pick_device(device)
     split = split and target.type != "cpu"
@@ -219,16 +219,16 @@ def load_model(
     model = _load_weights(source, dtype, target, split, note)
     if not (split or quantisation_of(source.config)):
         model = model.to(target)
-    check_finite(source.folder, model)  # where weights are: an accelerator reads them sooner
+    check_finite(source.folder, model)  # after the move: faster on an accelerator
     return model
 
 
 def load_placed(
     source: Source, *, dtype: DTypeName, device: str, placement: Placement
 ) -> PlacedModel:
-    """Load a model that is run layer by layer; see `load_model`.
+    """Load a model to be run layer by layer; see `load_model`.
 
-    A "streamed" model stays in host memory: in its checkpoint's dtype that is pages of the files.
+    A "streamed" model stays in host memory; in the checkpoint's own dtype it is memory-mapped.
     """
     target, streamed = pick_device(device), placement == "streamed"
     model = _load_weights(source, dtype, target, split=False)
@@ -245,22 +245,22 @@ def _load_weights(
     split: bool,
     note: Callable[[str], None] = lambda _: None,
 ) -> nn.Module:
-    """The model on CPU, or spread; where it is quantised, on its device."""
-    whole = None
+    """Load the model on CPU, split over devices or, if quantised, on its device."""
+    one_device = None
     if quantisation_of(source.config) and target.type != "cpu":
         require_accelerate("Quantised weights go to an accelerator")
-        whole = {"": target}
+        one_device = {"": target}
     with quiet(), enough_memory(source.folder), foreign(source.folder, "the model", _ADVICE):
         model, loading = auto_class(source.config, source.folder).from_pretrained(
             source.folder,
-            config=deepcopy(source.config),  # which loading changes
+            config=deepcopy(source.config),  # loading changes it
             dtype="float32" if dtype == "auto" and target.type == "cpu" else dtype,
             trust_remote_code=source.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `check_loading` names the tensor
-            device_map="auto" if split else whole,
-            max_memory=_memory_of(target) if split else None,
+            device_map="auto" if split else one_device,
+            max_memory=_memory_limits(target) if split else None,
         )
     check_loading(source.folder, loading)
     if unused := describe_unused(source.folder, loading):
@@ -284,9 +284,9 @@ def load_processor(source: Source) -> Any:
 
 
 def placed(batch: Batch, model: nn.Module) -> Batch:
-    """The batch on the model's device, pixels in the dtype of its first weight of floats.
+    """The batch on the model's device, pixels in the dtype of its first floating-point weight.
 
-    Where every weight waits off the devices accelerate's hooks take the batch to them.
+    If every weight is offloaded to disk, accelerate's hooks move the batch.
     """
     parameters = [one for one in model.parameters() if one.is_floating_point()]
     first = next((p for p in parameters if not p.is_meta), None)
@@ -295,14 +295,14 @@ def placed(batch: Batch, model: nn.Module) -> Batch:
 
 
 def has_processor(source: Source) -> bool:
-    """Whether the folder comes with a tokenizer and, for a vision model, an image processor."""
+    """Whether the folder has a tokenizer and, for a vision model, an image processor."""
     names = {path.name for path in source.folder.iterdir()}
     images = {"processor_config.json", "preprocessor_config.json"}
     return "tokenizer_config.json" in names and bool(names & images or not source.has_vision)
 
 
 def pick_device(device: str) -> torch.device:
-    """ "auto" -> the accelerator where there is one, else the CPU."""
+    """Resolve a device; "auto" is an accelerator if there is one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -316,8 +316,8 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
-def _memory_of(target: torch.device) -> dict[int | str, int] | None:
-    """What may be used of one device, where one is named, and of host memory; None for all."""
+def _memory_limits(target: torch.device) -> dict[int | str, int] | None:
+    """Usable bytes of the one device that is named, and of host memory; None for all devices."""
     index: int | None = target.index
     if index is None:
         return None
@@ -327,24 +327,24 @@ def _memory_of(target: torch.device) -> dict[int | str, int] | None:
 
 
 def check_split(device: str, placement: str) -> None:
-    """`require_split` where a model that is too large for one device is to answer prompts."""
+    """`require_split` if answering prompts will split the model over devices."""
     on_cpu = pick_device(device).type == "cpu"
     if placement == "streamed" and not on_cpu:
         require_split()
 
 
 def require_split() -> None:
-    """Raise unless a model can be spread over devices and host memory."""
+    """Raise unless a model can be split over devices and host memory."""
     which = "With --placement streamed, heads, evaluation and the dense answers that gain imitates"
     if distributed.world() > 1:
         raise RegraftError(
             f"{which} spread the model over all devices, so there is room for one process only. "
-            "Use one, or --placement resident."
+            "Use one process, or --placement resident."
         )
     require_accelerate(f"{which} spread the model over devices and host memory")
 
 
 def require_accelerate(what: str) -> None:
-    """Raise where accelerate, by which `what` is done, is not installed."""
+    """Raise if accelerate, which `what` needs, is not installed."""
     if find_spec("accelerate") is None:
         raise RegraftError(f"{what} with accelerate: pip install 'regraft[streamed]'.")

@@ -1,4 +1,4 @@
-"""Whether what transformers loaded is the checkpoint, and what it raises where it cannot load."""
+"""Check that the model that transformers loaded is the checkpoint."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from regraft.disk.artifact import require_finite
 from regraft.errors import RegraftError, is_host_memory
 from regraft.models.architecture import Architecture, LinearArchitecture
 from regraft.models.checkpoint import FLOATS, Checkpoint
-from regraft.models.layout import Laid, Layout
+from regraft.models.layout import Layout, Tiling
 
 
 def check_loading(folder: Path, loading: Mapping[str, Any]) -> None:
-    """Raise where transformers would go on with random values in place of those of the file."""
+    """Raise where transformers would continue with random values in place of weights on disk."""
     if mismatched := sorted(loading["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
         raise RegraftError(
@@ -37,44 +37,46 @@ def check_loading(folder: Path, loading: Mapping[str, Any]) -> None:
 
 
 def check_headers(model: nn.Module, checkpoint: Checkpoint, layout: Layout) -> None:
-    """`check_loading` by shapes alone, and that floats are stored as floats; reads no weights.
+    """`check_loading` from headers alone, and check that float weights are stored as floats.
+
+    Missing weights are reported here only if they are more than all that is stored.
 
     Args:
-        model: On the meta device, of weights that are not quantised.
-        checkpoint: Its files. What few weights they lack is seen when it is loaded.
-        layout: Where its parameters are in them.
+        model: On the meta device, not quantised.
+        checkpoint: Its files.
+        layout: Where its parameters are in the files.
     """
     wanted = model.state_dict()
     mismatched = []
-    for name, laid in layout.items():
-        if name not in wanted or isinstance(laid, str):
+    for name, tiling in layout.items():
+        if name not in wanted or isinstance(tiling, str):
             continue
-        records = [checkpoint.tensors[piece.tensor] for piece in laid.pieces]
+        records = [checkpoint.tensors[piece.tensor] for piece in tiling.pieces]
         for record in records if wanted[name].is_floating_point() else ():
             require_float(checkpoint, record.name)
-        if [one.shape for one in records] == [laid.shape] != [tuple(wanted[name].shape)]:
-            mismatched.append((records[0].name, laid.shape, wanted[name].shape))
+        if [one.shape for one in records] == [tiling.shape] != [tuple(wanted[name].shape)]:
+            mismatched.append((records[0].name, tiling.shape, wanted[name].shape))
     tied = getattr(model, "all_tied_weights_keys", {})
     missing = [name for name in wanted if name not in layout and name not in tied]
     stored = sum(math.prod(one.shape) for one in checkpoint.tensors.values())
-    most = sum(wanted[name].numel() for name in missing) > stored
+    too_many = sum(wanted[name].numel() for name in missing) > stored
     check_loading(
         checkpoint.folder,
-        {"mismatched_keys": mismatched, "missing_keys": missing if most else ()},
+        {"mismatched_keys": mismatched, "missing_keys": missing if too_many else ()},
     )
 
 
-def of_parameters(model: nn.Module, layout: Layout) -> frozenset[str]:
-    """The names on disk of what a model's parameters are made of."""
+def parameter_tensors(model: nn.Module, layout: Layout) -> frozenset[str]:
+    """Names of the tensors on disk that a model's parameters are loaded from."""
     named = model.named_parameters(remove_duplicate=False)
     found = (layout.get(name, "") for name, _ in named)
     return frozenset(
-        piece.tensor for laid in found if isinstance(laid, Laid) for piece in laid.pieces
+        piece.tensor for tiling in found if isinstance(tiling, Tiling) for piece in tiling.pieces
     )
 
 
 def check_finite(folder: Path, model: nn.Module) -> None:
-    """Raise where a parameter is NaN or infinite, or where a buffer read from disk is NaN."""
+    """Raise if a parameter holds NaN or infinity, or a buffer read from disk holds NaN."""
     buffers, kept = dict(model.named_buffers()), model.state_dict().keys()
     stored = {name: one for name, one in buffers.items() if name in kept}
     tensors = {**dict(model.named_parameters()), **stored}
@@ -82,10 +84,10 @@ def check_finite(folder: Path, model: nn.Module) -> None:
 
 
 def check_besides(checkpoint: Checkpoint, unbounded: Callable[[str], bool]) -> None:
-    """Look for NaN in what no parameter is made of (`Source.unbounded`), which loading may not see.
+    """Check tensors that no parameter is loaded from (`Source.unbounded`), which loading may skip.
 
     Raises:
-        RegraftError: there is some, by the tensor's name.
+        RegraftError: one holds NaN; the message names it.
     """
     for name, record in checkpoint.tensors.items():
         if unbounded(name) and record.dtype in FLOATS:
@@ -102,43 +104,44 @@ def require_float(checkpoint: Checkpoint, tensor: str) -> None:
 
 
 def describe_unused(folder: Path, loading: Mapping[str, Any]) -> str | None:
-    """What to say of weights on disk that the model has no place for, if there are any."""
+    """A warning about weights on disk that the model does not use; None if there are none."""
     unused = sorted(loading["unexpected_keys"])
     if not unused:
         return None
     return (
-        f"Warning: {folder} holds {len(unused)} tensors that the model of its config.json has no "
-        f"place for, {unused[0]} the first: they are left out. If they belong to it, weights and "
-        "config are of different models, and what is measured is neither."
+        f"Warning: {folder} holds {len(unused)} tensors that the model of its config.json does not "
+        f"use, such as {unused[0]}. They are ignored. If they belong to it, weights and config are "
+        "of different models, and results hold for neither."
     )
 
 
 def check_weights(model: nn.Module, checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Raise unless one prunable weight of each kind in memory is that on disk."""
+    """Raise unless one prunable weight of each kind is equal in memory and on disk."""
     modules = dict(model.named_modules())
     for linear in _one_of_each(architecture):
         if getattr(modules[linear.module], linear.parameter).is_meta:
-            continue  # a split model's layer that waits on disk
+            continue  # a layer of a split model, offloaded to disk
         weight = linear.weight(modules[linear.module])
         stored = checkpoint.matrix(linear.tensor, linear.stored, linear.shape)
         if not torch.equal(stored.to(weight.dtype), weight.cpu()):
             raise RegraftError(
-                f"{checkpoint.folder}: tensor {linear.tensor} on disk is not {linear.parameter} "
-                f"of {linear.module} in memory; this key layout is not supported."
+                f"{checkpoint.folder}: tensor {linear.tensor} on disk is not equal to "
+                f"{linear.parameter} of {linear.module} in memory; this key layout is not "
+                "supported."
             )
 
 
 def _one_of_each(architecture: Architecture) -> list[LinearArchitecture]:
-    """The first linear, and of those that lie in larger tensors the last of each kind."""
+    """The first linear, and of linears inside larger tensors the last of each role."""
     inside = [li for li in architecture.linears if li.held is not None or li.stored is not None]
     return [next(architecture.linears), *{linear.role: linear for linear in inside}.values()]
 
 
 @contextmanager
 def enough_memory(folder: Path) -> Iterator[None]:
-    """Say what to lower where host memory does not suffice for a model.
+    """Turn a lack of host memory for a model into an error that says what to lower.
 
-    An accelerator's is said at the end of the program.
+    A lack of accelerator memory is handled where the program exits.
     """
     try:
         yield
@@ -147,6 +150,6 @@ def enough_memory(folder: Path) -> Iterator[None]:
             raise
         raise RegraftError(
             f"{folder}: there is not enough memory for its weights. Load them in fewer bytes with "
-            "--dtype bfloat16 (in a recipe compute.dtype), and lower --batch-size "
-            "(compute.batch_size), which takes memory too."
+            "--dtype bfloat16 (in a recipe compute.dtype), or lower --batch-size "
+            "(compute.batch_size)."
         ) from error

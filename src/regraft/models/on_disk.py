@@ -1,8 +1,8 @@
-"""Where the prunable weights of a model are in its checkpoint.
+"""Find the prunable weights of a model in its checkpoint.
 
-Names on disk differ between exports by what comes before "layers.", as a rule, and that is read off
-the file itself. Where a family's names differ in other ways, or experts are stored otherwise than
-they are in memory, the rules are transformers' own (`layout`).
+Names on disk usually differ between exports only in the prefix before "layers.", which is read from
+the file itself. If a family's names differ in other ways, or experts are stored differently than in
+memory, transformers' own conversion rules apply (`layout`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import nn
 from regraft.errors import RegraftError
 from regraft.models.architecture import decoder_layers
 from regraft.models.checkpoint import Checkpoint
-from regraft.models.layout import Laid, Layout, Piece, cut, flat_first, swapped
+from regraft.models.layout import Layout, Piece, Tiling, narrow, squeeze_first, transpose
 from regraft.models.places import Place, whole
 
-Shape = tuple[int, str, tuple[int, int]]  # layer, name in it, [out, in]
+Shape = tuple[int, str, tuple[int, int]]  # layer, name within it, [out, in]
 
 
 class Part(NamedTuple):
-    """Some rows of a matrix: the first, how many, the tensor on disk and where in it they are.
+    """Some rows of a matrix, from `first` on, and their tensor on disk.
 
-    No place means that the tensor is these rows.
+    `place` is where in the tensor they are; None if they are the whole tensor.
     """
 
     first: int
@@ -42,12 +42,11 @@ class NoPrefixError(RegraftError):
 
 
 @dataclass(frozen=True)
-class OnDisk:
+class WeightFinder:
     """Finds weights of a model in its checkpoint.
 
-    `prefix` comes before "layers.0..." on disk; None where names differ in other ways, too, and
-    where it alone does not tell the decoder's weights from others'. Then they are found in
-    `layout`, which gives the same every time.
+    `prefix` comes before "layers.0..." on disk. It is None if names differ in other ways too, or if
+    several prefixes fit; then weights are looked up in `layout()`, which always returns the same.
     """
 
     checkpoint: Checkpoint
@@ -61,8 +60,8 @@ class OnDisk:
         checkpoint: Checkpoint,
         layout: Callable[[], Layout],
         shapes: Sequence[Shape],
-    ) -> OnDisk:
-        """Find out how the decoder's linears are named; `shapes` are of them all."""
+    ) -> WeightFinder:
+        """Find out how the decoder's linears, all listed in `shapes`, are named on disk."""
         try:
             return cls(checkpoint, layout, disk_prefix(checkpoint, shapes))
         except NoPrefixError as error:
@@ -73,35 +72,35 @@ class OnDisk:
             raise RegraftError(str(error)) from None
 
     def linear(self, layer: int, name: str, module: str, shape: tuple[int, int]) -> list[Part]:
-        """Where the weight of an `nn.Linear` is; `name` is its place in the layer."""
+        """Find the weight of an `nn.Linear`, called `name` in its layer."""
         if self.prefix is not None:
             return [Part(0, shape[0], f"{self.prefix}layers.{layer}.{name}.weight", None)]
-        return self._parts(f"{module}.weight", self._laid(f"{module}.weight", shape))
+        return self._parts(f"{module}.weight", self._tiling(f"{module}.weight", shape))
 
     def expert(
         self, parameter: str, shape: tuple[int, ...], expert: int, transposed: bool
     ) -> list[Part]:
-        """Where one expert's matrix is, of a parameter `shape` `[E, ., .]` of all experts."""
-        own = flat_first(cut(self._laid(parameter, shape), 0, expert, 1))
-        return self._parts(parameter, swapped(own) if transposed else own)
+        """Find one expert's matrix in a parameter of all experts, of `shape` `[E, ., .]`."""
+        own = squeeze_first(narrow(self._tiling(parameter, shape), 0, expert, 1))
+        return self._parts(parameter, transpose(own) if transposed else own)
 
-    def _laid(self, parameter: str, shape: tuple[int, ...]) -> Laid:
-        laid = self.layout().get(parameter)
-        if laid is None or isinstance(laid, str):
-            why = laid or f"config.json describes a weight {parameter}, the file has none"
+    def _tiling(self, parameter: str, shape: tuple[int, ...]) -> Tiling:
+        tiling = self.layout().get(parameter)
+        if tiling is None or isinstance(tiling, str):
+            why = tiling or f"config.json describes a weight {parameter}, the file has none"
             raise RegraftError(f"{self.checkpoint.folder}: {parameter} cannot be found: {why}.")
-        if laid.shape != shape:
+        if tiling.shape != shape:
             raise RegraftError(
                 f"{self.checkpoint.folder}: config.json describes {parameter} of shape "
-                f"{list(shape)}, the file has {list(laid.shape)}. Weights and config belong "
+                f"{list(shape)}, the file has {list(tiling.shape)}. Weights and config belong "
                 "to different models."
             )
-        return laid
+        return tiling
 
-    def _parts(self, parameter: str, laid: Laid) -> list[Part]:
-        """A matrix as rows of tensors on disk."""
-        parts = [self._part(piece) for piece in sorted(laid.pieces, key=lambda one: one.start)]
-        if any(piece.shape[1] != laid.shape[1] for piece in laid.pieces):
+    def _parts(self, parameter: str, tiling: Tiling) -> list[Part]:
+        """Convert the tiling of a matrix into parts, each a number of whole rows."""
+        parts = [self._part(piece) for piece in sorted(tiling.pieces, key=lambda one: one.start)]
+        if any(piece.shape[1] != tiling.shape[1] for piece in tiling.pieces):
             raise RegraftError(
                 f"{self.checkpoint.folder}: {parameter} is stored as {len(parts)} tensors, side by "
                 "side; this key layout is not supported."
@@ -117,11 +116,14 @@ class OnDisk:
 
 
 def disk_prefix(checkpoint: Checkpoint, shapes: Sequence[Shape]) -> str:
-    """What the file puts before "layers.0.self_attn.q_proj.weight" of the text decoder.
+    """Find what precedes "layers.0.self_attn.q_proj.weight" of the text decoder in the file.
 
     Key layouts differ between exports ("language_model.model.", "model.language_model.",
-    "model."), and transformers renames them on load; what follows the prefix never changes. The
-    prefix is the only one under which every linear lies with its shape.
+    "model."), and transformers renames them on load; what follows the prefix stays the same. It is
+    the only prefix under which every linear is found with its shape.
+
+    Raises:
+        NoPrefixError: no prefix fits, or several do.
     """
     found: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     pattern = re.compile(r"^(.*?)(layers\.\d+\..+)\.weight$")
@@ -136,7 +138,7 @@ def disk_prefix(checkpoint: Checkpoint, shapes: Sequence[Shape]) -> str:
     ]
     if len(fitting) == 1:
         return fitting[0]
-    if fitting:  # such as those of an encoder and a decoder of the same sizes
+    if fitting:  # as with an encoder and a decoder of the same sizes
         raise NoPrefixError(
             f"{checkpoint.folder}: the decoder's weights could be under any of {sorted(fitting)}."
         )

@@ -1,7 +1,7 @@
-"""Where a model's weights are while it runs: all on the device, or one decoder layer at a time.
+"""Place a model's weights while it runs: all on the device, or one decoder layer at a time.
 
-A streamed model stays in host memory, where weights in the checkpoint's own dtype are pages of the
-safetensors files, and what is about to run is copied to the device and dropped again.
+A streamed model stays in host memory (memory-mapped if it has the checkpoint's own dtype); each
+part is copied to the device to run and then dropped.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from regraft.models.architecture import (
 class PlacedModel:
     """A model, and the device and dtype in which it computes.
 
-    A `streamed` model must run inside `frame` or `layer`, which leave it as it was, whatever was
-    written into the weights meanwhile.
+    A `streamed` model must run inside `frame` or `layer`, which leave it unchanged: what the block
+    writes into weights is lost.
     """
 
     network: nn.Module
@@ -43,35 +43,35 @@ class PlacedModel:
 
     @contextmanager
     def frame(self) -> Iterator[None]:
-        """Hold everything but the decoder layers: vision tower, embeddings, norm and head."""
+        """Put all but the decoder layers on the device: vision tower, embeddings, norm and head."""
         layers = {
             id(tensor) for layer in decoder_layers(self.network) for tensor in tensors_of(layer)
         }
         outside = [tensor for tensor in tensors_of(self.network) if id(tensor) not in layers]
-        with self._held(outside):
+        with self._on_device(outside):
             yield
 
     @contextmanager
     def layer(self, index: int) -> Iterator[None]:
-        """Hold one decoder layer and what the decoder runs around it (norm, rotary embedding)."""
+        """Put one decoder layer on the device, and what runs around it (norm, rotary embedding)."""
         decoder = text_decoder(self.network)
         layers = layer_list(decoder)
         embedding = self.network.get_input_embeddings()  # type: ignore[operator]
         if embeds_for_each_layer(decoder):
-            embedding = None  # held as well: it runs around each layer
+            embedding = None  # not left out below, because it runs around each layer
         around = (
             child for child in decoder.children() if child is not layers and child is not embedding
         )
         modules = (layers[index], *around)
-        with self._held(chain.from_iterable(map(tensors_of, modules))):
+        with self._on_device(chain.from_iterable(map(tensors_of, modules))):
             yield
 
     @contextmanager
-    def _held(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+    def _on_device(self, tensors: Iterable[Tensor]) -> Iterator[None]:
         if not self.streamed:
             yield
             return
-        # `.data` is exchanged, not the parameter, whose object tied modules share
+        # `.data` is replaced, not the parameter, because tied modules share the object
         homes = [(tensor, tensor.data) for tensor in tensors]
         try:
             for tensor, home in homes:
@@ -83,10 +83,10 @@ class PlacedModel:
 
 
 def weight_in_memory(module: nn.Module, name: str = "weight") -> Tensor | None:
-    """A module's weight where it is, on a device or in host memory; None where it waits on disk.
+    """A module's weight, on a device or in host memory; None if it is offloaded to disk.
 
-    Accelerate keeps the weights of layers for which the devices have no room in host memory or on
-    disk; the parameter is on the meta device until its AlignDevicesHook loads it to run the layer.
+    Accelerate offloads layers that do not fit on the devices to host memory or disk; the parameter
+    is on the meta device until its AlignDevicesHook loads it to run the layer.
     """
     weight = getattr(module, name)
     assert isinstance(weight, Tensor)
@@ -94,23 +94,23 @@ def weight_in_memory(module: nn.Module, name: str = "weight") -> Tensor | None:
         return weight.data
     hook: Any = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", (hook,)):
-        waiting = getattr(one, "weights_map", None)
-        if waiting is not None:
-            first, again = waiting[name], waiting[name]
+        offloaded = getattr(one, "weights_map", None)
+        if offloaded is not None:
+            first, again = offloaded[name], offloaded[name]
             if first.data_ptr() == again.data_ptr():  # otherwise read from disk each time
-                held: Tensor = first
-                return held
+                in_memory: Tensor = first
+                return in_memory
     return None
 
 
 def free_bytes(device: torch.device) -> int:
-    """What an accelerator has left, freed memory that PyTorch keeps for later included."""
-    left, _ = torch.cuda.mem_get_info(device)
-    return left + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    """Free memory of an accelerator, including what PyTorch's allocator holds in reserve."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """A tensor, or the tensors in nested tuples, lists and dicts, on `device`."""
+    """Move a tensor, or the tensors in nested tuples, lists and dicts, to `device`."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple | list):
@@ -121,7 +121,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def tensors_within(value: Any) -> Iterator[Tensor]:
-    """A tensor, or the tensors in nested tuples, lists and dicts, of any class of these."""
+    """All tensors in nested tuples, lists and dicts, or the tensor itself."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):

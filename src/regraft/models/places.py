@@ -1,4 +1,4 @@
-"""Where a weight matrix lies inside a larger tensor, such as one expert's inside all experts'."""
+"""Where a weight matrix is inside a larger tensor, such as one expert's in that of all experts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Place:
-    """A matrix `[out, in]` inside a contiguous tensor, counted in elements.
+    """The place of a matrix `[out, in]` inside a contiguous tensor, in elements.
 
     Attributes:
-        first: Of its element [0, 0].
-        row: From one row to the next.
-        column: From one column to the next: 1, or `row` is 1 where the tensor holds its transpose.
+        first: Offset of its element [0, 0].
+        row: Stride from one row to the next; 1 if the tensor holds the transpose.
+        column: Stride from one column to the next; otherwise 1.
     """
 
     first: int
@@ -38,7 +38,7 @@ class Place:
         return self.first + positions // columns * self.row + positions % columns * self.column
 
     def inside(self, positions: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(which flat positions of the tensor it holds, `[n]` bool; where in it, `[k]`)."""
+        """Which flat positions of the tensor are in it, `[n]` bool, and their own in it, `[k]`."""
         rest = positions - self.first
         far, near = max(self.row, self.column), min(self.row, self.column)
         major, minor = rest // far, rest % far // near
@@ -49,7 +49,7 @@ class Place:
 
 
 def of_tensor(tensor: Tensor, place: Place | None, shape: tuple[int, int]) -> Tensor:
-    """The matrix at a place of a tensor, a view; the tensor itself where no place is given."""
+    """The matrix at a place of a tensor, as a view; the tensor itself if `place` is None."""
     return tensor if place is None else place.view(tensor, shape)
 
 
@@ -59,13 +59,13 @@ def whole(shape: tuple[int, int]) -> Place:
 
 
 def inside(positions: Tensor, place: Place | None, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """`Place.inside`, where no place means that the matrix is the tensor."""
+    """`Place.inside`; with `place` None the matrix is the whole tensor."""
     if place is None:
         return torch.ones_like(positions, dtype=torch.bool), positions
     return place.inside(positions, shape)
 
 
 def at(positions: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat positions `[k]` int64 as (rows, columns) of a matrix, which may be any view."""
-    here = positions.to(matrix.device)
-    return here // matrix.shape[1], here % matrix.shape[1]
+    """Convert flat positions `[k]` int64 to (rows, columns) of a matrix, on its device."""
+    positions = positions.to(matrix.device)
+    return positions // matrix.shape[1], positions % matrix.shape[1]

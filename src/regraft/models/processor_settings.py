@@ -1,6 +1,6 @@
-"""Settings of processors: of what kind each is and within what bounds, by its name.
+"""Check settings of processors by name: the type of each and its bounds.
 
-Processors read them as they are, and stumble over a wrong one far from where it is said.
+Processors do not check them, and fail on a wrong one far from where it was read.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ BOUNDS = (
     (re.compile(r"image_mean$"), -1e6, 1e6),
     (re.compile(r"(^|[._])(height|width|patch_size|merge_size)$"), 1, 2**16),
     (re.compile(r"temporal_patch_size$"), 1, 64),  # frames
-    (re.compile(r"_edge$"), 1, 2**28),  # of some the number of pixels
+    (re.compile(r"_edge$"), 1, 2**28),  # for some processors a number of pixels
 )
-_SET = re.compile(r"(\.patch|temporal_patch|merge)_size$")  # which nothing stands for where null
+_REQUIRED = re.compile(r"(\.patch|temporal_patch|merge)_size$")  # null is not replaced by a default
 
 
 def _is_number(value: Any) -> bool:
@@ -55,29 +55,29 @@ _KINDS: tuple[tuple[re.Pattern[str], Callable[[Any], bool], str], ...] = (
     (re.compile(r"_(mean|std)$"), _are_numbers, "a number, or a list of numbers"),
     (re.compile(r"^(temporal_patch|merge)_size$"), _is_number, "a number"),
     (re.compile(r"^(height|width)$|_edge$|^rescale_factor$"), _is_number, "a number"),
-    (re.compile(r"^(crop_)?size$"), _is_size, "a number, several, or such by name"),
+    (re.compile(r"^(crop_)?size$"), _is_size, "a number, a list of them, or an object of them"),
     (re.compile(r"^patch_size$"), _is_patch, "a number, or height and width"),
-    (re.compile(r"^resample$"), _is_filter, "0 to 5, a filter of Pillow's"),
+    (re.compile(r"^resample$"), _is_filter, "0 to 5, a filter of Pillow"),
 )
 
 
 def check_kinds(path: Path, settings: dict[str, Any]) -> None:
-    """Raise where a setting, however deep, is of no kind that its name can have.
+    """Check the type of each setting, nested ones included, by its name.
 
     Raises:
-        RegraftError: one is; it names the file and the field.
+        RegraftError: a setting has a wrong type; the message names file and field.
     """
-    if "auto_map" in settings:  # a processor of the checkpoint's own code, with names of its own
+    if "auto_map" in settings:  # the checkpoint's own processor class, whose settings are unknown
         return
     for field, name, value in _fields(settings):
         for pattern, fits, expected in _KINDS:
-            unset = value is None and not _SET.search(field)
+            unset = value is None and not _REQUIRED.search(field)
             if pattern.search(name) and not (unset or fits(value)):
                 raise RegraftError(f"{path}: {field} is {shown(value)}; expected {expected}.")
 
 
 def _fields(settings: dict[str, Any], above: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Every setting, however deep: its names from the top, its own name, its value."""
+    """(dotted path, name, value) of every setting, nested ones included."""
     for name, value in settings.items():
         yield f"{above}{name}", name, value
         if isinstance(value, dict):

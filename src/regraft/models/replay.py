@@ -1,10 +1,10 @@
 """Run any part of a text decoder again, exactly, from captured hidden states.
 
-The vision tower and the embeddings run once a batch (`text_inputs`). From then on `replay` runs the
-decoder's own forward, in which the layers before `start` are the identity and the first one after
-gets the given hidden states. A loop over the layers would be wrong in some families: between its
-layers Qwen3VLTextModel adds visual features (deepstack), MllamaTextModel skips cross-attention
-where there is no image, Gemma3TextModel gives its layers two kinds of mask and rotary embedding.
+The vision tower and the embeddings run once per batch (`text_inputs`). Then `replay` runs the
+decoder's own forward, with the layers before `start` replaced by the identity and the given hidden
+states as input of layer `start`. A loop over the layers would be wrong in some families:
+Qwen3VLTextModel adds visual features between layers (deepstack), MllamaTextModel skips
+cross-attention without an image, Gemma3TextModel has two kinds of mask and rotary embedding.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ from regraft.models.generation import encodes
 WITHOUT_DATA = "Prune by magnitude and restore at random, which read no data."
 
 
-def no_chain(what: str) -> RegraftError:
-    """Make the error for decoders whose layers hand on what is not known."""
-    return RegraftError(f"{what}, so that layers cannot be run one by one. {WITHOUT_DATA}")
+def not_layerwise(what: str) -> RegraftError:
+    """The error for decoders whose layers cannot be run one by one, because of `what`."""
+    return RegraftError(f"{what}, so layers cannot be run one by one. {WITHOUT_DATA}")
 
 
 @dataclass(frozen=True)
 class TextInputs:
-    """What the text decoder was called with for one batch of `batch` rows."""
+    """The text decoder's arguments for one batch of `batch` rows."""
 
     kwargs: Mapping[str, Any]
     batch: int
 
 
 Shared = dict[str, tuple[Any, ...]]
-"""What layers hand on beside the state: tensors, or None.
+"""What layers pass to later ones besides the state: tensors or None, by name.
 
-Keys and values that later layers read, too, by the kind of layer (Gemma 3n, Gemma 4). And where the
-name is there already: what a layer puts out behind its state (`MORE`; the tokens that GLM-5-Next's
-indexers choose), and inputs of layers that later ones read, too (`input_of`; Inkling 2).
+Keys and values that later layers share, by kind of layer (Gemma 3n, Gemma 4). If the caller put
+their names in: a layer's further outputs (`MORE`; the tokens that GLM-5-Next's indexers choose),
+and inputs of layers that later ones also read (`input_of`; Inkling 2).
 """
 MORE = "more"
 _INPUT = "input of layer "
 
 
 def input_of(layer: int) -> str:
-    """The name in `Shared` of what enters a layer."""
+    """The name in `Shared` of a layer's input."""
     return f"{_INPUT}{layer}"
 
 
 def is_input(name: object) -> bool:
-    """Whether a name is one of these. Kinds of layers are numbers in transformers below 5.20."""
+    """Whether a name is of `input_of`. Kinds of layers are numbers in transformers below 5.20."""
     return str(name).startswith(_INPUT)
 
 
@@ -74,7 +74,7 @@ class Replay(Protocol):
 
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks when the block ends."""
+    """Register hooks, and remove them when the block ends."""
     registered = list(handles)
     try:
         yield
@@ -84,7 +84,7 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 class Stop(Exception):  # noqa: N818 - a signal, not an error
-    """Carries a value out of a forward pass that need not go on."""
+    """Ends a forward pass early and carries a value out of it."""
 
     def __init__(self, value: Any) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Stop(Exception):  # noqa: N818 - a signal, not an error
 def first_call(
     module: nn.Module, run: Callable[[], object]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What `run` first calls `module` with: (args, kwargs). It goes no further than that."""
+    """(args, kwargs) of the first call of `module` by `run`, which is stopped there."""
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise Stop((args, dict(kwargs)))
@@ -110,22 +110,21 @@ def first_call(
 
 @torch.no_grad()
 def text_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> TextInputs:
-    """Run embeddings and vision tower once and keep what the text decoder would get.
+    """Run embeddings and vision tower once and return the text decoder's arguments.
 
     Raises:
-        RegraftError: the decoder does not get the prompt, an encoder does.
+        RegraftError: an encoder reads the prompt, not the decoder.
     """
     if encodes(model):
         raise RegraftError(
             f"{type(model).__name__} reads prompts with an encoder and writes answers with a "
-            f"decoder; regraft takes both through the decoder, as one sequence. {WITHOUT_DATA}"
+            f"decoder; regraft runs both through the decoder, as one sequence. {WITHOUT_DATA}"
         )
     decoder = text_decoder(model)
     args, kwargs = first_call(decoder, lambda: model(**inputs, use_cache=False))
     names = list(inspect.signature(type(decoder).forward).parameters)[1:]  # without `self`
-    kwargs |= dict(zip(names, args, strict=False))  # GIT gives its embeddings without a name
-    # A cache left among the arguments would give later runs the keys and values of earlier ones,
-    # without an error for a single row that is not padded.
+    kwargs |= dict(zip(names, args, strict=False))  # GIT passes its embeddings by position
+    # With a cache, later runs would silently reuse the keys and values of earlier ones.
     return TextInputs(kwargs | {cache_argument(decoder): None}, len(inputs["input_ids"]))
 
 
@@ -149,31 +148,31 @@ def replay(
             [b0..bB-1] * copies; None takes the embeddings (`start` 0).
         stop: Layer to stop before. None runs through the final norm.
         gradient: Record for autograd, if `hidden` requires it.
-        shared: What layers before `start` handed on beside the state; what those that run hand on
-            is put in.
+        shared: What layers before `start` passed on besides the state; updated with what the
+            layers that run pass on.
 
     Returns:
-        `[copies * B, S, d]`: the input of layer `stop` (with whatever the family adds between
+        `[copies * B, S, d]`: the input of layer `stop` (including anything the family adds between
         layers), or the normed final state. A layer that the family skips for this batch (Mllama's
         cross-attention without images) passes its input on.
     """
     decoder, layers = text_decoder(model), decoder_layers(model)
-    # states of other shapes, as Gemma 3n's four a token, are never stacked
+    # states of other shapes, such as Gemma 3n's four per token, are never stacked
     copies = 1 if hidden is None or hidden.ndim != 3 else len(hidden) // text.batch
     shared = {} if shared is None else shared
     if input_of(start) in shared:
         shared[input_of(start)] = (hidden,)
     entry = _Entry(hidden, stop, shared)
     hooks = (hook for i in range(start, len(layers)) for hook in entry.hooks(i, layers[i]))
-    skipped = stand_ins(layers[:start], partial(_put_out, shared), shared.get(MORE, ()))
+    skipped = stand_ins(layers[:start], partial(_skipped_output, shared), shared.get(MORE, ()))
     try:
         with hooked(hooks), replaced_forwards(skipped), torch.set_grad_enabled(gradient):
             final: Tensor = decoder(
                 **tile_kwargs(text.kwargs, copies, text.batch)
             ).last_hidden_state
-            if entry.waiting is not None:  # the family skipped every layer from `start` on
+            if entry.pending is not None:  # the family skipped every layer from `start` on
                 norm: Any = decoder.norm
-                return entry.waiting if stop is not None else norm(entry.waiting)
+                return entry.pending if stop is not None else norm(entry.pending)
             assert stop is None or stop >= len(layers), f"no layer from {stop} on was run"
             return final
     except Stop as stopped:
@@ -181,29 +180,30 @@ def replay(
         return reached
 
 
-def _put_out(shared: Shared, index: int, whole: Tensor) -> Tensor:
-    """What a layer that is skipped put out, if that is read again; else what entered the first."""
-    return next(iter(shared.get(input_of(index + 1), ())), whole)
+def _skipped_output(shared: Shared, index: int, first: Tensor) -> Tensor:
+    """Output of a skipped layer: the true one if later layers read it, else the first's input."""
+    return next(iter(shared.get(input_of(index + 1), ())), first)
 
 
 def stand_ins(
     layers: Iterable[nn.Module],
-    put_out: Callable[[int, Tensor], Tensor],
+    output_of: Callable[[int, Tensor], Tensor],
     more: tuple[Any, ...] = (),
 ) -> dict[nn.Module, Callable[..., Any]]:
-    """Forwards for layers, of what enters the first of them: `put_out(index, it)` and `more`.
+    """Forwards that replace layers and return `output_of(index, first)` and `more`.
 
-    Most decoders take a layer's output for the state. Chameleon's takes its first item: from the
-    second layer on that is seen by a state without a dimension, and then it is given a tuple.
+    `first` is the input of the first layer. Most decoders take a layer's output as the state.
+    Chameleon's takes its first item: a layer whose input therefore lacks a dimension returns a
+    tuple.
     """
-    whole: Tensor | None = None
+    first: Tensor | None = None
 
     def stand_in(index: int) -> Callable[..., Any]:
         def forward(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-            nonlocal whole
-            whole = hidden if whole is None else whole
-            state = put_out(index, whole)
-            return (state, *more) if more or hidden.ndim != whole.ndim else state
+            nonlocal first
+            first = hidden if first is None else first
+            state = output_of(index, first)
+            return (state, *more) if more or hidden.ndim != first.ndim else state
 
         return forward
 
@@ -211,27 +211,27 @@ def stand_ins(
 
 
 def state_of(output: Any) -> Tensor:
-    """The state `[B, S, d]` in what a layer puts out."""
+    """The state `[B, S, d]` in a layer's output."""
     state: Tensor = output[0] if isinstance(output, tuple) else output
     return state
 
 
 class _Entry:
-    """Puts `hidden` into the first layer that runs, and ends the run before layer `stop`."""
+    """Feeds `hidden` to the first layer that runs, and stops the run before layer `stop`."""
 
     def __init__(self, hidden: Tensor | None, stop: int | None, shared: Shared) -> None:
-        self.waiting, self._stop, self._shared = hidden, stop, shared
+        self.pending, self._stop, self._shared = hidden, stop, shared
 
     def hooks(self, index: int, layer: nn.Module) -> Iterator[RemovableHandle]:
         def enter(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
-            left = kwargs.get("shared_kv_states")
-            if left is not None:
-                self._shared |= left
-            if self.waiting is not None:
-                args, self.waiting = (self.waiting, *args[1:]), None
-                if left is not None:
+            shared_kv = kwargs.get("shared_kv_states")
+            if shared_kv is not None:
+                self._shared |= shared_kv
+            if self.pending is not None:
+                args, self.pending = (self.pending, *args[1:]), None
+                if shared_kv is not None:
                     kinds = (n for n in self._shared if n != MORE and not is_input(n))
-                    left.update({name: self._shared[name] for name in kinds})
+                    shared_kv.update({name: self._shared[name] for name in kinds})
             if self._stop is not None and index >= self._stop:
                 raise Stop(args[0])
             return args, kwargs
@@ -240,7 +240,7 @@ class _Entry:
             more = output[1:]
             if not all(one is None or isinstance(one, Tensor) for one in more):
                 kinds = ", ".join(type(one).__name__ for one in more)
-                raise no_chain(f"Layers put out {kinds} behind their state, and no tensor")
+                raise not_layerwise(f"Layers return {kinds} after their state, not a tensor")
             self._shared[MORE] = more
 
         yield layer.register_forward_pre_hook(enter, with_kwargs=True)
@@ -251,14 +251,14 @@ class _Entry:
 def logits_of(model: nn.Module, states: Tensor, *, gradient: bool = False) -> Tensor:
     """Logits of normed final states `[..., d]` -> `[..., vocabulary]`.
 
-    The language model's own forward makes them, around a decoder that returns `states`: whether a
-    family scales or caps its logits is its own code again (of Gemma 3 only the text-only class
-    caps). With `gradient` autograd records them.
+    Computed by the language model's own forward, with a decoder that returns `states`, because
+    some families scale or cap logits (of Gemma 3 only the text-only class caps). With `gradient`
+    autograd records them.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     class Output(BaseModelOutputWithPast):
-        """With nothing in what families add to it, such as Gemma 4's shared keys and values."""
+        """Has None for any field that a family adds, such as Gemma 4's shared keys and values."""
 
         def __getattr__(self, name: str) -> None:
             if name.startswith("_"):
@@ -286,12 +286,12 @@ def last_positions(inputs: Mapping[str, Any], length: int) -> Tensor:
 
 
 def tile_kwargs(kwargs: Mapping[str, Any], copies: int, batch: int) -> dict[str, Any]:
-    """Stack every decoder keyword `copies` times along its batch dimension, in tile order.
+    """Stack every decoder argument `copies` times along its batch dimension, in tile order.
 
     The batch is not always dimension 0: the `position_ids` of Qwen2-VL to Qwen3-VL are
-    `[3 or 4, B, S]` (multi-axis rotary), Qwen3-VL's `deepstack_visual_embeds` lists of
+    `[3 or 4, B, S]` (multi-axis rotary), Qwen3-VL's `deepstack_visual_embeds` are lists of
     `[visual tokens, d]` in row order. MllamaTextModel's `cross_attention_states` have
-    B * images * tiles rows, so that only tiling, not interleaving, keeps rows and images together.
+    B * images * tiles rows, so only tiling, not interleaving, keeps rows and images together.
     """
     if copies == 1:
         return dict(kwargs)
@@ -316,7 +316,7 @@ def tile_rows(tensor: Tensor, copies: int) -> Tensor:
 def _tile(value: Any, copies: int, batch: int) -> Any:
     if isinstance(value, Tensor):
         if value.ndim == 0 or (len(value) == 1 and batch > 1):
-            return value  # one row for all, such as rotary cos and sin: left to broadcasting
+            return value  # one row for all, such as rotary cos and sin, is broadcast
         if len(value) % batch:
             raise ValueError(f"cannot tile {tuple(value.shape)} for a batch of {batch}")
         return tile_rows(value, copies)
@@ -331,9 +331,9 @@ def _tile(value: Any, copies: int, batch: int) -> Any:
 
 @contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules another forward for the length of the block.
+    """Replace the forward of modules inside the block.
 
-    A forward that an instance already has (accelerate's hooks put one there) is restored.
+    An instance's own forward (set by accelerate's hooks) is restored afterwards.
     """
     before = {
         module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__

@@ -1,8 +1,8 @@
-"""From the name of a model to its folder, and to the config and class that transformers has for it.
+"""Resolve the name of a model to its folder, its config and its class in transformers.
 
-Whatever transformers and the hub raise is turned into a `RegraftError` here. Checkpoints whose
-weights are quantised are run by transformers, with a package of each method's own, and it says what
-it lacks; some methods are for accelerators only. They answer prompts and are never pruned.
+Errors of transformers and the hub become `RegraftError`s here. Quantised checkpoints answer prompts
+and are never pruned. transformers runs them with the package of each quantisation method, and says
+if that is missing; some methods need an accelerator.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from regraft.models.foreign import check_settings, foreign
 
 _NOT_FROM_HUB = ["original/*", "consolidated*"]
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+# What transformers' check of a quantised checkpoint raises
 _REFUSED = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError)
 
 
 def resolve(model: str | Path) -> Path:
-    """The folder of a model: the word "demo" is the bundled one, others are there or on the hub.
+    """The folder of a model, given as a folder, a hub id or "demo", the bundled model.
 
-    A hub id is ORG/NAME[@REVISION], and downloaded once.
+    A hub id is ORG/NAME[@REVISION], and is downloaded once.
     """
     folder = demo_model() if model == "demo" else Path(model)
-    with suppress(OSError, ValueError):  # a name that no folder can have
+    with suppress(OSError, ValueError):  # not a valid name of a folder
         if folder.exists():
             return folder
     if isinstance(model, Path) or not MODEL_ID.fullmatch(str(model)):
@@ -42,6 +43,11 @@ def resolve(model: str | Path) -> Path:
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> Any:
+    """Check a model's settings and read its config.
+
+    Raises:
+        RegraftError: the config is missing or invalid, or needs code that is not trusted.
+    """
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
@@ -54,7 +60,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
             if "trust_remote_code" not in str(error):
                 raise
             raise RegraftError(
-                f"{folder} comes with Python code of its own. Read it and, if you trust it, run it "
+                f"{folder} comes with its own Python code. Read it and, if you trust it, run it "
                 "with --trust-remote-code."
             ) from error
 
@@ -65,22 +71,22 @@ def auto_class(config: Any, folder: Path) -> Any:
 
 
 def takes_images(config: Any, folder: Path) -> bool:
-    """Whether a model of this type takes images, as its class in transformers says."""
+    """Whether a model of this type takes images, according to its class in transformers."""
     from transformers import AutoModelForImageTextToText
 
     auto, kind = _classes(config, folder)
     if kind is None:
         return auto is AutoModelForImageTextToText
-    # Older versions leave the "text" of the base class to some that have a vision tower (Qwen3.5).
-    unsaid = kind.input_modalities == "text" and hasattr(config, "vision_config")
-    return unsaid or "image" in kind.input_modalities
+    # In older versions some types with a vision tower inherit "text" from the base class (Qwen3.5)
+    inherited = kind.input_modalities == "text" and hasattr(config, "vision_config")
+    return inherited or "image" in kind.input_modalities
 
 
 def require_greedy(config: Any, folder: Path) -> None:
-    """Raise unless a model of this type writes one token after the other, as transformers does.
+    """Raise unless models of this type generate token by token with transformers' `generate`.
 
     Raises:
-        RegraftError: it does not, such as a model of diffusion or of actions.
+        RegraftError: they do not, such as diffusion and action models.
     """
     from transformers import GenerationMixin
 
@@ -93,7 +99,7 @@ def require_greedy(config: Any, folder: Path) -> None:
 
 
 def _classes(config: Any, folder: Path) -> tuple[Any, Any]:
-    """(the auto class, the class in transformers or None for code that comes with the model)."""
+    """(auto class, class in transformers or None if the model comes with its own code)."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -118,6 +124,7 @@ def _classes(config: Any, folder: Path) -> tuple[Any, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
+    """Silence transformers' log, progress bars and warnings inside the block."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -135,22 +142,21 @@ def quiet() -> Iterator[None]:
 
 
 def quantisation_of(config: Any) -> str | None:
-    """How the weights are quantised by config.json, such as "compressed-tensors"; None if not."""
-    stated = _stated(config)
-    if stated is None:
+    """The quantisation method in config.json, such as "compressed-tensors"; None if unquantised."""
+    quantisation = _quantization_config(config)
+    if quantisation is None:
         return None
-    if stated.get("load_in_4bit") or stated.get("load_in_8bit"):  # older bitsandbytes name no more
+    if quantisation.get("load_in_4bit") or quantisation.get("load_in_8bit"):  # old: without a name
         return "bitsandbytes"
-    method = stated.get("quant_method", "a method that config.json does not name")
+    method = quantisation.get("quant_method", "a method that config.json does not name")
     return str(getattr(method, "value", method))
 
 
 def check_quantised(config: Any, folder: Path) -> None:
-    """See that transformers can run what is quantised so, with the packages and devices here.
+    """Check that transformers can run this quantisation with the packages and devices here.
 
     Raises:
-        RegraftError: the method is unknown, or what it lacks in transformers' own words, which
-            name the package.
+        RegraftError: the method is unknown, or a package or device is missing.
     """
     method = quantisation_of(config)
     if method is None:
@@ -167,17 +173,18 @@ def check_quantised(config: Any, folder: Path) -> None:
         )
     try:
         with quiet():
-            quantiser = AutoHfQuantizer.from_config(dict(_stated(config) or {}), pre_quantized=True)
+            stated = dict(_quantization_config(config) or {})
+            quantiser = AutoHfQuantizer.from_config(stated, pre_quantized=True)
             quantiser.validate_environment(device_map=None, weights_only=True)
     except _REFUSED as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        if isinstance(error, ModuleNotFoundError):  # the others name the package themselves
+        if isinstance(error, ModuleNotFoundError):  # other errors name the package themselves
             reason += f" (pip install {error.name})"
         raise RegraftError(f"{where} and cannot be run here: {reason}.") from error
 
 
 def require_unquantised(config: Any, folder: Path) -> None:
-    """Raise where weights are quantised, which are neither pruned nor restored."""
+    """Raise if weights are quantised: such models can be neither pruned nor restored."""
     method = quantisation_of(config)
     if method is not None:
         raise RegraftError(
@@ -187,8 +194,8 @@ def require_unquantised(config: Any, folder: Path) -> None:
         )
 
 
-def _stated(config: Any) -> dict[str, Any] | None:
-    """What config.json says of it, in the model's config or that of its text part."""
+def _quantization_config(config: Any) -> dict[str, Any] | None:
+    """The `quantization_config` of the model or of its text part."""
     text = config.get_text_config(decoder=True)
     for one in (config, text):
         found = getattr(one, "quantization_config", None)

@@ -1,8 +1,8 @@
-"""Record what a model's vision part returns to its text decoder, and return it again.
+"""Record the output of a model's vision part and replay it, to run the text decoder alone.
 
-Only the text decoder is pruned or patched, so what comes from the images stays the same. Families
-of transformers get it from `get_image_features`; Mllama, which has none, from its projector. Where
-code is not transformers' own nothing is recorded, and the vision part runs each time.
+Only the text decoder is pruned or patched, so the vision part's output stays the same. In
+transformers `get_image_features` returns it, or, in Mllama, the projector. With code that is not
+transformers' own, nothing is recorded, and the vision part runs each time.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from regraft.models.architecture import language_model, output_head, text_decode
 from regraft.models.placement import moved, tensors_of, tensors_within
 from regraft.models.replay import replaced_forwards
 
-_UNUSED = ("last_hidden_state", "hidden_states", "attentions")  # beside pooler_output
+_UNUSED = ("last_hidden_state", "hidden_states", "attentions")  # if there is a pooler_output
 
 
 @dataclass(frozen=True)
 class VisionOutput:
-    """What one batch of images became: tensors in host memory, and how they were returned.
+    """The vision part's output for one batch of images, with its tensors in host memory.
 
-    `kind` is the class of transformers' output that holds them; None where it is `content` itself.
+    `kind` is the output class of transformers that holds them; None if `content` was returned as
+    it is.
     """
 
     kind: type[Any] | None
@@ -40,22 +41,22 @@ class VisionOutput:
         return sum(tensor.nbytes for tensor in tensors_within(self.content))
 
     def restored(self) -> Any:
-        """As the vision part returned it, without what the text decoder does not read."""
+        """Rebuild what the vision part returned, except fields that the text decoder ignores."""
         content = moved(self.content, self.device)
         if self.kind is None:
             return content
         named = {field.name for field in fields(self.kind)}
         needed = {field.name: None for field in fields(self.kind) if field.default is MISSING}
         own = {name: one for name, one in content.items() if name in named}
-        output = self.kind(**needed | own)  # timm's needs the states that are not read
-        for name in content.keys() - named:  # Idefics3 adds one in transformers 5.15
+        output = self.kind(**needed | own)  # timm's class requires fields that were not kept
+        for name in content.keys() - named:  # an attribute that Idefics3 adds in transformers 5.15
             setattr(output, name, content[name])
         return output
 
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[list[VisionOutput]]:
-    """Record what the vision part returns, call by call, while the model runs in the block."""
+    """Record what the vision part returns, one item per call, inside the block."""
     outputs: list[VisionOutput] = []
     inner = _inner(model)
 
@@ -66,7 +67,7 @@ def recorded(model: nn.Module) -> Iterator[list[VisionOutput]]:
     with ExitStack() as stack:
         if inner is not None and (features := _features(inner)) is not None:
             stack.enter_context(_replaced(inner, lambda *a, **k: keep(features(*a, **k))))
-        elif inner is not None and _projected(inner):
+        elif inner and hasattr(inner, "vision_model") and hasattr(inner, "multi_modal_projector"):
             projector: Any = inner.multi_modal_projector
             hook = projector.register_forward_hook(lambda _module, _args, result: keep(result))
             stack.enter_context(hook)
@@ -75,7 +76,7 @@ def recorded(model: nn.Module) -> Iterator[list[VisionOutput]]:
 
 @contextmanager
 def replayed(model: nn.Module, output: VisionOutput | None) -> Iterator[None]:
-    """Return `output` in the block, whatever the images; None changes nothing."""
+    """Make the vision part return `output` inside the block; None has no effect."""
     inner = _inner(model)
     if output is None or inner is None:
         yield
@@ -95,7 +96,7 @@ def replayed(model: nn.Module, output: VisionOutput | None) -> Iterator[None]:
 
 
 def without_pixels(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs for `replayed`: what only the vision part reads is zeros that take no memory."""
+    """Inputs for `replayed`, with pixels, which only the vision part reads, as expanded zeros."""
     return {
         name: tensor.new_zeros(()).expand(tensor.shape) if name.startswith("pixel") else tensor
         for name, tensor in inputs.items()
@@ -103,11 +104,10 @@ def without_pixels(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vision_state(model: nn.Module) -> tuple[Any, ...] | None:
-    """Equal for vision parts that return the same: sum of bits, dtype, device and shape.
+    """A fingerprint of the vision part's weights: sum of bits, dtype, device and shape of each.
 
-    Covers every parameter and buffer outside of the text decoder and the output embedding. None
-    where some are not in memory (a model spread over devices by accelerate), and where it is not
-    known which module the text decoder is.
+    Covers every parameter and buffer outside the text decoder and the output embedding. None if
+    some are not in memory (a model split by accelerate), or if the text decoder is not found.
     """
     try:
         parts = text_decoder(model), output_head(language_model(model))
@@ -117,12 +117,12 @@ def vision_state(model: nn.Module) -> tuple[Any, ...] | None:
     outside = [tensor for tensor in tensors_of(model) if id(tensor) not in decoder]
     if any(tensor.is_meta for tensor in outside):
         return None
-    about = [(str(one.dtype), str(one.device), tuple(one.shape)) for one in outside]
-    return tuple(zip(about, [_bit_sum(one) for one in outside], strict=True))
+    kinds = [(str(one.dtype), str(one.device), tuple(one.shape)) for one in outside]
+    return tuple(zip(kinds, [_bit_sum(one) for one in outside], strict=True))
 
 
 def _inner(model: nn.Module) -> nn.Module | None:
-    """The model without its head, of transformers' own classes."""
+    """The model without its output head; None unless it is of transformers' own classes."""
     inner = getattr(model, "base_model", None)
     own = type(model).__module__.startswith("transformers.")
     return inner if own and isinstance(inner, nn.Module) else None
@@ -132,13 +132,9 @@ def _features(inner: nn.Module) -> Callable[..., Any] | None:
     return getattr(inner, "get_image_features", None)
 
 
-def _projected(inner: nn.Module) -> bool:
-    return hasattr(inner, "vision_model") and hasattr(inner, "multi_modal_projector")
-
-
 @contextmanager
 def _replaced(inner: nn.Module, features: Callable[..., Any]) -> Iterator[None]:
-    """Another `get_image_features`, with the signature of the own one, which `generate` reads."""
+    """Replace `get_image_features`; its signature stays, because `generate` reads it."""
     inner.__dict__["get_image_features"] = wraps(inner.get_image_features)(features)  # type: ignore[arg-type]
     try:
         yield

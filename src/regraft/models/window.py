@@ -1,7 +1,7 @@
-"""An estimate of a replay: some positions of each row run, all others keep what they had.
+"""Estimate a replay by running only some positions of each row, the window.
 
-The keys and values of the positions outside the window are those of the unablated run, so that the
-effect of an ablation is followed through the window alone.
+Positions outside the window keep the keys and values of the unablated run, so the effect of an
+ablation propagates through the window only.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from regraft.models.replay import Replay, first_call, state_of
 
 @dataclass(frozen=True)
 class _Call:
-    """How the unablated run calls a layer, cut to T positions of each row."""
+    """The unablated run's call of one layer, cut to T positions of each row."""
 
     index: int
     kwargs: Mapping[str, Any]
     known: KeyValues  # of all positions
-    within: Tensor | None  # mask among the T positions [B, 1, T, T]; None in cross-attention
-    added: Tensor | None  # [B, T, d]
+    within: Tensor | None  # mask among the T positions [B, 1, T, T]; None for cross-attention
+    added: Tensor | None  # [B, T, d], see `Recorded`
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def window_at(model: nn.Module, recorded: Recorded, positions: Tensor) -> Window
     """Cut a recorded run to `positions`, `[B, T]` int64, ascending in each row.
 
     Raises:
-        RegraftError: a layer is called with arguments that are not understood (an attention
-            backend other than sdpa and eager).
+        RegraftError: a layer has unsupported arguments (an attention backend other than sdpa and
+            eager).
     """
     cross = set(cross_attention_layers(model))
     calls = []
@@ -84,11 +84,11 @@ def window_at(model: nn.Module, recorded: Recorded, positions: Tensor) -> Window
 def most_attended(model: nn.Module, recorded: Recorded, size: int) -> Tensor:
     """The last position and those that it attends to most, over all layers and heads.
 
-    The last query reads the identity in place of the values, so that what a head puts out are its
-    attention weights, whatever the family's attention is.
+    With the identity in place of the values, a head's output for the last query is its attention
+    weights, whatever the family's attention code.
 
     Returns:
-        `[B, size]` int64, ascending in each row; all positions where there are fewer.
+        `[B, size]` int64, ascending in each row; all positions if there are fewer.
     """
     rows, length = recorded.final.shape[:2]
     total = recorded.final.new_zeros(rows, length, dtype=torch.float32)
@@ -100,8 +100,8 @@ def most_attended(model: nn.Module, recorded: Recorded, size: int) -> Tensor:
             continue
         keys = recorded.known[index].keys  # [B, KV, S, D]
         identity = torch.eye(length, dtype=keys.dtype, device=keys.device)
-        known = _Fixed(keys, identity.expand(*keys.shape[:2], -1, -1))
-        kwargs[cache_argument(layers[index])] = known
+        fixed = _FixedCache(keys, identity.expand(*keys.shape[:2], -1, -1))
+        kwargs[cache_argument(layers[index])] = fixed
         o_proj: Any = attention_of(layers[index])[1].o_proj
         (weights,), _ = first_call(o_proj, partial(layers[index], hidden[:, -1:], **kwargs))
         total += weights.view(rows, -1, length).sum(dim=1).to(total)
@@ -109,8 +109,8 @@ def most_attended(model: nn.Module, recorded: Recorded, size: int) -> Tensor:
     return total.topk(min(size, length), dim=1).indices.sort(dim=1).values
 
 
-class _Fixed(NamedTuple):
-    """Stands in for a cache that always answers with the same keys and values."""
+class _FixedCache(NamedTuple):
+    """A stand-in for a cache that always returns the same keys and values."""
 
     keys: Tensor
     values: Tensor
@@ -119,11 +119,11 @@ class _Fixed(NamedTuple):
         return self.keys, self.values
 
     def get_seq_length(self, *_args: Any) -> int:
-        return self.keys.shape[2] - 1  # the last position is the one that asks
+        return self.keys.shape[2] - 1  # the last position is the query's own
 
 
 def _pick_axes(name: str, tensor: Tensor, dim: int, positions: Tensor) -> Tensor:
-    """`_pick` of a layer's argument, of each axis where those of multi-axis rotary come first.
+    """`_pick` in a layer's argument, axis by axis if it starts with those of multi-axis rotary.
 
     In transformers below 5.20 Qwen2-VL's layers get cos and sin as `[3, B, S, D]`.
     """
@@ -133,7 +133,7 @@ def _pick_axes(name: str, tensor: Tensor, dim: int, positions: Tensor) -> Tensor
 
 
 def _pick(tensor: Tensor, positions: Tensor, dim: int) -> Tensor:
-    """Each row's own positions along `dim`; a tensor of one row serves all."""
+    """Select each row's own positions along `dim`; a tensor with one row is used for all."""
     rows = tensor.expand(len(positions), *tensor.shape[1:])
     picked = [row.index_select(dim, at) for row, at in zip(rows, positions, strict=True)]
     return torch.stack(picked)
@@ -145,13 +145,14 @@ def _causal(final: Tensor) -> Tensor:
 
 
 def _blocked(mask: Tensor) -> Any:
+    """The value in a mask that blocks attention."""
     return False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
 
 
 def window_replay(model: nn.Module, window: Window) -> Replay:
-    """`replay` of the window's positions; all others keep the unablated keys and values.
+    """A `replay` of the window's positions; all others keep the unablated keys and values.
 
-    Copies are laid out along the positions, kept apart by a block-diagonal mask, so that the keys
+    Copies are laid out along the positions, separated by a block-diagonal mask, so that the keys
     and values of the unablated run are not repeated.
     """
     layers, decoder = decoder_layers(model), text_decoder(model)
@@ -184,23 +185,23 @@ def _side_by_side(call: _Call, copies: int, cross: bool) -> dict[str, Any]:
     if cross:
         kwargs["cross_attention_states"] = None
     else:
-        kwargs["attention_mask"] = _kept_apart(call, copies)
+        kwargs["attention_mask"] = _separating_mask(call, copies)
     return kwargs
 
 
-def _kept_apart(call: _Call, copies: int) -> Tensor:
+def _separating_mask(call: _Call, copies: int) -> Tensor:
     """The mask `[B, 1, copies * T, S + copies * T]`: the unablated keys, then those of the copies.
 
-    A copy sees the unablated keys of all positions but the T, and of these its own.
+    A copy attends to the unablated keys outside the window, and to its own keys inside it.
     """
-    before, within = call.kwargs["attention_mask"], call.within
+    outside, within = call.kwargs["attention_mask"], call.within
     assert within is not None
     size = within.shape[-1]
-    apart = within.new_full((*within.shape[:-2], copies, size, copies, size), _blocked(within))
+    blocks = within.new_full((*within.shape[:-2], copies, size, copies, size), _blocked(within))
     for i in range(copies):
-        apart[..., i, :, i, :] = within
-    apart = apart.flatten(-4, -3).flatten(-2, -1)  # [B, 1, copies * T, copies * T]
-    return torch.cat([_repeated(before, copies, -2), apart], dim=-1)
+        blocks[..., i, :, i, :] = within
+    blocks = blocks.flatten(-4, -3).flatten(-2, -1)  # [B, 1, copies * T, copies * T]
+    return torch.cat([_repeated(outside, copies, -2), blocks], dim=-1)
 
 
 def _repeated(tensor: Tensor, copies: int, dim: int) -> Tensor:
