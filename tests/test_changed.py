@@ -455,7 +455,7 @@ def test_it_is_told(dense: Source, changed: Source, tmp_path: Path, capsys: Any)
         return " ".join(capsys.readouterr().out.split())
 
     count = survey(dense, changed).restorable
-    kind = f"changed: {count:,} weights are not the dense model's"
+    kind = f"changed: {count:,} weights differ from the dense model's"
     assert kind in run("analyse", "model", changed.folder, "--dense", dense.folder)
     random = ("realign", "random", dense.folder, changed.folder, "--budget", 40)
     found = run(*random, "--out", tmp_path / "patch.safetensors")
