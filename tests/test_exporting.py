@@ -290,7 +290,7 @@ def test_weight_patches_assign_what_apply_writes(
 def test_nan_is_no_value_for_vllm(tmp_path: Path) -> None:
     from regraft.patch.vllm import weight_patches
 
-    with pytest.raises(RegraftError, match=r"gives a\.weight a value that is NaN"):
+    with pytest.raises(RegraftError, match=r"gives a\.weight a NaN value"):
         weight_patches([_change("a.weight", (8, 8), [torch.nan])])
 
 
