@@ -118,16 +118,9 @@ def _figure(found: Mapping[float, Sequence[LayerOverlap]]) -> str:
 
     def draw(_: Any, axes: Any) -> None:
         for (share, layers), (colour, marker, line) in zip(found.items(), LOOKS, strict=False):
-            axes.plot(
-                [one.layer for one in layers],
-                [one.jaccard for one in layers],
-                color=colour,
-                marker=marker,
-                ls=line,
-                ms=3.5,
-                lw=1.2,
-                label=f"top {100 * share:g} %",
-            )
+            x, y = [one.layer for one in layers], [one.jaccard for one in layers]
+            style = {"color": colour, "marker": marker, "ls": line, "ms": 3.5, "lw": 1.2}
+            axes.plot(x, y, label=f"top {100 * share:g} %", **style)
             axes.axhline(by_chance(share), color=colour, lw=0.8, ls=":")
         axes.set(ylim=(0, 1), xlabel="layer", ylabel="Jaccard's index")
         axes.grid(axis="y")

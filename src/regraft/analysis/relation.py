@@ -84,13 +84,9 @@ def relate_runs(folders: Sequence[Path], out: Path) -> Correlation:
 def in_report(points: Sequence[ModelPoint], pruning: str = "") -> Correlation:
     """The rank correlation in the form of reports; `pruning` names how the models were pruned."""
     found = correlation(points)
-    return Correlation(
-        pruning,
-        tuple((one.name, one.ships, one.degradation) for one in points),
-        None if found is None else found.rho,
-        None if found is None else found.p,
-        _estimates(points),
-    )
+    rho, p = (None, None) if found is None else (found.rho, found.p)
+    models = tuple((one.name, one.ships, one.degradation) for one in points)
+    return Correlation(pruning, models, rho, p, _estimates(points))
 
 
 def _rises(folder: Path) -> dict[str, float]:

@@ -151,20 +151,11 @@ def _draw_rate(panel: Any, sweep: Sweep, field: str, look: tuple[str, str, str])
     if not rates:
         return
     colour, marker, line = look
-    panel.errorbar(
-        list(rates),
-        [100 * one.value for one in rates.values()],
-        yerr=[
-            [100 * (one.value - one.low) for one in rates.values()],
-            [100 * (one.high - one.value) for one in rates.values()],
-        ],
-        color=colour,
-        marker=marker,
-        ls=line,
-        ms=4,
-        lw=1.2,
-        elinewidth=0.8,
-    )
+    style = {"color": colour, "marker": marker, "ls": line, "ms": 4, "lw": 1.2, "elinewidth": 0.8}
+    below = [100 * (one.value - one.low) for one in rates.values()]
+    above = [100 * (one.high - one.value) for one in rates.values()]
+    values = [100 * one.value for one in rates.values()]
+    panel.errorbar(list(rates), values, yerr=[below, above], **style)
     references: dict[str, Estimate] = {
         name: rate
         for name, one in sweep.references.items()

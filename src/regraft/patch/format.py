@@ -291,9 +291,8 @@ def _positions(path: Path, name: str, stored: Tensor) -> Tensor:
 
 
 def _ascending_below(size: int, positions: Tensor) -> bool:
+    """Whether positions are a vector of ascending numbers from 0 to `size` - 1."""
     if positions.ndim != 1:
         return False
-    ascending = bool((positions[1:] > positions[:-1]).all())
-    return ascending and (
-        not len(positions) or (int(positions[0]) >= 0 and int(positions[-1]) < size)
-    )
+    bounded = torch.cat([torch.tensor([-1]), positions, torch.tensor([size])])
+    return bool((bounded[1:] > bounded[:-1]).all())

@@ -1,12 +1,6 @@
-"""Restore by gain: the settings, the loop over steps, and where it stops.
+"""Restore by gain: settings, the loop over steps, and when it stops.
 
-    run the dense model on its own answers; hold out a quarter of the prompts
-    repeat
-        one step (step.py): restore at most twice as many weights as the step before
-        save the weights restored so far, from which a killed run resumes
-    until the held-out loss falls by less than 1 %, nothing helps, or 5 steps are done
-
-objective.py has the formulas.
+objective.py has the method in pseudo-code and its formulas, step.py one step.
 """
 
 from __future__ import annotations

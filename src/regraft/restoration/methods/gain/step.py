@@ -118,9 +118,7 @@ def step(
         (the restored weights, best first, none if nothing lowers the held-out loss; the record)
     """
     candidates, losses = _candidates(problem, room.weights, so_far, advance)
-    chosen = candidates
-    if len(candidates):
-        chosen = candidates.first(first_order_limit(candidates.score, losses.sum))
+    chosen = candidates.first(first_order_limit(candidates.score, losses.sum))
     weights = weights_of(problem.model.network, problem.dense.architecture)
     edits = Edits(chosen, weights, problem.dense)
     measured = {0: held_out}
