@@ -201,7 +201,7 @@ HSR = {"realign": [{"method": "hsr"}]}
         ),
         (HSR, "method", [1], "method is no setting"),
         (HSR, "checkpoint", [1], "checkpoint is no setting"),
-        ({"pruned": "x"}, "sparsity", [0.1], "its sparsity is given"),
+        ({"pruned": "x"}, "sparsity", [0.1], "its sparsity is fixed"),
         ({"models": ["a/b"]}, "sparsity", [0.1], "A sweep takes one model"),
         (HSR, "q", [2.0], "less than or equal to 1"),
     ],
