@@ -133,7 +133,7 @@ def test_overlap_is_written(gathered: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shares", [(), (0.0,), (1.5,)])
 def test_overlap_of_impossible_shares(gathered: Any, tmp_path: Path, shares: Any) -> None:
-    with pytest.raises(RegraftError, match="Shares lie above 0"):
+    with pytest.raises(RegraftError, match="Shares must be above 0"):
         write_overlap(*gathered, shares, "row", tmp_path / "out", Silent())
     assert not (tmp_path / "out").exists()
 
@@ -201,8 +201,8 @@ HSR = {"realign": [{"method": "hsr"}]}
         ),
         (HSR, "method", [1], "method is no setting"),
         (HSR, "checkpoint", [1], "checkpoint is no setting"),
-        ({"pruned": "x"}, "sparsity", [0.1], "its sparsity is given"),
-        ({"models": ["a/b"]}, "sparsity", [0.1], "A sweep is of one model"),
+        ({"pruned": "x"}, "sparsity", [0.1], "its sparsity is fixed"),
+        ({"models": ["a/b"]}, "sparsity", [0.1], "A sweep takes one model"),
         (HSR, "q", [2.0], "less than or equal to 1"),
     ],
 )

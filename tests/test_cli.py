@@ -373,7 +373,7 @@ def test_more_heads_than_there_are(world: World, refused: Refused, heads: str) -
 
 BUDGETS = [
     ("hsr-a", ["--budget", 2], ["--budget"]),
-    ("hsr", ["--budget", 2, "--count", 9], ["`budget` and `count` say the same thing; give one"]),
+    ("hsr", ["--budget", 2, "--count", 9], ["`budget` and `count` exclude each other; give one"]),
     ("hsr", ["--swap"], ["--swap"]),
     ("random", ["--budget", 2, "--swap"], ["--swap"]),
     ("hsr", ["--budget", 0], ["budget", "0"]),

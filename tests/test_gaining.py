@@ -422,7 +422,7 @@ def test_what_does_not_help_on_held_out_prompts_is_not_restored(benches, tmp_pat
 @pytest.mark.parametrize("loss", [math.nan, INF])
 def test_a_model_whose_loss_is_not_finite_is_refused(loss, benches, tmp_path, monkeypatch):
     monkeypatch.setattr(gaining, "held_out_losses", lambda *_: Losses(loss, 1.0))
-    with pytest.raises(RegraftError, match=r"held-out prompts is (nan|inf): .* Take float32"):
+    with pytest.raises(RegraftError, match=r"held-out prompts is (nan|inf): .* Use float32"):
         benches("llama").rank(tmp_path / "ranking")
 
 

@@ -234,7 +234,9 @@ def test_inconsistent_files(tmp_path: Path, pair: tuple[Source, Source], field: 
     }
     for i, value in enumerate(cases[field]):
         _write(tmp_path / f"{i}", patch, **{field: value})
-        with pytest.raises(RegraftError, match=r"positions and .* not valid|do not go|a list of"):
+        with pytest.raises(
+            RegraftError, match=r"positions and .* not valid|do not match|a list of"
+        ):
             load_patch(tmp_path / f"{i}")
 
 
@@ -330,7 +332,7 @@ def test_patch_of_another_model_in_memory(pair: tuple[Source, Source], tmp_path:
     model = load_model(pruned, device="cpu")
     before = {key: weight.clone() for key, weight in model.state_dict().items()}
     for other, message in (
-        (Patch({**patch.tensors, "nothing.weight": tensor}, {}), "it has no weight nothing"),
+        (Patch({**patch.tensors, "nothing.weight": tensor}, {}), "this one has no weight nothing"),
         (Patch({name: replace(tensor, shape=(1, 8192))}, {}), "the patch is for"),
     ):
         with pytest.raises(RegraftError, match=message), patched(model, pruned.architecture, other):
@@ -492,7 +494,9 @@ def test_another_patch_underneath_is_no_base(tmp_path: Path, pair: tuple[Source,
     dense, pruned = pair
     one, two = graft(dense, pruned, share=0.1, seed=1), graft(dense, pruned, share=0.1, seed=2)
     with_one = apply_patch(pruned.checkpoint, one, tmp_path / "one")
-    with pytest.raises(RegraftError, match=r"differ.*other patches are on it, name them too"):
+    with pytest.raises(
+        RegraftError, match=r"differ.*other patches are applied to it, name them too"
+    ):
         apply_patch(with_one, two, tmp_path / "out")
     both = apply_patch(with_one, [two, one], tmp_path / "both")
     together = apply_patch(pruned.checkpoint, [one, two], tmp_path / "together")

@@ -102,7 +102,7 @@ def test_a_path_is_written_as_rankings_have_it() -> None:
     ],
 )
 def test_something_else_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(RegraftError, match="does not hold the path"):
+    with pytest.raises(RegraftError, match="has no valid record of its path"):
         read_path(ABOUT | change)
 
 

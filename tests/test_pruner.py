@@ -208,7 +208,7 @@ def test_magnitude_needs_no_model(pico_dir):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ignore": ("layers.99.*",)}, r"'layers.99.\*' fits no prunable weight; they are named"),
+        ({"ignore": ("layers.99.*",)}, r"'layers.99.\*' matches no prunable weight; they are"),
         ({"ignore": ("*",)}, "nothing to prune"),
         ({"n_m": "3:5"}, r"3:5 needs rows of a multiple of 5 weights; layers.0"),
     ],

@@ -1,7 +1,7 @@
-"""The paper's analyses: sweeps, total Ships against lost safety, and what two tasks share.
+"""The paper's analyses: sweeps, total Ships against lost safety, weights that two tasks share.
 
-Each is a module: what is computed, its figure, and a function that writes both into a folder, JSON
-and an SVG file that can be put on any page.
+Each module has the computation, its figure, and a function that writes both to a folder, as JSON
+and as a standalone SVG.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from regraft.report.drawing import standalone
 
 
 def write_analysis(folder: Path, name: str, content: Any, figure: str) -> None:
-    """Write NAME.json and NAME.svg into a folder that is there."""
+    """Write NAME.json and NAME.svg to an existing folder."""
     if distributed.first():
         write_json(folder / f"{name}.json", content)
         write_text(folder / f"{name}.svg", standalone(figure))
 
 
 def write_new(out: Path, name: str, content: Any, figure: str) -> None:
-    """`write_analysis`, and the folder is made for it."""
+    """Write NAME.json and NAME.svg to the new folder `out`."""
     if distributed.first():
         with atomic_folder(out) as folder:
             write_analysis(folder, name, content, figure)

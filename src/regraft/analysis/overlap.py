@@ -1,4 +1,4 @@
-"""Which weights matter for safety and for utility alike: Jaccard's index, layer by layer."""
+"""Overlap of the weights that matter for safety and for utility: Jaccard's index per layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from regraft.restoration.importance import RankingScope, top
 
 @dataclass(frozen=True)
 class LayerOverlap:
-    """Weights of a layer among the top of both, and among the top of either."""
+    """Number of weights of a layer in the top share of both importances, and of either."""
 
     layer: int
     shared: int
@@ -27,7 +27,7 @@ class LayerOverlap:
 
     @property
     def jaccard(self) -> float:
-        """In [0, 1]; 1 if both take the same weights."""
+        """Jaccard's index, in [0, 1]; 1 if both select the same weights."""
         return self.shared / self.either
 
 
@@ -39,15 +39,15 @@ def write_overlap(
     out: Path,
     progress: Progress,
 ) -> dict[float, tuple[LayerOverlap, ...]]:
-    """Weights that matter for safety and for utility, by layer, at several shares.
+    """Compute the overlap per layer at several shares.
 
-    Writes overlap.json and overlap.svg into the new folder `out`.
+    Writes overlap.json and overlap.svg to the new folder `out`.
 
     Raises:
         RegraftError: the statistics are of another model, or a share is not in (0, 1].
     """
     if not shares or not all(0 < share <= 1 for share in shares):
-        raise RegraftError(f"Shares lie above 0 and up to 1; got {list(shares)}.")
+        raise RegraftError(f"Shares must be above 0 and at most 1; got {list(shares)}.")
     require_new(out)
     statistics = load_statistics(statistics_file)
     if statistics.about["inputs"]["dense"] != dense.checkpoint.fingerprint:
@@ -80,13 +80,14 @@ def write_overlap(
 def overlaps(
     dense: Source, statistics: SavedStatistics, share: float, scope: RankingScope = "matrix"
 ) -> Iterator[LayerOverlap]:
-    """Take the top `share` of every weight matrix by importance on D^s and on D^u.
+    """Compare the top `share` of every weight matrix by importance on D^s and on D^u.
 
-    One weight matrix is in memory at a time. Matrices without statistics, of layers that did not
-    run on the calibration data or that the method keeps none of, are left out.
+    One weight matrix is in memory at a time. Matrices without statistics are left out: those of
+    layers that did not run on the calibration data, and those whose statistics are not kept.
 
     Args:
-        statistics: From `regraft analyse statistics`.
+        dense: The dense checkpoint.
+        statistics: Statistics from `regraft analyse statistics`.
         share: Above 0, at most 1.
         scope: Weights compete within their row or their matrix.
     """
@@ -108,25 +109,18 @@ def overlaps(
 
 
 def by_chance(share: float) -> float:
-    """Jaccard's index of two independent choices of a `share` of many weights."""
+    """Expected Jaccard's index of two independent random choices of a `share` of many weights."""
     return share / (2 - share)
 
 
 def _figure(found: Mapping[float, Sequence[LayerOverlap]]) -> str:
-    """Jaccard's index by layer, one line a share; chance as a dotted line of the same colour."""
+    """Plot Jaccard's index by layer, a line per share, with chance dotted in the same colour."""
 
     def draw(_: Any, axes: Any) -> None:
         for (share, layers), (colour, marker, line) in zip(found.items(), LOOKS, strict=False):
-            axes.plot(
-                [one.layer for one in layers],
-                [one.jaccard for one in layers],
-                color=colour,
-                marker=marker,
-                ls=line,
-                ms=3.5,
-                lw=1.2,
-                label=f"top {100 * share:g} %",
-            )
+            x, y = [one.layer for one in layers], [one.jaccard for one in layers]
+            style = {"color": colour, "marker": marker, "ls": line, "ms": 3.5, "lw": 1.2}
+            axes.plot(x, y, label=f"top {100 * share:g} %", **style)
             axes.axhline(by_chance(share), color=colour, lw=0.8, ls=":")
         axes.set(ylim=(0, 1), xlabel="layer", ylabel="Jaccard's index")
         axes.grid(axis="y")

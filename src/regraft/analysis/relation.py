@@ -1,4 +1,4 @@
-"""Do models that owe more to single heads lose more safety? Total Ships against the rise in ASR."""
+"""Do models that depend more on single heads lose more safety? Total Ships against rise in ASR."""
 
 from __future__ import annotations
 
@@ -20,17 +20,21 @@ from regraft.report.study import Correlation
 from regraft.runs.reporting import read_run
 from regraft.runs.run_dir import RunDir
 
-FEWEST = 3  # models of which ranks are correlated
-_EXACT = 8  # models up to which p is exact: 40,320 orders
+FEWEST = 3  # models that a rank correlation needs
+_EXACT = 8  # models up to which p is exact, over all 40,320 orders
 
 
 @dataclass(frozen=True)
 class ModelPoint:
-    """A pruned model: the Ships of all heads of its dense model together, and what pruning did.
+    """A pruned model: total Ships of its dense model, and its loss of safety.
 
-    `model`, the fingerprint of its checkpoint, tells dense models apart. `ships` in radians;
-    `degradation` is ASR pruned less ASR dense, in [-1, 1]. Of `heads` that were scored, the Ships
-    of `estimated` are estimates.
+    Attributes:
+        name: Name of the pruned model.
+        model: Fingerprint of the dense checkpoint.
+        ships: Sum of the Ships of all scored heads, in radians.
+        degradation: ASR of the pruned model minus ASR of the dense one, in [-1, 1].
+        heads: Number of scored heads.
+        estimated: Number of heads whose Ships is an estimate.
     """
 
     name: str
@@ -43,7 +47,7 @@ class ModelPoint:
 
 @dataclass(frozen=True)
 class Spearman:
-    """The rank correlation, and its two-sided p value where all points are independent."""
+    """A rank correlation, and its two-sided p value if all points are independent."""
 
     rho: float
     p: float | None
@@ -51,9 +55,9 @@ class Spearman:
 
 
 def relate_runs(folders: Sequence[Path], out: Path) -> Correlation:
-    """Total Ships against the rise in ASR over the pruned models of runs with head scores.
+    """Correlate total Ships with the rise in ASR over the pruned models of runs with head scores.
 
-    Writes relation.json and relation.svg into the new folder `out`.
+    Writes relation.json and relation.svg to the new folder `out`.
 
     Raises:
         RegraftError: a run is not finished or has no head scores, its suite has no harmful
@@ -77,19 +81,15 @@ def relate_runs(folders: Sequence[Path], out: Path) -> Correlation:
 
 
 def in_report(points: Sequence[ModelPoint], pruning: str = "") -> Correlation:
-    """The rank correlation as reports have it, of models that were pruned so."""
+    """The rank correlation in the form of reports; `pruning` names how the models were pruned."""
     found = correlation(points)
-    return Correlation(
-        pruning,
-        tuple((one.name, one.ships, one.degradation) for one in points),
-        None if found is None else found.rho,
-        None if found is None else found.p,
-        _estimates(points),
-    )
+    rho, p = (None, None) if found is None else (found.rho, found.p)
+    models = tuple((one.name, one.ships, one.degradation) for one in points)
+    return Correlation(pruning, models, rho, p, _estimates(points))
 
 
 def _rises(folder: Path) -> dict[str, float]:
-    """What a run's prunings did to ASR, by what the pruned models are called."""
+    """Name of each pruned model of a run -> the rise in ASR."""
     run = read_run(folder)
     before, found = run.dense.result.asr, {}
     for group in run.groups:
@@ -102,14 +102,14 @@ def _rises(folder: Path) -> dict[str, float]:
 
 
 def model_points(folder: Path, rises: Mapping[str, float]) -> list[ModelPoint]:
-    """The Ships of all scored heads of a run's dense model together, with each pruned model's rise.
+    """Total Ships of a run's dense model, with the rise in ASR of each pruned model.
 
     Raises:
-        RegraftError: the folder holds no run, or its heads were not scored.
+        RegraftError: the folder has no run, or its heads were not scored.
     """
     run_dir = RunDir(folder)
     if not run_dir.heads.exists():
-        raise RegraftError(f"{folder} holds no head scores: nothing in its recipe goes by heads.")
+        raise RegraftError(f"{folder} has no head scores: no method in its recipe chooses heads.")
     recipe = read_recipe(run_dir.recipe)
     trust = recipe.compute.trust_remote_code
     dense = open_source(recipe.model, trust_remote_code=trust)
@@ -122,7 +122,7 @@ def model_points(folder: Path, rises: Mapping[str, float]) -> list[ModelPoint]:
 
 
 def _estimates(points: Sequence[ModelPoint]) -> str | None:
-    """One line on totals that are not sums of exact Ships; None where all are exact."""
+    """A note on totals that include estimated Ships; None if all are exact."""
     some = [
         f"{one.estimated} of {one.heads} heads of {one.name}" for one in points if one.estimated
     ]
@@ -131,14 +131,14 @@ def _estimates(points: Sequence[ModelPoint]) -> str | None:
     return (
         f"Ships are estimates for {', '.join(some)}, as `regraft analyse heads --mode screened` "
         "leaves them: these totals are not sums of exact scores. Score all heads with --mode exact "
-        "(in a recipe heads.mode) to relate exact ones."
+        "(in a recipe heads.mode) for exact totals."
     )
 
 
 def correlation(points: Sequence[ModelPoint]) -> Spearman | None:
-    """Total Ships against the rise in ASR; without p where several points are of one model.
+    """Correlate total Ships with the rise in ASR; without p if points share a dense model.
 
-    Several prunings of a model share its Ships, so that their orders are not equally likely.
+    Prunings of one model share its Ships, so not all orders are equally likely.
 
     Raises:
         ValueError: see `spearman`.
@@ -149,10 +149,9 @@ def correlation(points: Sequence[ModelPoint]) -> Spearman | None:
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> Spearman | None:
-    """Spearman's rho (1904); equal values share the mean of their ranks.
+    """Spearman's rho (1904), with mean ranks for ties; None if all values of x or of y are equal.
 
     p is exact, over all orders, for up to 8 points, and by Student's t beyond.
-    None where all values of one are equal.
 
     Raises:
         ValueError: the lengths differ, or there are fewer than 3.
@@ -165,8 +164,8 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Spearman | None:
         return None
     rho, p = map(float, spearmanr(x, y))
     if len(x) <= _EXACT:
-        # All orders have ranks of the same variance: theirs compare as their covariances do.
+        # Reordering does not change the variance of ranks, so comparing covariances suffices.
         first, second = (rankdata(values) - (len(x) + 1) / 2 for values in (x, y))
-        reached = np.abs(np.array(list(permutations(second))) @ first)
-        p = float((reached >= abs(first @ second) - 1e-9).mean())
+        covariances = np.abs(np.array(list(permutations(second))) @ first)
+        p = float((covariances >= abs(first @ second) - 1e-9).mean())
     return Spearman(rho, p, len(x))

@@ -1,4 +1,4 @@
-"""One setting at several values: sparsity, q ("how many neurons matter"), heads or budget."""
+"""Sweeps: one setting at several values, such as sparsity, q, the number of heads or the budget."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RATES = (("asr", "ASR"), ("over_refusal", "over-refusal"), ("utility", "utility
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """The model at one value. `restored` counts weights; 0 for one that is only pruned."""
+    """Rates of the model at one value; `restored` is its number of restored weights, or 0."""
 
     value: float
     restored: int
@@ -34,7 +34,7 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All points, and the models they are compared with: "dense", and "pruned" if one is fixed."""
+    """All points, and the models they are compared with: "dense", and "pruned" if it is fixed."""
 
     setting: str
     judge: str
@@ -45,7 +45,7 @@ class Sweep:
 def run_sweep(
     recipe: Recipe, setting: str, values: Sequence[float], folder: Path, progress: Progress
 ) -> Sweep:
-    """Run the swept recipe in `folder`, which resumes, and read its points from the report.
+    """Run the swept recipe in `folder`, or resume it, and read the points from its report.
 
     Writes sweep.json and sweep.svg beside the run's own files.
 
@@ -53,26 +53,26 @@ def run_sweep(
         RegraftError: see `swept` and `pipeline.run_one`.
     """
     study = pipeline.run_one(swept(recipe, setting, values), folder, progress)
-    found = _read(study.runs[0], setting, values)
-    write_analysis(folder, "sweep", asdict(found), _figure(found))
-    return found
+    sweep = _read(study.runs[0], setting, values)
+    write_analysis(folder, "sweep", asdict(sweep), _figure(sweep))
+    return sweep
 
 
 def swept(recipe: Recipe, setting: str, values: Sequence[float]) -> Recipe:
     """The recipe with one pruning, or one realigned variant, for each value.
 
-    Sparsity is that of the recipe's first pruning, alone; any other is a setting of the method of
-    its first variant, on its first pruning.
+    "sparsity" varies the recipe's first pruning, without variants. Any other setting is one of the
+    recipe's first variant, on its first pruning.
 
     Raises:
-        RegraftError: no value or two equal ones, a value that the setting cannot have, or the
-            recipe has nothing to vary.
+        RegraftError: values are missing or equal, a value is invalid for the setting, or the recipe
+            has nothing to vary.
     """
     by_name = {_name(setting, value): value for value in values}
     if not values or len(by_name) < len(values):
         raise RegraftError(f"A sweep needs values that differ, not {list(values)}.")
     if recipe.models:
-        raise RegraftError("A sweep is of one model: give the recipe `model` in place of `models`.")
+        raise RegraftError("A sweep takes one model: give the recipe `model` instead of `models`.")
     vary = _sparsities if setting == "sparsity" else _variants
     alone = {"seeds": (), "against": (), "defend": ()}
     return Recipe.model_validate(recipe.model_dump() | vary(recipe, setting, by_name) | alone)
@@ -80,7 +80,7 @@ def swept(recipe: Recipe, setting: str, values: Sequence[float]) -> Recipe:
 
 def _sparsities(recipe: Recipe, _: str, values: dict[str, float]) -> dict[str, Any]:
     if recipe.pruned is not None:
-        raise RegraftError("The recipe names a pruned checkpoint, so its sparsity is given.")
+        raise RegraftError("The recipe names a pruned checkpoint, so its sparsity is fixed.")
     base = recipe.prune[0].model_dump() | {"n_m": None}
     prunings = [
         pruning_settings(**base | {"sparsity": value, "name": name})
@@ -100,20 +100,20 @@ def _variants(recipe: Recipe, setting: str, values: dict[str, float]) -> dict[st
         )
     base = first.model_dump(exclude_unset=True)
     base |= {"checkpoint": False, "prunings": (), "repeats": 1, "method": first.method}
-    if field in ("budget", "count"):  # which exclude each other
+    if field in ("budget", "count"):  # they exclude each other
         base = {name: value for name, value in base.items() if name not in ("budget", "count")}
     variants = []
     for name, value in values.items():
-        whole = int(value) if value == int(value) else value  # for settings that count something
-        variants.append(variant(**base | {field: whole, "name": name}))
+        number = int(value) if value == int(value) else value  # some settings are integers
+        variants.append(variant(**base | {field: number, "name": name}))
     pruning = recipe.prune[0].model_dump() | {"realign": True}
     return {"prune": [pruning_settings(**pruning)], "realign": variants}
 
 
 def _read(run: Run, setting: str, values: Sequence[float]) -> Sweep:
-    """The points of a finished sweep."""
-    found = {variant.name.rpartition("/")[2]: variant for variant in run.variants}
-    points = tuple(_point(found[_name(setting, value)], value) for value in sorted(values))
+    """Read the points of a finished sweep."""
+    by_name = {variant.name.rpartition("/")[2]: variant for variant in run.variants}
+    points = tuple(_point(by_name[_name(setting, value)], value) for value in sorted(values))
     references = {"dense": _point(run.dense, 0)}
     if setting != "sparsity":
         references["pruned"] = _point(run.groups[0][0], 0)
@@ -130,7 +130,7 @@ def _name(setting: str, value: float) -> str:
 
 
 def _figure(sweep: Sweep) -> str:
-    """ASR, over-refusal and utility by the value, with their intervals; references as lines."""
+    """Plot ASR, over-refusal and utility by value, with intervals; references as lines."""
 
     def draw(_: Any, axes: Any) -> None:
         for panel, (field, label), look in zip(axes, _RATES, LOOKS, strict=False):
@@ -151,26 +151,17 @@ def _draw_rate(panel: Any, sweep: Sweep, field: str, look: tuple[str, str, str])
     if not rates:
         return
     colour, marker, line = look
-    panel.errorbar(
-        list(rates),
-        [100 * one.value for one in rates.values()],
-        yerr=[
-            [100 * (one.value - one.low) for one in rates.values()],
-            [100 * (one.high - one.value) for one in rates.values()],
-        ],
-        color=colour,
-        marker=marker,
-        ls=line,
-        ms=4,
-        lw=1.2,
-        elinewidth=0.8,
-    )
-    marks: dict[str, Estimate] = {
+    style = {"color": colour, "marker": marker, "ls": line, "ms": 4, "lw": 1.2, "elinewidth": 0.8}
+    below = [100 * (one.value - one.low) for one in rates.values()]
+    above = [100 * (one.high - one.value) for one in rates.values()]
+    values = [100 * one.value for one in rates.values()]
+    panel.errorbar(list(rates), values, yerr=[below, above], **style)
+    references: dict[str, Estimate] = {
         name: rate
         for name, one in sweep.references.items()
         if (rate := getattr(one, field)) is not None
     }
-    for name, rate in marks.items():
+    for name, rate in references.items():
         style = ":" if name == "dense" else "--"
         panel.axhline(100 * rate.value, color=INK, lw=0.8, ls=style, label=name)
-    panel.set_ylim(0, ceiling([*rates.values(), *marks.values()]))
+    panel.set_ylim(0, ceiling([*rates.values(), *references.values()]))

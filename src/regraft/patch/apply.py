@@ -1,7 +1,7 @@
-"""Put patches on a checkpoint or take them off, shard by shard.
+"""Apply patches to a checkpoint or revert them, shard by shard.
 
-First everything is checked and what has to change is listed, in a `Plan`, by reading the touched
-tensors once in small chunks; then the plan is written.
+First the affected tensors are read once, in small chunks, to check them and to list the changes in
+a `Plan`; then the plan is written.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from regraft.patch.format import CHUNK, Patch, Target, TensorPatch, bits, chunks
 from regraft.progress import Advance
 
 Operation = Literal["apply", "revert"]
-_GAP = 64 * 2**10  # bytes; what lies between is written again rather than skipped
+_GAP = 64 * 2**10  # bytes; smaller gaps between changes are rewritten instead of skipped
 _FIX = "Apply the patch to the pruned checkpoint that it was made for."
-_OTHERS = "If other patches are on it, name them too."
+_OTHERS = "If other patches are applied to it, name them too."
 _FIX_OF_REVERT = (
-    "If other patches are on it as well, name them too, so that all come off; then apply again "
-    "those that are to stay."
+    "If other patches are applied to it, name them too, so that all are reverted; then apply again "
+    "those that should stay."
 )
 
 
@@ -47,21 +47,21 @@ class Change:
     values: Tensor
 
     def spans(self) -> list[slice]:
-        """Which positions lie so close together that they are written at once."""
+        """Slices of positions that lie close enough together to be written at once."""
         if not len(self.positions):
             return []
         item = self.values.element_size()
-        apart = self.positions.diff() * item > _GAP
-        apart |= (self.positions // (CHUNK // item)).diff() > 0
-        edges = [0, *(apart.nonzero().flatten() + 1).tolist(), len(self.positions)]
+        splits = self.positions.diff() * item > _GAP
+        splits |= (self.positions // (CHUNK // item)).diff() > 0
+        edges = [0, *(splits.nonzero().flatten() + 1).tolist(), len(self.positions)]
         return [slice(*edge) for edge in pairwise(edges)]
 
 
 @dataclass(frozen=True)
 class PatchState:
-    """How far a patch is on: `on` of the `weights` it changes, in `tensors` tensors.
+    """How much of a patch is applied: `on` of the `weights` that it changes in `tensors` tensors.
 
-    They are those that it restores and those that it prunes in exchange.
+    These are the `restored` ones and those `removed` (pruned) in exchange.
     """
 
     name: str
@@ -77,9 +77,9 @@ class PatchState:
 
 @dataclass(frozen=True)
 class Plan:
-    """What putting patches on their base, or taking them off, changes in it.
+    """The changes that apply or revert patches, without weights that have the wanted value already.
 
-    `changes` hold the weights that do not have the wanted value yet.
+    `states` says how much of each patch is applied before.
     """
 
     checkpoint: Checkpoint
@@ -102,12 +102,12 @@ def make_plan(
     *,
     advance: Advance = lambda _: None,
 ) -> Plan:
-    """Check that a checkpoint is the base of patches and list what has to change; writes nothing.
+    """Check that a checkpoint is the base of patches and list the changes; nothing is written.
 
     Args:
-        checkpoint: The base. Any of `patches` may be on it, wholly or in part; others may not.
+        checkpoint: The base. Any of `patches` may be applied, wholly or in part, but no others.
         patches: One or several, in any order.
-        operation: Put them on or take them off.
+        operation: Apply or revert them.
         advance: Called with 1 after each tensor.
 
     Raises:
@@ -120,15 +120,15 @@ def make_plan(
         _check_layout(checkpoint, name, target)
 
     def inspect(name: str) -> tuple[Change, Tensor]:
-        found = _inspect(checkpoint, checkpoint.tensors[name], targets[name], operation)
+        result = _inspect(checkpoint, checkpoint.tensors[name], targets[name], operation)
         advance(1)
-        return found
+        return result
 
     order = sorted(targets, key=lambda name: (checkpoint.tensors[name].shard, name))
-    found = dict(zip(order, in_threads(inspect, order), strict=True))
-    on = {name: is_on for name, (_, is_on) in found.items()}
+    inspected = dict(zip(order, in_threads(inspect, order), strict=True))
+    on = {name: is_on for name, (_, is_on) in inspected.items()}
     states = [_state(patch, targets, on) for patch in patches]
-    changes = [change for change, _ in found.values() if len(change.positions)]
+    changes = [change for change, _ in inspected.values() if len(change.positions)]
     return Plan(checkpoint, tuple(states), tuple(changes))
 
 
@@ -140,7 +140,7 @@ def write_plan(
     advance: Advance = lambda _: None,
     unbounded: Unbounded = lambda _: False,
 ) -> Checkpoint:
-    """Write the checkpoint of `plan`, changed, to the new folder `target`; see `write_copy`."""
+    """Write a copy of the plan's checkpoint with its changes to `target`; see `write_copy`."""
 
     def edit_shard(path: Path) -> None:
         _write_changes(path, [one for one in plan.changes if one.record.shard == path.name])
@@ -151,7 +151,7 @@ def write_plan(
 
 
 def _write_changes(shard: Path, changes: Sequence[Change]) -> None:
-    """Overwrite single weights in a shard; all changes are for tensors in it."""
+    """Overwrite single weights of a shard; all changes are for tensors in it."""
     buffer = memoryview(bytearray(CHUNK))
     with shard.open("r+b", buffering=0) as handle:
         for change in sorted(changes, key=lambda one: one.record.start):
@@ -170,38 +170,38 @@ def _write_changes(shard: Path, changes: Sequence[Change]) -> None:
 
 @contextmanager
 def patched(model: nn.Module, architecture: Architecture, patch: Patch) -> Iterator[None]:
-    """Put a patch on a pruned model in memory for the length of the block.
+    """Context in which a patch is applied to a pruned model in memory.
 
     Raises:
         RegraftError: the patch names a tensor that is no prunable weight of this model, or one
-            that waits on disk (of a model spread over devices that host memory does not hold).
+            that is offloaded to disk.
     """
     modules = dict(model.named_modules())
-    inside: dict[str, list[LinearArchitecture]] = {}
+    linears: dict[str, list[LinearArchitecture]] = {}
     for linear in architecture.linears:
-        inside.setdefault(linear.tensor, []).append(linear)
-    targets = [
+        linears.setdefault(linear.tensor, []).append(linear)
+    edits = [
         (_weight(modules, linear), positions, values)
         for name, tensor in patch.tensors.items()
-        for linear, positions, values in _by_linear(name, tensor, inside.get(name, []))
+        for linear, positions, values in _by_linear(name, tensor, linears.get(name, []))
     ]
-    before = [weight[at(positions, weight)] for weight, positions, _ in targets]
+    before = [weight[at(positions, weight)] for weight, positions, _ in edits]
     try:
-        for weight, positions, values in targets:
+        for weight, positions, values in edits:
             _put(weight, positions, values)
         yield
     finally:
-        for (weight, positions, _), values in zip(targets, before, strict=True):
+        for (weight, positions, _), values in zip(edits, before, strict=True):
             _put(weight, positions, values)
 
 
 def _by_linear(
     name: str, tensor: TensorPatch, linears: Sequence[LinearArchitecture]
 ) -> list[tuple[LinearArchitecture, Tensor, Tensor]]:
-    """What a patch changes of each linear in one tensor: flat positions in it, and values. `[k]`"""
+    """Split a patch of one tensor by its linears: (linear, flat positions in it, values), `[k]`."""
     another, parts = "The patch is for another model:", []
     if not linears:
-        raise RegraftError(f"{another} it has no weight {name}.")
+        raise RegraftError(f"{another} this one has no weight {name}.")
     if linears[0].stored is None and (shape := linears[0].shape) != tensor.shape:
         raise RegraftError(
             f"{another} {name} is {list(shape)}, the patch is for {list(tensor.shape)}."
@@ -211,19 +211,19 @@ def _by_linear(
         if len(positions):
             parts.append((linear, positions, tensor.values[here]))
     if sum(len(positions) for _, positions, _ in parts) != len(tensor.positions):
-        raise RegraftError(f"{another} it changes {name} where no prunable weight is.")
+        raise RegraftError(f"{another} it changes parts of {name} that are not prunable here.")
     return parts
 
 
 def _weight(modules: Mapping[str, nn.Module], linear: LinearArchitecture) -> Tensor:
-    """A linear's weight in memory, `[out, in]`, a view."""
-    held = weight_in_memory(modules[linear.module], linear.parameter)
-    if held is None:
+    """A view of a linear's weight in memory, `[out, in]`."""
+    weight = weight_in_memory(modules[linear.module], linear.parameter)
+    if weight is None:
         raise RegraftError(
-            f"{linear.tensor} waits on disk, where no patch can be put on it. Write the checkpoint "
-            "with `regraft apply` and evaluate that."
+            f"{linear.tensor} is offloaded to disk, where it cannot be patched. Write the "
+            "checkpoint with `regraft apply` and evaluate that."
         )
-    return places.of_tensor(held, linear.held, linear.shape)
+    return places.of_tensor(weight, linear.held, linear.shape)
 
 
 def _put(weight: Tensor, positions: Tensor, values: Tensor) -> None:
@@ -231,9 +231,9 @@ def _put(weight: Tensor, positions: Tensor, values: Tensor) -> None:
 
 
 def zeros_filled(checkpoint: Checkpoint, patch: Patch) -> int:
-    """How many zeros less `checkpoint` has with the patch; none where it is on already.
+    """How many fewer zeros `checkpoint` has with the patch; 0 if it is already applied.
 
-    A swap makes as many as it fills.
+    A swap makes a zero for each that it fills.
     """
     return sum(
         int((checkpoint.read(name).reshape(-1)[tensor.positions] == 0).sum())
@@ -261,36 +261,36 @@ def _not_the_base(checkpoint: Checkpoint, *names: str) -> str:
 def _inspect(
     checkpoint: Checkpoint, record: TensorRecord, target: Target, operation: Operation
 ) -> tuple[Change, Tensor]:
-    """What has to change in one tensor, and at which of the target's positions it is on. `[k]`
+    """The changes to one tensor, and which of the target's values it already has (bool `[k]`).
 
-    Each chunk is set back to the pruned tensor. That is every patch's own base, but for what its
-    digest leaves out: minus signs of its zeros, and weights that it prunes.
+    To check digests, each chunk is reverted to the compressed tensor, and then the positions that a
+    patch's own digest sets to zero (`TensorPatch.zeroed`) are set to zero.
     """
     before, positions = target.before, target.positions
     wanted = target.values if operation == "apply" else before
     on = torch.empty(len(positions), dtype=torch.bool)
     changing = torch.empty_like(on)
-    left_out = [part.marked for _, part in target.parts]
-    bases = {_key(marked): (marked, hashlib.sha256()) for marked in left_out}
+    zeroed = [part.zeroed for _, part in target.parts]
+    hashers = {_key(one): (one, hashlib.sha256()) for one in zeroed}  # equal ones share a hasher
     for start, chunk, inside in _read_chunks(checkpoint.folder, record, positions):
-        at = positions[inside] - start
-        held = chunk[at]
-        on[inside] = bits(held) == bits(target.values[inside])
-        if not (on[inside] | (held == before[inside])).all():
+        local = positions[inside] - start
+        current = chunk[local]
+        on[inside] = bits(current) == bits(target.values[inside])
+        if not (on[inside] | (current == before[inside])).all():
             raise RegraftError(
                 f"{_not_the_base(checkpoint, *(name for name, _ in target.parts))}: {record.name} "
                 f"holds other values where the patch restores weights. {_FIX}"
             )
-        changing[inside] = bits(held) != bits(wanted[inside])
-        chunk[at] = before[inside]
-        for marked, hasher in bases.values():
-            here = _between(marked, start, start + len(chunk)) - start
-            kept = chunk[here]
+        changing[inside] = bits(current) != bits(wanted[inside])
+        chunk[local] = before[inside]
+        for own, hasher in hashers.values():
+            here = _between(own, start, start + len(chunk)) - start
+            saved = chunk[here]
             chunk[here] = 0.0
             hasher.update(chunk.view(torch.uint8).numpy().data)
-            chunk[here] = kept
-    for (name, part), marked in zip(target.parts, left_out, strict=True):
-        if bases[_key(marked)][1].hexdigest() != part.base:
+            chunk[here] = saved
+    for (name, part), own in zip(target.parts, zeroed, strict=True):
+        if hashers[_key(own)][1].hexdigest() != part.base:
             raise RegraftError(
                 f"{_not_the_base(checkpoint, name)}: the weights of {record.name} differ. "
                 + (_FIX_OF_REVERT if operation == "revert" else f"{_FIX} {_OTHERS}")
@@ -313,10 +313,10 @@ def _state(patch: Patch, targets: Mapping[str, Target], on: Mapping[str, Tensor]
 def _read_chunks(
     folder: Path, record: TensorRecord, positions: Tensor
 ) -> Iterator[tuple[int, Tensor, slice]]:
-    """Read a tensor piece by piece into one buffer.
+    """Read a tensor in chunks into one buffer.
 
     Yields:
-        (first element, the elements, which of the ascending positions lie among them).
+        (index of the first element, the elements, which of the ascending positions are in them).
     """
     dtype = record.torch_dtype
     buffer = memoryview(bytearray(CHUNK))

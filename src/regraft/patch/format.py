@@ -1,11 +1,12 @@
-"""The product: a safetensors file of dense values and where they go in a compressed checkpoint.
+"""The patch file: dense values and their positions in a compressed checkpoint, as safetensors.
 
-About 6 bytes a restored weight. Values are assigned, never added: applying twice is applying
-once, and reverting is writing what was there: zeros, in a swap the kept weights that made room, and
-after quantisation the values of few bits, 6 bytes more a weight.
-For each tensor the file keeps a digest of the pruned tensor with the patched positions set to zero,
-which is the same before and after applying, so a patch knows its base, patched or not, and refuses
-any other.
+About 6 bytes per restored weight. Values are assigned, never added, so applying twice equals
+applying once. Reverting writes the values from before: zeros, the kept weights that a swap removed,
+or quantised values (6 bytes more per weight for the latter two).
+
+For each tensor the file has a digest of the compressed tensor with the patched positions set to
+zero. It is the same before and after applying, so that a patch recognises its base, patched or not,
+and refuses any other.
 """
 
 from __future__ import annotations
@@ -28,18 +29,20 @@ from regraft.errors import RegraftError
 
 FORMAT = "regraft-patch-1"
 _NONE = torch.empty(0, dtype=torch.int64)
-CHUNK = 2**20  # bytes handled at once: small enough for a processor's cache
+CHUNK = 2**20  # bytes processed at once: small enough for a processor's cache
 
 
 @dataclass(frozen=True)
 class TensorPatch:
     """New values for one tensor of shape `shape`.
 
-    `positions` are flat, ascending, int64 `[k]`; `values` have the checkpoint's dtype `[k]` and are
-    0 where a swap prunes a kept weight, and nowhere else; `base` is the digest of the compressed
-    tensor (see `base_digest`). `before` is what that holds there, `[k]`: 0, -0.0 (a negative weight
-    times a mask), or another value: of a swap's kept weight, or of one that compression changed.
-    Reverting writes it, sign included.
+    Attributes:
+        shape: Shape of the tensor on disk.
+        positions: Flat, ascending, `[k]` int64.
+        values: New values in the checkpoint's dtype, `[k]`; 0 only where a swap prunes a weight.
+        base: Digest of the compressed tensor; see `base_digest`.
+        before: The compressed tensor's values there, `[k]`, which reverting writes: 0, -0.0 (a
+            negative weight times a mask), a kept weight that a swap prunes, or a quantised value.
     """
 
     shape: tuple[int, ...]
@@ -50,18 +53,18 @@ class TensorPatch:
 
     @classmethod
     def of(cls, pruned: Tensor, positions: Tensor, values: Tensor) -> TensorPatch:
-        """For the pruned tensor `[out, in]`, whose `positions` `[k]` are to hold `values` `[k]`."""
+        """Make the patch that writes `values` `[k]` to `positions` `[k]` of a pruned tensor."""
         before = pruned.reshape(-1)[positions]
         return cls(tuple(pruned.shape), positions, values, base_digest(pruned, positions), before)
 
     @property
     def restored(self) -> int:
-        """Number of weights that are restored."""
+        """Number of restored weights."""
         return int(self.values.count_nonzero())
 
     @property
-    def marked(self) -> Tensor:
-        """Positions at which the pruned tensor's bytes are not all 0, as its digest has them."""
+    def zeroed(self) -> Tensor:
+        """Positions where the digest replaces other bytes of the compressed tensor by zeros."""
         return self.positions[bits(self.before) != 0]
 
 
@@ -69,7 +72,7 @@ class TensorPatch:
 class Patch:
     """Tensor name on disk -> its new values.
 
-    `about` says how the patch was made; `name` is what messages call it, its file as a rule.
+    `about` records how the patch was made; `name` identifies it in messages, usually its file.
     """
 
     tensors: Mapping[str, TensorPatch]
@@ -78,7 +81,7 @@ class Patch:
 
     @property
     def restored(self) -> int:
-        """Number of weights that are restored."""
+        """Number of restored weights."""
         return sum(tensor.restored for tensor in self.tensors.values())
 
     @property
@@ -113,10 +116,10 @@ def chunks(size: int, item: int, positions: Tensor) -> Iterator[tuple[int, int, 
 
 @dataclass(frozen=True)
 class Target:
-    """What several patches together put on one tensor.
+    """The combined changes of several patches to one tensor.
 
-    `positions`, `values` and `before` are as in a `TensorPatch` and cover those of all `parts`,
-    which are (name of the patch, its own values).
+    `parts` are (name of a patch, its changes); `positions`, `values` and `before` are the union of
+    theirs, as in a `TensorPatch`.
     """
 
     parts: tuple[tuple[str, TensorPatch], ...]
@@ -126,7 +129,7 @@ class Target:
 
 
 def merge(patches: Sequence[Patch]) -> dict[str, Target]:
-    """Tensor name -> what the patches put on it together, in whatever order they come.
+    """Tensor name -> the combined changes of the patches, whose order does not matter.
 
     Raises:
         RegraftError: two patches disagree about a tensor or a weight.
@@ -152,7 +155,7 @@ def _merge_tensor(name: str, patches: Sequence[Patch]) -> Target:
 
 def _check_agreement(name: str, one: Patch, other: Patch) -> None:
     a, b = one.tensors[name], other.tensors[name]
-    which = f"{one.name} and {other.name} do not go together"
+    which = f"{one.name} and {other.name} are incompatible"
     if a.shape != b.shape or a.values.dtype != b.values.dtype:
         raise RegraftError(
             f"{which}: {name} is {list(a.shape)} {a.values.dtype} in the first and "
@@ -170,7 +173,7 @@ def _check_agreement(name: str, one: Patch, other: Patch) -> None:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers, so that equal means equal to the bit, NaN and -0.0 too."""
+    """View floats as integers, for bitwise comparison including NaN and -0.0."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(integers[tensor.element_size()])
 
@@ -207,7 +210,7 @@ def save_patch(path: Path, patch: Patch) -> None:
 @EXACT
 @dataclass(frozen=True)
 class _Layout:
-    """Of one tensor in a patch's header."""
+    """Header entry of one tensor."""
 
     shape: tuple[Annotated[int, Field(ge=0)], ...]
     base: str
@@ -249,7 +252,7 @@ def load_patch(path: Path) -> Patch:
 
 
 def _before(path: Path, name: str, stored: Mapping[str, Tensor]) -> Tensor:
-    """What the pruned tensor holds, from the few places where that is not plain 0. `[k]`"""
+    """The compressed tensor's values, `[k]`; the file lists only those that are not +0."""
     values = stored[f"{name}.values"]
     if values.ndim != 1 or not values.is_floating_point():
         raise RegraftError(
@@ -269,8 +272,8 @@ def _before(path: Path, name: str, stored: Mapping[str, Tensor]) -> Tensor:
         and held.dtype == before.dtype
     ):
         raise RegraftError(
-            f"{path}: the tensors {name}.minus, {name}.removed and {name}.removed_values do not go "
-            f"with {name}.values; expected ascending places in it, and values of its dtype."
+            f"{path}: the tensors {name}.minus, {name}.removed and {name}.removed_values do not "
+            f"match {name}.values; expected ascending indices into it, and values of its dtype."
         )
     before[minus] = -0.0
     before[removed] = held
@@ -278,7 +281,7 @@ def _before(path: Path, name: str, stored: Mapping[str, Tensor]) -> Tensor:
 
 
 def _positions(path: Path, name: str, stored: Tensor) -> Tensor:
-    """Positions `[k]` as int64."""
+    """Check positions `[k]` and convert them to int64."""
     if stored.dtype not in (torch.int32, torch.int64) or stored.ndim != 1:
         raise RegraftError(
             f"{path}: the tensor {name} is {stored.dtype} {list(stored.shape)}; expected a list of "
@@ -288,9 +291,8 @@ def _positions(path: Path, name: str, stored: Tensor) -> Tensor:
 
 
 def _ascending_below(size: int, positions: Tensor) -> bool:
+    """Whether positions are a vector of ascending numbers from 0 to `size` - 1."""
     if positions.ndim != 1:
         return False
-    ascending = bool((positions[1:] > positions[:-1]).all())
-    return ascending and (
-        not len(positions) or (int(positions[0]) >= 0 and int(positions[-1]) < size)
-    )
+    bounded = torch.cat([torch.tensor([-1]), positions, torch.tensor([size])])
+    return bool((bounded[1:] > bounded[:-1]).all())

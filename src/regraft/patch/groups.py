@@ -1,4 +1,4 @@
-"""N:M groups of a pruned checkpoint, and which of them restored weights break."""
+"""N:M groups of a pruned checkpoint: detecting the pattern, counting groups that a patch breaks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from regraft.models.load import Source
 from regraft.models.places import inside
 from regraft.patch.format import Patch
 
-_LARGEST = 64  # weights in a group
-_FIRST = 64  # rows
-_NEARLY_ALL = 0.95
+_LARGEST = 64  # largest M
+_FIRST = 64  # rows of a first check that rules out most M
+_NEARLY_ALL = 0.95  # share of the weights that an N:M pattern keeps which must be nonzero
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """At most `n` of every `m` consecutive inputs are kept, in all of `groups` groups."""
+    """An N:M pattern: at most `n` of every `m` consecutive inputs are kept, in `groups` groups."""
 
     n: int
     m: int
@@ -35,9 +35,9 @@ class Grouping:
 def grouping_of(pruned: Tensor) -> Grouping | None:
     """The N:M pattern of one weight `[out, in]`: the smallest M from 2 to 64 that fits, if any.
 
-    No group may hold more than N weights, N < M, and nearly all must hold N: pruning without a
-    pattern may leave no full group of 64 either, but groups of all sizes. A whole row is no group,
-    since pruning by rows leaves as many weights in each.
+    No group may keep more than N weights, N < M, and nearly all must keep N: unstructured pruning
+    may leave no full group of 64 either, but its groups keep varying numbers. A whole row is no
+    group, since pruning by row keeps the same number in each.
     """
     kept, columns = pruned != 0, pruned.shape[1]
     total = int(kept.count_nonzero())
@@ -45,7 +45,7 @@ def grouping_of(pruned: Tensor) -> Grouping | None:
         if columns % m:
             continue
         groups = kept.numel() // m
-        for rows in (slice(_FIRST), slice(None)):  # a look at some rules out most
+        for rows in (slice(_FIRST), slice(None)):
             n = int(_kept_in_groups(kept[rows], m).max())
             if n == m or total < _NEARLY_ALL * n * groups:
                 break
@@ -56,9 +56,9 @@ def grouping_of(pruned: Tensor) -> Grouping | None:
 
 
 def common_grouping(found: Iterable[Grouping | None]) -> Grouping | None:
-    """The pattern that more than half of the pruned weights have, with their groups added up.
+    """The pattern of more than half of the pruned weights, with their groups added up.
 
-    Fewer would be chance: a small unstructured matrix may have no full group of some size.
+    Fewer may be chance: a small unstructured matrix may happen to fit a pattern.
     """
     found = list(found)
     patterns = Counter((one.n, one.m) for one in found if one is not None)
@@ -70,9 +70,9 @@ def common_grouping(found: Iterable[Grouping | None]) -> Grouping | None:
 
 
 def violated_groups(pruned: Source, patch: Patch, n: int, m: int) -> int:
-    """Number of N:M groups of the pruned checkpoint that hold more than N weights once patched.
+    """Number of N:M groups that keep more than N weights once the patch is applied.
 
-    Of weights that have this pattern; those that were pruned otherwise have no groups to break.
+    Only weights that have this pattern in the pruned checkpoint count.
     """
     violated = 0
     for linear in pruned.architecture.linears:
@@ -92,5 +92,5 @@ def violated_groups(pruned: Source, patch: Patch, n: int, m: int) -> int:
 
 
 def _kept_in_groups(kept: Tensor, m: int) -> Tensor:
-    """`[out, in]` bool -> `[out * in / m]` uint8."""
+    """Number of kept weights per group: `[out, in]` bool -> `[out * in / m]` uint8."""
     return kept.reshape(-1, m).view(torch.uint8).sum(dim=1, dtype=torch.uint8)

@@ -1,11 +1,11 @@
-"""A dense checkpoint and the same network compressed: whether they fit, what can be restored.
+"""A dense checkpoint and its compressed version: whether they match, what can be restored.
 
-A pair is of one of two kinds (`survey` says which, by `_NO_ROUNDING`):
+A pair has one of two kinds, which `survey` finds out:
 
-- "pruned": what can be restored are the zeros that pruning made. The kept weights are the dense
-  ones, or were updated by the pruner, as by SparseGPT.
-- "changed": compression changed nearly every weight, as quantised and dequantised weights or a
-  merged fine-tune. Every weight that differs can be restored.
+- "pruned": the zeros that pruning made can be restored. Kept weights are the dense ones, or were
+  updated by the pruner (SparseGPT).
+- "changed": compression changed nearly every weight, by quantisation or a merged fine-tune. Every
+  weight that differs can be restored.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import RegraftError
-from regraft.models.architecture import (
-    LayerArchitecture,
-    check_same_architecture,
-)
+from regraft.models.architecture import LayerArchitecture, check_same_architecture
 from regraft.models.checkpoint import FLOATS
 from regraft.models.checkpoint_copy import check_all_weights
 from regraft.models.load import Source
@@ -33,18 +30,20 @@ from regraft.patch.groups import Grouping, common_grouping, grouping_of
 from regraft.progress import SILENT, Advance, Progress
 
 Kind = Literal["pruned", "changed"]
-_NEARLY_ALL = 0.9
-_ALL = 0.99
-_NO_ROUNDING = 1 / 8  # of the weights that differ: zeros that no rounding makes, if it is pruned
-_NUMBER = re.compile(r"\.\d+\.")  # of an expert, in its name
-_ROWS, _BLOCK = 256, 32  # of a weight that are looked at; columns that share quantisation's scale
+_NEARLY_ALL = 0.9  # share of tensors or weights that must equal the dense model's
+_ALL = 0.99  # share of zeros among differing weights from which a pair is pruned in any case
+_NO_ROUNDING = 1 / 8  # share of differing weights which are zeros that rounding cannot make
+_NUMBER = re.compile(r"\.\d+\.")  # index of an expert in its name
+_ROWS = 256  # rows sampled of each weight
+_BLOCK = 32  # columns assumed to share a quantisation scale
 
 
 def restorable(dense: Tensor, compressed: Tensor, kind: Kind = "pruned") -> Tensor:
-    """Where a dense value can be restored. `[out, in]` bool.
+    """Mask of the weights whose dense value can be restored. `[out, in]` bool.
 
-    "pruned": compressed is 0, dense is not. "changed": they differ in the compressed dtype, which
-    is the patch's, and dense is finite and not 0 in it: a patch makes a weight 0 only in a swap.
+    "pruned": the compressed value is 0, the dense one is not. "changed": they differ in the
+    compressed dtype, which is the patch's, and the dense value is finite and not 0 in it (in a
+    patch a new value of 0 means a weight that a swap prunes).
     """
     if kind == "pruned":
         return (compressed == 0) & (dense != 0)
@@ -53,7 +52,7 @@ def restorable(dense: Tensor, compressed: Tensor, kind: Kind = "pruned") -> Tens
 
 
 def check_pair(dense: Source, compressed: Source) -> None:
-    """Check that a compressed checkpoint can be realigned with this dense one.
+    """Check that a compressed checkpoint can be realigned with a dense one.
 
     Raises:
         RegraftError: they are different models, or no weight differs.
@@ -73,10 +72,14 @@ def check_pair(dense: Source, compressed: Source) -> None:
 
 @dataclass(frozen=True)
 class Survey:
-    """What compression did: how many weights are `restorable`, its N:M pattern if it has one.
+    """What compression changed.
 
-    `kept` are the weights that are not zero now; `same` says whether what this kind of compression
-    never changes is the dense model's.
+    Attributes:
+        restorable: Number of restorable weights.
+        kept: Number of prunable weights that are not 0 in the compressed model.
+        grouping: Its N:M pattern, if it has one.
+        same: Whether the weights that this kind of compression leaves alone equal the dense ones.
+        kind: "pruned" or "changed".
     """
 
     restorable: int
@@ -87,15 +90,15 @@ class Survey:
 
     @property
     def doubt(self) -> str | None:
-        """What the user should be told of the pair before weights of one go into the other."""
+        """A warning if the compressed model seems to come from other dense weights, else None."""
         if self.same:
             return None
         what, done = "The pruned model's kept weights", "pruned"
         if self.kind == "changed":
             what, done = "Tensors that compression leaves as they are (embeddings, norms)", "made"
         return (
-            f"{what} are not the dense model's: is it {done} from another fine-tune, or was it "
-            "trained since? Dense values fit only among the dense model's own."
+            f"{what} are not the dense model's: was it {done} from another fine-tune, or trained "
+            "since? Restored values only fit weights that come from the same dense model."
         )
 
     @property
@@ -104,8 +107,8 @@ class Survey:
         if self.kind == "pruned":
             return f"pruned: {self.restorable:,} weights are zero that are not in the dense model"
         return (
-            f"changed: {self.restorable:,} weights are not the dense model's, so that any of them "
-            "can be restored, and budgets count per 10,000 of them"
+            f"changed: {self.restorable:,} weights differ from the dense model's; any of them can "
+            "be restored, and budgets count per 10,000 of them"
         )
 
 
@@ -113,7 +116,7 @@ def survey(dense: Source, compressed: Source, progress: Progress = SILENT) -> Su
     """Check all weights of both checkpoints, and compare the prunable ones, one at a time.
 
     Raises:
-        RegraftError: a tensor of one is not finite, or they are in the wrong order.
+        RegraftError: a tensor is not finite, or the checkpoints are in the wrong order.
     """
     both = dense, compressed
     total = sum(one.checkpoint.bytes for one in both)
@@ -126,99 +129,102 @@ def survey(dense: Source, compressed: Source, progress: Progress = SILENT) -> Su
 
 
 def _compared(dense: Source, compressed: Source, advance: Advance) -> Survey:
-    counts = {"pruned": 0, "changed": 0}
-    kept, found, groupings = 0, _Differences(), []
-    equal, compared = 0, 0
+    pruned = changed = kept = equal = compared = 0
+    differences, groupings = _Differences(), []
     pairs = zip(dense.architecture.linears, compressed.architecture.linears, strict=True)
     for a, b in pairs:
         before, after = dense.weight(a), compressed.weight(b)
-        taken = int(restorable(before, after).count_nonzero())
-        counts["pruned"] += taken
-        counts["changed"] += int(restorable(before, after, "changed").count_nonzero())
-        kept += int((after != 0).count_nonzero())
-        found.add(before, after)
-        if taken:
+        zeros = int(restorable(before, after).count_nonzero())
+        pruned += zeros
+        changed += int(restorable(before, after, "changed").count_nonzero())
+        kept += int(after.count_nonzero())
+        differences.add(before, after)
+        if zeros:
             groupings.append(grouping_of(after))
-        first, left = _alike(before[:, 0], after[:, 0])  # SparseGPT changes later columns alone
-        equal += int(((first == left) & (left != 0)).count_nonzero())
-        compared += int((left != 0).count_nonzero())
+        # SparseGPT updates weights, but never those of the first column.
+        first, first_after = _same_dtype(before[:, 0], after[:, 0])
+        equal += int(((first == first_after) & (first_after != 0)).count_nonzero())
+        compared += int(first_after.count_nonzero())
         advance(before.numel())
-    if found.reversed:
+    if differences.reversed:
         raise RegraftError(
             f"{dense.folder} is pruned where {compressed.folder} is not. Give the dense checkpoint "
             "first and the compressed one second."
         )
-    same = _same_besides(dense, compressed)
-    if found.pruned:
+    same = _unprunable_same(dense, compressed)
+    if differences.pruned:
         same = same and equal >= _NEARLY_ALL * compared
-        return Survey(counts["pruned"], kept, common_grouping(groupings), same)
-    return Survey(counts["changed"], kept, None, same, "changed")
+        return Survey(pruned, kept, common_grouping(groupings), same)
+    return Survey(changed, kept, None, same, "changed")
 
 
 @dataclass
 class _Differences:
-    """The rule by which a pair is pruned or changed, over weights that are added up.
+    """Running counts that decide whether a pair is "pruned" or "changed".
 
-    Rounding to a grid makes zeros, too, but only of weights below half of its least level. A pair
-    is pruned where an eighth of the weights that differ are zeros that no rounding makes, or where
-    nothing differs but zeros. Measured on weights of a 0.5 B model this share is below 0.1 after
-    rounding to 2 to 8 bits, with GPTQ's updates and without, and above 0.15 after SparseGPT from
-    30 % on.
+    Rounding to a grid makes zeros too, but only of weights below half of its lowest level. A pair
+    is "pruned" if at least an eighth of the differing weights are zeros that rounding cannot make,
+    or if nearly all differing weights are zeros. On a 0.5 B model that share is below 0.1 after
+    rounding to 2 to 8 bits, with and without GPTQ's updates, and above 0.15 after SparseGPT at 30 %
+    and more.
     """
 
     differing: int = 0
     zeros: int = 0
-    by_pruning: int = 0
-    missing: int = 0  # zeros of the dense model that no rounding makes
+    by_pruning: int = 0  # zeros of the compressed model that rounding cannot make
+    by_pruning_dense: int = 0  # such zeros of the model that is given as the dense one
 
     @property
     def pruned(self) -> bool:
         """Whether the pair is pruned."""
-        few = self.by_pruning < _NO_ROUNDING * self.differing
-        return not few or self.zeros >= _ALL * self.differing
+        enough = self.by_pruning >= _NO_ROUNDING * self.differing
+        return enough or self.zeros >= _ALL * self.differing
 
     @property
     def reversed(self) -> bool:
         """Whether the first of the pair is pruned and the second is not."""
-        return not self.pruned and self.missing >= _NO_ROUNDING * self.differing
+        return not self.pruned and self.by_pruning_dense >= _NO_ROUNDING * self.differing
 
     def add(self, dense: Tensor, compressed: Tensor) -> None:
-        """Count in one weight, by some of its rows, `[out, in]`."""
+        """Add the counts of one weight `[out, in]`, from a sample of its rows."""
         step = -(-len(dense) // _ROWS)
-        before, after = _alike(dense[::step], compressed[::step])
+        before, after = _same_dtype(dense[::step], compressed[::step])
         self.differing += int((before != after).count_nonzero())
         self.zeros += int(restorable(before, after).count_nonzero())
-        self.by_pruning += int(_no_rounding(before, after).count_nonzero())
-        self.missing += int(_no_rounding(after, before).count_nonzero())
+        self.by_pruning += int(_zeros_by_pruning(before, after).count_nonzero())
+        self.by_pruning_dense += int(_zeros_by_pruning(after, before).count_nonzero())
 
 
-def _no_rounding(dense: Tensor, compressed: Tensor) -> Tensor:
-    """Zeros of weights that were above half of the least that is left. `[out, in]` bool.
+def _zeros_by_pruning(dense: Tensor, compressed: Tensor) -> Tensor:
+    """Zeros that rounding cannot make: of weights above half of the lowest level. `[out, in]` bool.
 
-    Of 32 columns of a row, which share a scale; of the row, where they are all zero.
+    The lowest level is the smallest nonzero magnitude among 32 columns of a row, which are assumed
+    to share a scale, or of the whole row if these are all zero.
     """
-    left = compressed.abs().masked_fill(compressed == 0, torch.inf)
-    least_of_row = left.amin(1, keepdim=True)
-    found = []
-    for part, values in zip(left.split(_BLOCK, 1), dense.abs().split(_BLOCK, 1), strict=True):
-        least = part.amin(1, keepdim=True)
-        least = torch.where(least.isinf(), least_of_row, least)
-        least.masked_fill_(least.isinf(), 0)  # a row of zeros was pruned
-        found.append(part.isinf() & (values > least / 2))
-    return torch.cat(found, 1)
+    nonzero = compressed.abs().masked_fill(compressed == 0, torch.inf)
+    lowest_of_row = nonzero.amin(1, keepdim=True)
+    masks = []
+    for part, values in zip(nonzero.split(_BLOCK, 1), dense.abs().split(_BLOCK, 1), strict=True):
+        lowest = part.amin(1, keepdim=True)
+        lowest = torch.where(lowest.isinf(), lowest_of_row, lowest)
+        lowest.masked_fill_(lowest.isinf(), 0)  # the whole row is 0: it was pruned
+        masks.append(part.isinf() & (values > lowest / 2))
+    return torch.cat(masks, 1)
 
 
-def _same_besides(dense: Source, pruned: Source) -> bool:
-    """Whether nearly all tensors that are never pruned are the same, by a sample of each."""
-    a, b = _never_pruned(dense), _never_pruned(pruned)
+def _unprunable_same(dense: Source, compressed: Source) -> bool:
+    """Whether nearly all tensors that are never pruned are equal, by a sample of each."""
+    a, b = _unprunable(dense), _unprunable(compressed)
     same = [
-        torch.equal(*_alike(dense.checkpoint.sample(a[name]), pruned.checkpoint.sample(b[name])))
+        torch.equal(
+            *_same_dtype(dense.checkpoint.sample(a[name]), compressed.checkpoint.sample(b[name]))
+        )
         for name in a.keys() & b.keys()
     ]
     return sum(same) >= _NEARLY_ALL * len(same)
 
 
-def _never_pruned(source: Source) -> dict[str, str]:
+def _unprunable(source: Source) -> dict[str, str]:
     """Name without the decoder's prefix -> name on disk; no biases, which some pruners correct."""
     tensors = {linear.tensor for linear in source.architecture.linears}
     owners = {tensor.removesuffix("weight") for tensor in tensors}
@@ -231,14 +237,14 @@ def _never_pruned(source: Source) -> dict[str, str]:
     }
 
 
-def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the coarser of their dtypes."""
+def _same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tensors in the coarser of their dtypes."""
     dtype = max(a.dtype, b.dtype, key=lambda one: torch.finfo(one).eps)
     return a.to(dtype), b.to(dtype)
 
 
 def is_changed(patch: Patch) -> bool:
-    """Whether a patch is of a model of which compression changed every weight."""
+    """Whether a patch was made for a pair of kind "changed"."""
     kind: Kind = patch.about.get("kind", "pruned")
     return kind == "changed"
 
@@ -246,9 +252,9 @@ def is_changed(patch: Patch) -> bool:
 def restored_by_module(
     patch: Patch, layers: Sequence[LayerArchitecture]
 ) -> dict[str, tuple[int, ...]]:
-    """Restored weights per module and layer: "self_attn.q_proj" -> count in each layer.
+    """Module name -> number of restored weights in each layer: "self_attn.q_proj" -> (3, 0, ...).
 
-    All experts of a layer are one: "mlp.experts.*.down_proj".
+    All experts of a layer count as one module: "mlp.experts.*.down_proj".
     """
     counts: Counter[tuple[str, int]] = Counter()
     names: dict[str, None] = {}

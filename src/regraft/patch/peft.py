@@ -1,12 +1,13 @@
-"""A patch as a SHiRA adapter of PEFT (Bhardwaj et al., arXiv 2406.13175): sparse, added on merging.
+"""Export a patch as a SHiRA adapter of PEFT (Bhardwaj et al. 2024, arXiv 2406.13175).
 
-A patch assigns values; PEFT adds differences, in float32, and rounds to the weight's dtype. So each
-difference is chosen such that the sum is the patch's value to the bit. A pruned 0 takes the value
-itself; of other weights some values cannot be reached, and then there is no adapter.
+A patch assigns values; PEFT adds differences in float32 when it merges, and rounds to the weight's
+dtype. Each difference is therefore chosen so that the sum is the patch's value to the bit. For a
+pruned 0 it is the value itself; from other weights some values cannot be reached, and then the
+patch has no adapter.
 
-PEFT gives each adapted matrix `[out, in]` as many entries as a LoRA adapter of rank r would have
-numbers, r (out + in), with one r for all matrices. Entries left over hold -0.0, which changes
-nothing that it is added to, zeros of either sign included.
+PEFT gives each adapted matrix `[out, in]` as many entries as a LoRA adapter of rank r has numbers,
+r (out + in), with one r for all matrices. Unused entries hold -0.0, which leaves every value that
+it is added to unchanged, zeros of either sign included.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ _OTHERWISE = "Export it with --to vllm, which assigns values, or write it with `
 
 @dataclass(frozen=True)
 class Adapter:
-    """What PEFT reads: `config` as JSON, `tensors` as safetensors."""
+    """The adapter's files: `config` as JSON, `tensors` as safetensors."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
 
 def require_matrices(changes: Sequence[Change]) -> None:
-    """Raise where a tensor is no matrix, such as several experts in one."""
+    """Raise if a tensor is no matrix, such as one that holds several experts."""
     for change in changes:
         shape = change.record.shape
         if len(shape) != 2:
@@ -49,11 +50,11 @@ def require_matrices(changes: Sequence[Change]) -> None:
 
 
 def shira(changes: Sequence[Change], held: Sequence[Tensor], modules: Mapping[str, str]) -> Adapter:
-    """The adapter that makes `changes`.
+    """Make the adapter that has the effect of `changes`.
 
     Args:
-        changes: What a patch changes in its base; at least one.
-        held: Of each what the base holds at its positions, `[k]`.
+        changes: The patch's changes to its base; at least one.
+        held: The base's values at the positions of each change, `[k]`.
         modules: Name of a weight on disk -> dotted name of its linear layer in memory.
 
     Raises:
@@ -87,7 +88,7 @@ def shira(changes: Sequence[Change], held: Sequence[Tensor], modules: Mapping[st
         "base_model_name_or_path": None,
         "inference_mode": True,
         "r": rank,
-        "mask_type": "random",  # the places that PEFT draws give way to `shira_indices`
+        "mask_type": "random",  # `shira_indices` replace the positions that PEFT draws
         "random_seed": None,
         "fan_in_fan_out": False,
         "init_weights": True,
@@ -98,15 +99,15 @@ def shira(changes: Sequence[Change], held: Sequence[Tensor], modules: Mapping[st
 
 
 def exact_delta(before: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers that turn `before` into `values` when they are added as PEFT does.
+    """Differences that turn `before` into `values` when they are added as PEFT does.
 
     Args:
-        before: What the base holds, `[k]`.
-        values: What it is to hold, `[k]`, of the same dtype.
+        before: The base's values, `[k]`.
+        values: The patch's values, `[k]`, of the same dtype.
 
     Returns:
-        (what is to be added, `[k]`, float32 or wider; whether the sum is `values` to the bit,
-        bool `[k]`). Where it is not, no number of this dtype makes it so, but for NaN.
+        (differences `[k]`, float32 or wider; whether each sum is `values` to the bit, bool `[k]`).
+        Where it is not, no number of this dtype makes it so, NaN aside.
     """
     wide = torch.promote_types(before.dtype, torch.float32)
     guess = (values.double() - before.double()).to(wide)
@@ -127,15 +128,15 @@ def exact_delta(before: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rank(changes: Sequence[Change]) -> int:
-    """The least r with which every matrix has room for its changes."""
+    """The smallest r that gives every matrix enough entries for its changes."""
     largest = max(changes, key=lambda one: len(one.positions) / sum(one.record.shape))
     rank = -(-len(largest.positions) // sum(largest.record.shape))
     for change in changes:
         rows, columns = change.record.shape
         if rank * (rows + columns) > rows * columns:
             raise RegraftError(
-                f"The patch changes {len(largest.positions):,} weights of {largest.record.name}. "
-                f"PEFT's SHiRA needs r = {rank} for so many, and {change.record.name}, "
+                f"The patch changes {len(largest.positions):,} weights of {largest.record.name}, "
+                f"for which PEFT's SHiRA needs r = {rank}, but {change.record.name}, "
                 f"{rows} x {columns}, has fewer weights than r ({rows} + {columns}). {_OTHERWISE}"
             )
     return rank
@@ -150,18 +151,18 @@ def _require_exact(changes: Sequence[Change], exact: Sequence[Tensor]) -> None:
     at = int((~exact[first]).nonzero()[0])
     raise RegraftError(
         f"{sum(missed):,} of {sum(len(one) for one in exact):,} weights cannot be reached by PEFT, "
-        "which adds a number to what the checkpoint holds and rounds: "
-        f"the first is weight {int(change.positions[at])} of {change.record.name}, which is to be "
+        "which adds a number to the checkpoint's value and rounds: the first is weight "
+        f"{int(change.positions[at])} of {change.record.name}, which should become "
         f"{float(change.values[at])!r} ({change.values.dtype}). {_OTHERWISE}"
     )
 
 
 def _filled(change: Change, delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Positions and what is added there, r (out + in) of each, in ascending order."""
+    """Fill up to r (out + in) ascending positions and differences with unused entries, -0.0."""
     size = rank * sum(change.record.shape)
-    free = torch.arange(size)  # holds enough that do not change: as many as there are entries
-    free = free[~torch.isin(free, change.positions)][: size - len(change.positions)]
-    positions = torch.cat([change.positions, free])
-    values = torch.cat([delta, torch.full((len(free),), -0.0, dtype=delta.dtype)])
+    unused = torch.arange(size)  # the first `size` positions always include enough unused ones
+    unused = unused[~torch.isin(unused, change.positions)][: size - len(change.positions)]
+    positions = torch.cat([change.positions, unused])
+    values = torch.cat([delta, torch.full((len(unused),), -0.0, dtype=delta.dtype)])
     order = positions.argsort()
     return positions[order], values[order].contiguous()

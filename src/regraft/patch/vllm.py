@@ -1,7 +1,7 @@
-"""A patch as vLLM's `CheckpointWeightPatch`: the same fields, in one safetensors file.
+"""Export a patch as vLLM's `CheckpointWeightPatch`: the same fields, in one safetensors file.
 
-vLLM names weights as the checkpoint does and maps them to its own, sharded and packed as they may
-be. Its fields are name, shape, dtype, values and indices; values are assigned.
+The fields are name, shape, dtype, values and indices; values are assigned. Names are those of the
+checkpoint, which vLLM maps to its own sharded and packed weights.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ METADATA = "patches"
 def weight_patches(changes: Sequence[Change]) -> tuple[dict[str, str], dict[str, Tensor]]:
     """(metadata, tensors) of a safetensors file with a weight patch for each tensor that changes.
 
-    `patches` in the metadata is a JSON list of {"name", "shape", "dtype"}; of each the file holds
-    `NAME.values`, in the checkpoint's dtype, and `NAME.indices`, flat positions in row-major order,
-    ascending, int32 or, beyond 2^31, int64; both `[k]`.
+    `patches` in the metadata is a JSON list of {"name", "shape", "dtype"}. For each entry the file
+    has `NAME.values`, in the checkpoint's dtype, and `NAME.indices`, ascending flat positions in
+    row-major order, int32 or, beyond 2^31, int64; both `[k]`.
 
     Raises:
-        RegraftError: a value is NaN, by which vLLM marks what does not change.
+        RegraftError: a value is NaN, which vLLM uses to mark unchanged weights.
     """
     fields, tensors = [], {}
     for change in changes:
         name = change.record.name
         if change.values.isnan().any():
             raise RegraftError(
-                f"The patch gives {name} a value that is NaN, by which vLLM marks weights that do "
-                "not change. Write the checkpoint with `regraft apply`."
+                f"The patch gives {name} a NaN value, which vLLM uses to mark unchanged weights. "
+                "Write the checkpoint with `regraft apply`."
             )
         dtype = str(change.values.dtype).removeprefix("torch.")
         fields.append({"name": name, "shape": list(change.record.shape), "dtype": dtype})

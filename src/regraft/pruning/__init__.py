@@ -1,1 +1,1 @@
-"""Which weights go: pruners, masks, statistics of the calibration data and the loop over layers."""
+"""Pruning: pruners, masks, statistics of the calibration data and the loop over layers."""

@@ -1,9 +1,9 @@
-"""What a pruner is, its settings, and where pruners are found.
+"""Base classes of pruners, their settings, and the registry of pruners.
 
-A pruner is one object in one file: what it accumulates over the calibration data, the score that it
-makes of a weight and of that statistic, its update of the weights that stay (if any), and its
-settings. `regraft.pruning.prune` runs it layer by layer; `regraft.pruning.statistics` stores its
-statistics for restoration, whose scores are those of the same object.
+A pruner is one object in one file: the statistic that it accumulates over the calibration data, the
+score computed from a weight and that statistic, its update of the kept weights (if any), and its
+settings. `regraft.pruning.prune` runs it layer by layer; `regraft.pruning.statistics` saves its
+statistics, from which restoration computes the same scores.
 
 To add one, put `PLUGIN = MyPruner()` into a file of `regraft/pruning/pruners`, or name the object
 in the entry-point group `regraft.pruners` of another package. A pruner that reads no data:
@@ -39,23 +39,23 @@ from regraft.registry import Registry
 from regraft.settings.base import Settings
 
 Encode = Callable[[Any, Sequence[Example]], Batch]
-"""(processor, examples) -> a batch of them."""
+"""(processor, examples) -> a batch."""
 Note = Callable[[str], None]
 
 
 class PruneSettings(Settings):
-    """How much is pruned, and where. The settings of every pruner begin with these."""
+    """How much is pruned, and where: the settings that all pruners share."""
 
     method: str
     sparsity: float = Field(0.5, gt=0, lt=1, description="Share of prunable weights set to 0.")
     n_m: str | None = Field(
-        None, description="N:M pattern such as 2:4, kept of each M inputs; instead of sparsity."
+        None, description="N:M pattern such as 2:4: N of each M inputs are kept; replaces sparsity."
     )
     scope: Scope = Field("row", description="Weights compete within their row or the matrix.")
     ignore: tuple[str, ...] = Field(
         (),
-        description="Weights left dense, as a pattern: `layers.0.*`, `*.down_proj`; repeat the "
-        "flag for more.",
+        description="Glob of weights left dense: `layers.0.*`, `*.down_proj`; repeat the flag for "
+        "more.",
     )
 
     @model_validator(mode="after")
@@ -77,7 +77,7 @@ class PruneSettings(Settings):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The calibration prompts that are read: "utility" (D^u), "safety" (D^s), or none."""
+        """Kinds of calibration prompts that are read: "utility" (D^u), "safety" (D^s), or none."""
         return ()
 
     @property
@@ -86,13 +86,13 @@ class PruneSettings(Settings):
         return False
 
     def pattern(self) -> Pattern:
-        """The pattern that these settings ask for."""
+        """The pattern of each weight matrix."""
         if self.n_m is not None:
             return Pattern.parse_n_m(self.n_m)
         return Pattern(self.sparsity, self.scope)
 
     def patterns(self, linears: Iterable[LinearArchitecture]) -> Patterns:
-        """The pattern of each weight that is to be pruned."""
+        """The pattern of each weight matrix that is to be pruned, without ignored ones."""
         return assign_patterns(linears, self.pattern(), self.ignore)
 
 
@@ -101,7 +101,7 @@ class CalibratedSettings(PruneSettings):
 
     calibrate_on: Literal["harmless", "both"] = Field(
         "harmless",
-        description="Harmless prompts and answers (D^u, the paper's), or harmful prompts and "
+        description="Harmless prompts and answers (D^u, as in the paper), or harmful prompts and "
         "refusals (D^s) as well.",
     )
 
@@ -111,7 +111,7 @@ class CalibratedSettings(PruneSettings):
 
 
 class LayerwiseSettings(PruneSettings):
-    """Settings of a pruner that goes forward from layer to layer."""
+    """Settings of a pruner that processes layers from first to last."""
 
     order: Literal["sequential", "one-shot"] = Field(
         "sequential",
@@ -125,20 +125,19 @@ class LayerwiseSettings(PruneSettings):
 
 
 class Pruner(ABC):
-    """A way of pruning. A direct subclass reads no data: its statistics are empty tensors.
+    """A pruning method. A direct subclass reads no data: its statistics are empty tensors.
 
     Attributes:
-        name: In settings, as in `--method wanda`.
-        label: In tables.
-        settings_type: Its settings; their `method` is `Literal[name]`, and fields that it does not
-            read are not there.
-        restores: Whether its score may rank weights for restoration.
-        every_linear: Whether a statistics file keeps all linears. The other files keep those of
-            attention heads, as restoration in heads needs: a statistic may be as large as the
-            weights (SNIP) or take a factorisation of the MLP's width (SparseGPT).
-        updates: Whether weights that stay change, so that whole weights are stored, not masks.
+        name: Name in settings, as in `--method wanda`.
+        label: Name in tables.
+        settings_type: Its settings, with `method: Literal[name]` and only fields that it reads.
+        restores: Whether restoration may rank weights by its score.
+        every_linear: Whether a statistics file keeps all linears. Otherwise it keeps those of
+            attention, which is all that restoration in heads needs: a statistic may be as large as
+            the weights (SNIP) or take a factorisation of the MLP's width (SparseGPT).
+        updates: Whether kept weights change, so that whole weights are stored instead of masks.
         reads_data: Whether it has statistics.
-        by_gradients: Whether these are of gradients, for which it takes a backward pass.
+        by_gradients: Whether its statistics are of gradients and take a backward pass.
         reads_responses: Whether its calibration prompts need responses.
     """
 
@@ -154,12 +153,12 @@ class Pruner(ABC):
 
     @abstractmethod
     def score(self, weight: Tensor, statistic: Tensor) -> Tensor:
-        """Importance of every weight, of which pruning takes the least.
+        """Importance of every weight; pruning removes the lowest.
 
         Args:
-            weight: `[out, in]`, any float dtype, or some rows of it; left as it is.
-            statistic: Of this weight (`[in]`, or `[out, in]` with the same rows), float32, on the
-                weight's device.
+            weight: `[out, in]`, any float dtype, or some of its rows; not modified.
+            statistic: The weight's statistic (`[in]`, or `[out, in]` with the same rows), float32,
+                on the weight's device.
 
         Returns:
             `[out, in]` float32, finite and not negative.
@@ -168,12 +167,12 @@ class Pruner(ABC):
     def statistics(
         self, linears: Iterable[LinearArchitecture], found: Sums, note: Note = lambda _: None
     ) -> Iterator[tuple[LinearArchitecture, Tensor]]:
-        """What `score` takes of each linear, from what was accumulated.
+        """The statistic that `score` takes, for each linear.
 
         Args:
-            linears: Any that ran.
-            found: Accumulated for them; may be used up.
-            note: Called with what a user should know.
+            linears: Linears that ran.
+            found: Their accumulated sums; may be consumed.
+            note: Called with messages for the user.
 
         Raises:
             RegraftError: a linear never ran, or its inputs overflow.
@@ -189,21 +188,21 @@ class Pruner(ABC):
         settings: Any,
         note: Note = lambda _: None,
     ) -> Iterator[tuple[LinearArchitecture, PrunedWeight]]:
-        """Prune the linears of one layer: by default, mask the smallest scores.
+        """Prune the linears of one layer: by default, mask the lowest scores.
 
         Args:
-            weights: Dense, `[out, in]` each; left as they are.
-            found: What was accumulated for them; may be used up.
-            patterns: How much of each goes.
-            settings: Of `settings_type`.
-            note: Called with what a user should know.
+            weights: Dense weights, `[out, in]` each; not modified.
+            found: Their accumulated sums; may be consumed.
+            patterns: How much of each is pruned.
+            settings: Settings of `settings_type`.
+            note: Called with messages for the user.
         """
         for linear, statistic in self.statistics(weights, found, note):
             score = self.score(weights[linear], statistic)
             yield linear, PrunedWeight(mask=patterns[linear].mask(score))
 
     def encoders(self, settings: Any) -> tuple[Encode, ...]:
-        """Each encodes all calibration examples once; `settings` are of `settings_type`."""
+        """Functions that encode the calibration examples; each encodes all of them once."""
         return (response_batch,)
 
     def keeps(self, linear: LinearArchitecture) -> bool:
@@ -212,30 +211,30 @@ class Pruner(ABC):
 
 
 class InputPruner(Pruner):
-    """A pruner that adds something up over what each linear is fed at response tokens."""
+    """A pruner whose statistic is a sum over each linear's inputs at response tokens."""
 
     reads_data = True
 
     @abstractmethod
     def accumulate(self, inputs: Tensor) -> Tensor:
-        """A sum over tokens of inputs `[tokens, in]`, which is added up over batches."""
+        """Sum over tokens of a function of inputs `[tokens, in]`; batches are added up."""
 
     def add(self, inputs: Tensor, batch: Batch) -> Tensor:
-        """What the inputs of a batch add: `accumulate` of them, whatever the batch."""
+        """What a batch adds to the sum; override it if that depends on more than the inputs."""
         return self.accumulate(inputs)
 
 
 class GradientPruner(Pruner):
-    """A pruner that adds something up over gradients of each response's mean cross-entropy.
+    """A pruner whose statistic is a mean over gradients of each response's mean cross-entropy.
 
-    It needs a whole backward pass before it prunes anything, so that it is one-shot always.
+    It needs a whole backward pass before it prunes anything, so it is always one-shot.
     """
 
     reads_data = by_gradients = True
 
     @abstractmethod
     def accumulate(self, dy: Tensor, x: Tensor) -> Tensor:
-        """A sum over samples from a linear's dL/dY `[B, T, out]` and inputs `[B, T, in]`.
+        """Sum over samples, from a linear's dL/dY `[B, T, out]` and inputs `[B, T, in]`.
 
         `[out, in]` float32; its mean over all samples is the statistic.
         """
@@ -250,22 +249,22 @@ PRUNERS: Registry[Pruner] = Registry(
 
 
 def prune_settings(method: str = "wanda", **fields: Any) -> PruneSettings:
-    """Settings of a pruner by its name.
+    """Make the settings of the pruner called `method`.
 
     Raises:
-        RegraftError: there is none of that name, or it cannot be imported.
+        RegraftError: no pruner has that name, or it cannot be imported.
         pydantic.ValidationError: it has no such setting, or a value is wrong.
     """
     return PRUNERS.get(method).settings_type(**fields)
 
 
 def all_settings() -> dict[str, type[PruneSettings]]:
-    """The settings of every pruner, by name; without those of packages that are broken."""
+    """Name -> settings of every pruner, without plug-ins that cannot be imported."""
     return {name: PRUNERS.get(name).settings_type for name in PRUNERS.working()}
 
 
 def described() -> str:
-    """Every pruner by its name, with what its class says of it."""
+    """Every pruner's name with the first line of its class docstring, for `--help`."""
     docs = ((name, type(PRUNERS.get(name)).__doc__ or "") for name in all_settings())
     return " ".join(f"{name}: {text.partition(chr(10))[0]}" for name, text in docs)
 
@@ -278,5 +277,5 @@ def _check_score(name: str) -> str:
 
 
 ScoreName = Annotated[str, AfterValidator(_check_score)]
-"""A pruner by whose score of the dense weights restoration may rank."""
-NO_STATISTIC = torch.empty(0)  # of a pruner that reads no data
+"""Name of a pruner whose score of the dense weights restoration may rank by."""
+NO_STATISTIC = torch.empty(0)  # statistic of a pruner that reads no data

@@ -1,8 +1,12 @@
 """Gradients of the response loss for one decoder layer at a time, from the last to the first.
 
-The backward pass starts from kept layer inputs, and each layer is computed again on its way, so
-only one layer's gradients are ever in memory; the weights themselves never require a gradient:
-dL/dW = dY^T X.
+    forward, saving every layer's input to disk
+    dL/d(final states) of every sample's loss
+    for each layer, last to first:
+        recompute the layer from its saved input and backpropagate through it
+        dL/dW = dY^T X for each of its linears
+
+Only one layer's gradients are ever in memory, and weights never require a gradient themselves.
 """
 
 from __future__ import annotations
@@ -34,11 +38,11 @@ from regraft.pruning.inputs import overflow, require_same_layers
 Loss = Callable[[PlacedModel, Tensor, Tensor, str], Tensor]
 """(model, normed final states `[S, d]`, labels `[S]`, id of the example) -> a scalar, float32."""
 Product = Callable[[Tensor, Tensor], Tensor]
-"""(dL/dY `[B, T, out]`, X `[B, T, in]`) of B samples -> what is added up, `[k * out, in]`."""
+"""(dL/dY `[B, T, out]`, X `[B, T, in]`) of B samples -> summand over batches, `[k * out, in]`."""
 
 
 def predicting(labels: Tensor) -> Tensor:
-    """Positions whose logits predict response tokens: those before them. `[N]` int64.
+    """Positions whose logits predict response tokens, `[N]` int64.
 
     The logits at position t predict the token at t + 1.
     """
@@ -46,35 +50,35 @@ def predicting(labels: Tensor) -> Tensor:
 
 
 def mean_cross_entropy(model: PlacedModel, final: Tensor, labels: Tensor, _id: str) -> Tensor:
-    """Mean over response tokens: the loss that models are trained with, and SNIP's."""
+    """Mean over response tokens: the usual training loss, and SNIP's."""
     positions = predicting(labels)
     logits = logits_of(model.network, final[positions], gradient=True)  # [N, vocabulary]
     return F.cross_entropy(logits.float(), labels[positions + 1])
 
 
 def signed(dy: Tensor, x: Tensor) -> Tensor:
-    """The sum over samples of dL/dW."""
+    """Sum over samples of dL/dW, `[out, in]`."""
     return product(dy.flatten(0, 1), x.flatten(0, 1))
 
 
 def signed_and_squared(dy: Tensor, x: Tensor) -> Tensor:
-    """The sum over samples of dL/dW, and below it the sum over tokens of its square.
+    """Sum over samples of dL/dW, stacked on the sum over tokens of its square, `[2 * out, in]`.
 
-    The squares are the diagonal of the empirical Fisher matrix. `[2 * out, in]`
+    The squares are the diagonal of the empirical Fisher matrix.
     """
     dy, x = dy.flatten(0, 1), x.flatten(0, 1)
     return torch.cat([product(dy, x), product(dy.float().square(), x.float().square())])
 
 
 def require_gradients(dtype: torch.dtype) -> None:
-    """Raise for float16, in which gradients vanish."""
+    """Raise for float16, in which gradients underflow."""
     if dtype == torch.float16:
         raise RegraftError(
             "Gradients are too small for float16 and would vanish. Use --dtype bfloat16 or float32."
         )
 
 
-_BACKWARD = 3  # forward passes' work: the layer once more, and the gradients of its two factors
+_BACKWARD = 3  # in forward passes: recompute the layer, and its gradients by inputs and by weights
 BOTH_WAYS = 1 + _BACKWARD
 
 
@@ -92,18 +96,18 @@ def layer_gradients(
 
     Args:
         layerwise: The labelled samples, before the first layer.
-        architecture: Of the model.
-        scratch: A folder for layer inputs (samples x tokens x layers x hidden size); emptied as
-            the backward pass goes.
-        wanted: Which linears to take the gradient of.
-        advance: Called each time a layer has seen a batch, with the number of samples forward, and
-            backward with as many times more as that takes: `BOTH_WAYS` samples a layer in all.
-        add: What to add up of each batch, `signed` for the plain gradient.
-        loss: Of one sample.
+        architecture: Architecture of the model.
+        scratch: A folder for layer inputs (samples x tokens x layers x hidden size); emptied during
+            the backward pass.
+        wanted: Which linears to take gradients of.
+        advance: Called each time a layer has seen a batch: with its number of samples forward, and
+            `_BACKWARD` times that backward, `BOTH_WAYS` times the samples per layer in all.
+        add: The summand of each batch; `signed` for the plain gradient.
+        loss: Loss of one sample.
 
     Yields:
-        The layer, and `LinearArchitecture.key` -> what `add` makes, float32 on the device. A linear
-        that no sample used is missing.
+        The layer, and `LinearArchitecture.key` -> mean of `add`, float32 on the device. Linears
+        that no sample used are missing.
 
     Raises:
         RegraftError: the dtype is float16, or gradients overflow.
@@ -112,7 +116,7 @@ def layer_gradients(
     total = int(distributed.total(torch.tensor(layerwise.samples)))
     _forward(layerwise, architecture, scratch, advance)
     gradients = _loss_gradients(layerwise, loss)
-    kept: list[Shared] = [{} for _ in gradients]  # dL/d of what layers share, as far as it is known
+    of_shared: list[Shared] = [{} for _ in gradients]  # dL/d(tensors that layers share), so far
     modules = dict(layerwise.model.network.named_modules())
     for layer in reversed(architecture.layers):
         linears = {li: modules[li.module] for li in layer.linears if wanted(li)}
@@ -120,20 +124,22 @@ def layer_gradients(
         with layerwise.model.layer(layer.index):
             for i, batch in enumerate(layerwise.batches):
                 path = _path(scratch, layer.index, i)
-                with _added(linears, layerwise.model.place(batch), add, sums):
-                    gradients[i] = _back(layerwise, i, layer.index, path, gradients[i], kept[i])
+                with _summing(linears, layerwise.model.place(batch), add, sums):
+                    gradients[i] = _backward(
+                        layerwise, i, layer.index, path, gradients[i], of_shared[i]
+                    )
                 path.unlink()
                 advance(_BACKWARD * len(batch.ids))
         yield layer, _means(sums, layer, total)
 
 
-def _back(
-    layerwise: LayerwisePass, i: int, layer: int, path: Path, gradient: Tensor, kept: Shared
+def _backward(
+    layerwise: LayerwisePass, i: int, layer: int, path: Path, gradient: Tensor, of_shared: Shared
 ) -> Tensor:
-    """Take batch i back through a layer whose input is in `path`: its output's gradient -> its own.
+    """Backpropagate batch i through a layer: gradient of its output -> of its input, `[B, S, d]`.
 
-    `kept` is dL/d of what layers share: of what this one hands on, and then of what it was given.
-    `[B, S, d]`
+    `path` has the layer's input. `of_shared` comes with dL/d(shared tensors that the layer hands
+    on) and is left with dL/d(those that it receives).
     """
     device = layerwise.model.device
 
@@ -141,25 +147,25 @@ def _back(
         one = None if one is None else one.to(device).detach()
         return one.requires_grad_() if one is not None and one.is_floating_point() else one
 
-    entered = load_unfinished(path)
-    hidden = leaf(entered["hidden"])
+    saved = load_unfinished(path)
+    hidden = leaf(saved["hidden"])
     assert hidden is not None
-    given = {
+    received = {
         name: tuple(
-            leaf(one if is_input(name) else entered.get(f"{name}.{k}"))
+            leaf(one if is_input(name) else saved.get(f"{name}.{k}"))
             for k, one in enumerate(several)
         )
         for name, several in layerwise.shared[i].items()
     }
-    handed: Shared = dict(given)
-    output = layerwise.replay(i, layer, hidden, gradient=True, shared=handed)
+    handed_on: Shared = dict(received)
+    output = layerwise.replay(i, layer, hidden, gradient=True, shared=handed_on)
     roots: list[tuple[Tensor, Tensor]] = [(output, gradient.to(device))]
-    for name, several in handed.items():
-        parts = zip(several, kept.get(name, ()), strict=False)
+    for name, several in handed_on.items():
+        parts = zip(several, of_shared.get(name, ()), strict=False)
         roots += [(one, part) for one, part in parts if part is not None and one.requires_grad]
     torch.autograd.backward([one for one, _ in roots], [part for _, part in roots])
-    for name, several in given.items():
-        kept[name] = tuple(None if one is None else one.grad for one in several)
+    for name, several in received.items():
+        of_shared[name] = tuple(None if one is None else one.grad for one in several)
     assert hidden.grad is not None
     return hidden.grad.to(gradient.device)
 
@@ -167,31 +173,32 @@ def _back(
 def _forward(
     layerwise: LayerwisePass, architecture: Architecture, scratch: Path, advance: Advance
 ) -> None:
-    """Take the batches to the end and leave every layer's inputs in `scratch`."""
+    """Run the batches through all layers and save every layer's inputs in `scratch`."""
     try:
         with disk_errors(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
             for layer in architecture.layers:
                 for i, state in enumerate(layerwise.states):
-                    replaced = {  # by a later layer, as inputs of layers never are
+                    # Later layers may replace these; recorded inputs of layers never change.
+                    shared = {
                         f"{name}.{k}": one.clone(memory_format=torch.contiguous_format)
                         for name, several in layerwise.shared[i].items()
                         for k, one in enumerate(several)
                         if one is not None and not is_input(name)
                     }
-                    tensors = {"hidden": state.contiguous(), **replaced}
+                    tensors = {"hidden": state.contiguous(), **shared}
                     save_file(tensors, _path(scratch, layer.index, i))
                 with layerwise.model.layer(layer.index):
                     layerwise.advance(layer.index, advance)
-    except RegraftError:  # of no use to the next try, which may need the room
+    except RegraftError:  # a later attempt starts again, and may need the disk space
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
 def _loss_gradients(layerwise: LayerwisePass, loss: Loss) -> list[Tensor]:
-    """dL/d(normed final state) `[B, S, d]` of each batch, L the sum of its samples' losses.
+    """dL/d(normed final states) `[B, S, d]` of each batch, L the sum of its samples' losses.
 
-    The states of `layerwise` go on the way: they are as large as the gradients.
+    Consumes the states of `layerwise`, which are as large as the gradients.
     """
     gradients = []
     states = layerwise.states[::-1]
@@ -201,7 +208,7 @@ def _loss_gradients(layerwise: LayerwisePass, loss: Loss) -> list[Tensor]:
             labels, state = batch.labels, states.pop()
             assert labels is not None, "a batch of prompts has no responses"
             final = state.to(layerwise.model.device).detach().requires_grad_()
-            for row in range(len(labels)):  # one sample's logits at a time in memory
+            for row in range(len(labels)):  # only one sample's logits in memory at a time
                 own = labels[row].to(layerwise.model.device)
                 loss(layerwise.model, final[row], own, batch.ids[row]).backward()
             assert final.grad is not None
@@ -210,33 +217,33 @@ def _loss_gradients(layerwise: LayerwisePass, loss: Loss) -> list[Tensor]:
 
 
 @contextmanager
-def _added(
+def _summing(
     linears: Mapping[LinearArchitecture, nn.Module],
     batch: Batch,
     add: Product,
     sums: dict[str, Tensor],
 ) -> Iterator[None]:
-    """Add to `sums` what `add` makes of each linear, as a backward pass of a batch comes by."""
-    rows = len(batch.ids)
+    """Context in which a batch's backward pass adds `add` of each linear to `sums`, by its key."""
+    samples = len(batch.ids)
 
     def observe(linear: LinearArchitecture) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        first = 0  # row of what the module puts out
+        first = 0  # the linear's first row in the module's weight, which may hold several linears
         if linear.held is not None and linear.expert is None:
             first = linear.held.first // linear.held.row
         own = slice(first, first + linear.shape[0])
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             inputs = args[0].detach()
-            if not output.requires_grad:  # Mllama's vision keys and values: no hidden state enters
+            if not output.requires_grad:  # Mllama's vision keys, values: hidden states do not enter
                 output = output.detach().requires_grad_()
 
-            def came(gradient: Tensor) -> None:
-                of_rows = by_sample(module, gradient[..., own], rows)
-                part = add(of_rows, by_sample(module, inputs, rows))
+            def add_up(gradient: Tensor) -> None:
+                dy = by_sample(module, gradient[..., own], samples)
+                part = add(dy, by_sample(module, inputs, samples))
                 key = linear.key
                 sums[key] = sums[key].add_(part) if key in sums else part
 
-            output.register_hook(came)
+            output.register_hook(add_up)
             return output
 
         return hook
@@ -249,10 +256,10 @@ def _added(
 
 
 def by_sample(module: nn.Module, values: Tensor, samples: int) -> Tensor:
-    """What a linear reads or puts out as `[B, T, n]` of B samples.
+    """A linear's inputs or outputs, reshaped to `[B, T, n]` for B samples.
 
-    Of an expert T is the largest number of tokens that it has of a sample, the others are filled up
-    with zeros.
+    For an expert T is the largest number of tokens that the router sends to it from one sample;
+    other samples are padded with zeros.
     """
     if not isinstance(module, ExpertLinear):
         return values.reshape(samples, -1, values.shape[-1])
@@ -265,7 +272,7 @@ def by_sample(module: nn.Module, values: Tensor, samples: int) -> Tensor:
 
 
 def _means(sums: dict[str, Tensor], layer: LayerArchitecture, total: int) -> dict[str, Tensor]:
-    """Sums of all processes over `total` samples, in place."""
+    """Sums over all processes divided by `total` samples, in place."""
     require_same_layers(sorted(sums))
     for linear in layer.linears:
         if linear.key in sums:
@@ -278,9 +285,9 @@ def _means(sums: dict[str, Tensor], layer: LayerArchitecture, total: int) -> dic
 def product(dy: Tensor, x: Tensor) -> Tensor:
     """dY^T X `[out, in]` float32 of `[T, out]` and `[T, in]`, accumulated in float32.
 
-    Of bfloat16 on a CPU, which has no product of another dtype, the result is rounded once to
-    bfloat16: a relative error of 2^-9 a batch, no more than the inputs have, at a fifth of the time
-    with AMX.
+    On a CPU, where `mm` has no `out_dtype`, a bfloat16 product is rounded to bfloat16 once: a
+    relative error of 2^-9 per batch, no more than that of the inputs. With AMX it takes a fifth of
+    the time of a float32 product.
     """
     if dy.is_cuda and dy.dtype != torch.float32:
         return torch.mm(dy.T, x, out_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Running sums over what weight matrices are fed at response tokens."""
+"""Running sums over the inputs of linears at response tokens."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from regraft.models.experts import ExpertLinear, opened
 from regraft.models.replay import hooked
 
 Observing = Callable[[Batch], AbstractContextManager[None]]
-"""A batch -> a context in which its forward passes are observed."""
+"""A batch -> a context in which its forward passes add to the sums."""
 
 
 @dataclass
 class Sums:
-    """What was accumulated for linears. Those that read the same input, as q, k and v, share a sum.
+    """Accumulated sums of linears. Linears with the same input, such as q, k and v, share a sum.
 
-    `sums` and `tokens` are under the `LinearArchitecture.key` of the first linear that reads an
-    input; `source` names that key for every linear that ran.
+    `sums` and `tokens` are stored under the `LinearArchitecture.key` of the first linear that reads
+    an input; `source` maps the key of every linear that ran to that key.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -36,22 +36,22 @@ class Sums:
 
     @classmethod
     def known(cls, values: Mapping[str, Tensor]) -> Sums:
-        """Sums that are there already, by `LinearArchitecture.key`, such as gradients."""
+        """Wrap values computed elsewhere, such as gradients, by `LinearArchitecture.key`."""
         return cls(dict(values), source={key: key for key in values})
 
     def add(self, linear: LinearArchitecture, part: Tensor, tokens: int) -> None:
-        """Add what so many tokens add to the sum of an input that `linear` is the first to read."""
+        """Add `part`, the summand of `tokens` tokens, to the sum of `linear`."""
         key = linear.key
         self.source[key] = key
         self.sums[key] = self.sums[key].add_(part) if key in self.sums else part
         self.tokens[key] = self.tokens.get(key, 0) + tokens
 
     def ran(self, linear: LinearArchitecture) -> bool:
-        """Whether anything was accumulated for a linear."""
+        """Whether a linear ran on the calibration data."""
         return linear.key in self.source
 
     def reached(self, linear: LinearArchitecture) -> bool:
-        """Whether any calibration token went through a linear; of experts some may see none."""
+        """Whether any calibration token went through a linear; an expert may get none."""
         if not self.ran(linear):
             return False
         source = self.source[linear.key]
@@ -61,24 +61,25 @@ class Sums:
         """The sum for a linear.
 
         Raises:
-            RegraftError: nothing was fed to it, or its inputs overflow.
+            RegraftError: it had no inputs, or they overflow.
         """
         source = self.source.get(linear.key)
         if source is None or self.tokens.get(source) == 0:
             raise RegraftError(
                 f"{linear.key} was never used by the calibration data, or has no gradient. "
-                "Text-only prompts skip cross-attention: calibrate on examples with images. What "
-                f"only chooses tokens has no gradient: leave it dense (--ignore '*.{linear.name}')."
+                "Text-only prompts skip cross-attention: calibrate on examples with images. Layers "
+                "that only choose tokens have no gradient: leave them dense (--ignore "
+                f"'*.{linear.name}')."
             )
         if not torch.isfinite(self.sums[source]).all():
             raise overflow(linear)
         return self.sums[source]
 
     def gather(self) -> None:
-        """Add up over all processes.
+        """Add up the sums of all processes.
 
         Raises:
-            RegraftError: some ran other linears (Mllama's prompts with and without image).
+            RegraftError: they ran different linears (Mllama's prompts with and without image).
         """
         require_same_layers(self.source)
         for key, total in sorted(self.sums.items()):
@@ -92,18 +93,18 @@ class Sums:
         linears: Mapping[LinearArchitecture, nn.Module],
         accumulate: Callable[[Tensor, Batch], Tensor],
     ) -> Observing:
-        """Make contexts in which what `accumulate` makes of a batch's inputs is added up.
+        """Make contexts in which `accumulate` of a batch's inputs is added to the sums.
 
-        Inputs `[B, S, in]` count at response tokens only, of an expert at those that the router
-        sends to it. Vision tokens, which Mllama's cross-attention and Ernie's experts for them
-        read, are at no such positions: those count that a response token attends to. `linears` come
-        with the modules that own them.
+        Inputs `[B, S, in]` count at response tokens only; for an expert, at those that the router
+        sends to it. Vision tokens, which Mllama's cross-attention and Ernie's vision experts read,
+        are never response tokens: they count if a response token attends to them. `linears` maps
+        linears to the modules that own them.
         """
 
         @contextmanager
         def around(batch: Batch) -> Iterator[None]:
             response, tiles = batch.response, _attended_tiles(batch)
-            last: tuple[Tensor, str] | None = None  # what was read last, and who read it first
+            last: tuple[Tensor, str] | None = None  # the last input, and the first to read it
 
             def observe(linear: LinearArchitecture) -> Callable[[nn.Module, Any], None]:
                 def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -112,9 +113,9 @@ class Sums:
                         self.source[linear.key] = last[1]
                         return
                     last = args[0], linear.key
-                    which = tiles if linear.reads_vision else response
-                    rows = _rows(linear, module, args[0], which)
-                    counted = args[0][rows].flatten(0, -2)
+                    tokens = tiles if linear.reads_vision else response
+                    mask = _counted(linear, module, args[0], tokens)
+                    counted = args[0][mask].flatten(0, -2)
                     self.add(linear, accumulate(counted, batch), len(counted))
 
                 return hook
@@ -128,29 +129,29 @@ class Sums:
         return around
 
 
-def _rows(
-    linear: LinearArchitecture, module: nn.Module, inputs: Tensor, which: Tensor | None
+def _counted(
+    linear: LinearArchitecture, module: nn.Module, inputs: Tensor, tokens: Tensor | None
 ) -> Tensor | None:
-    """Which of a linear's inputs count, a mask over all of their dimensions but the last.
+    """Which of a linear's inputs count, a mask over all their dimensions but the last.
 
     `inputs` are `[B, S, in]`, or laid out as `[B * S, in]` or `[B, 1, S, in]`; an expert's
-    `[n, in]`. `which` says it of all tokens, `[B, S]` bool.
+    `[n, in]`. `tokens` `[B, S]` bool marks the tokens that count; None counts all.
     """
-    if which is None:
+    if tokens is None:
         return None
     if isinstance(module, ExpertLinear):
-        return which.flatten()[module.tokens]
-    if math.prod(inputs.shape[:-1]) != which.numel() and not linear.reads_vision:
+        return tokens.flatten()[module.tokens]
+    if math.prod(inputs.shape[:-1]) != tokens.numel() and not linear.reads_vision:
         raise RegraftError(
             f"{linear.key} reads inputs of shape {list(inputs.shape)}, which are not the "
-            f"{which.numel()} tokens of the prompts (an encoder's states?). Leave it dense with "
+            f"{tokens.numel()} tokens of the prompts (an encoder's states?). Leave it dense with "
             f"--ignore '*.{linear.name}'."
         )
-    return which if linear.reads_vision else which.view(inputs.shape[:-1])
+    return tokens if linear.reads_vision else tokens.view(inputs.shape[:-1])
 
 
 def require_same_layers(ran: object) -> None:
-    """Raise unless all processes name the same linears: their sums could not be added up."""
+    """Raise unless all processes ran the same linears, so that their sums can be added up."""
     if not distributed.same(ran):
         raise RegraftError(
             "The processes ran different layers: one had only prompts without image. Keep examples "
@@ -169,7 +170,7 @@ def overflow(linear: LinearArchitecture) -> RegraftError:
 def _attended_tiles(batch: Batch) -> Tensor | None:
     """Which of Mllama's image tiles a response token attends to, `[B * images * tiles]` bool.
 
-    The processor fills up to the largest number of tiles; those beyond an image are padding.
+    The processor pads every image to the largest number of tiles; no token attends to padding.
     """
     mask = batch.inputs.get("cross_attention_mask")  # [B, S, images, tiles]
     if mask is None:

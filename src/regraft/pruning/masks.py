@@ -1,4 +1,4 @@
-"""How much of each weight matrix goes, and exact masks over a matrix of scores in little memory.
+"""Sparsity patterns of weight matrices, and exact masks from scores in little memory.
 
 Ties are broken by position: of equal scores the one with the lower flat index counts as smaller.
 """
@@ -18,13 +18,13 @@ from regraft.errors import RegraftError
 from regraft.models.architecture import LinearArchitecture
 
 Scope = Literal["row", "matrix"]
-_CHUNK = 2**22
-_COUNTED = 2**20  # at a time, small enough for a processor's cache
+_CHUNK = 2**22  # scores handled at once
+_COUNTED = 2**20  # scores counted at once: small enough for a processor's cache
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which share of a weight matrix goes: `sparsity` of each scope, or all but n of every m."""
+    """How much of a weight matrix is pruned: `sparsity` of each scope, or all but n of every m."""
 
     sparsity: float
     scope: Scope = "row"
@@ -42,7 +42,7 @@ class Pattern:
 
     @classmethod
     def parse_n_m(cls, text: str) -> Pattern:
-        """Read "2:4"."""
+        """Parse a pattern such as "2:4"."""
         if not re.fullmatch("[0-9]{1,4}:[1-9][0-9]{0,3}", text):
             raise RegraftError(f"{text[:40]!r} is no N:M pattern; write it like 2:4.")
         n, m = map(int, text.split(":"))
@@ -57,10 +57,10 @@ class Pattern:
             )
 
     def mask(self, score: Tensor) -> Tensor:
-        """True where a weight is pruned, `[out, in]` bool, from its importance `[out, in]`.
+        """Mark the weights to prune, `[out, in]` bool, by their importance `[out, in]`.
 
-        The floor(sparsity * n) smallest scores of each row or the matrix, or the M - N smallest of
-        every M consecutive inputs.
+        These are the floor(sparsity * n) lowest scores of each row or of the matrix, or the M - N
+        lowest of every M consecutive inputs.
         """
         if self.n_m is not None:
             n, m = self.n_m
@@ -75,21 +75,21 @@ Patterns = Mapping[LinearArchitecture, Pattern]
 def assign_patterns(
     linears: Iterable[LinearArchitecture], pattern: Pattern, ignored: Sequence[str] = ()
 ) -> Patterns:
-    """The pattern of every weight that is to be pruned.
+    """The pattern of every weight matrix that is to be pruned.
 
     Args:
         linears: All prunable weights.
-        pattern: For each of them.
-        ignored: Globs over `LinearArchitecture.key`, of weights that stay dense.
+        pattern: The pattern of each of them.
+        ignored: Globs over `LinearArchitecture.key` of weights that stay dense.
 
     Raises:
-        RegraftError: a glob fits nothing, N:M does not divide a row, or nothing is left to prune.
+        RegraftError: a glob matches nothing, M does not divide a row, or nothing is left to prune.
     """
     linears = list(linears)
     for glob in ignored:
         if not any(fnmatchcase(linear.key, glob) for linear in linears):
             raise RegraftError(
-                f"{glob!r} fits no prunable weight; they are named like "
+                f"{glob!r} matches no prunable weight; they are named like "
                 f"{linears[0].key} and {linears[-1].key}."
             )
     patterns = {
@@ -113,12 +113,12 @@ def smallest(score: Tensor, count: int, scope: Scope = "row") -> Tensor:
     """Mark the `count` smallest scores of each row, or of the matrix.
 
     Args:
-        score: `[out, in]`, float32, not negative, finite.
-        count: How many a row (`scope` "row") or in all ("matrix").
+        score: `[out, in]` float32, not negative, finite.
+        count: Number per row (`scope` "row") or in all ("matrix").
         scope: Where scores compete.
 
     Returns:
-        `[out, in]`, bool. Allocates at most about the size of `score`.
+        `[out, in]` bool. Allocates at most about the size of `score`.
     """
     n = score.shape[1] if scope == "row" else score.numel()
     if not 0 < count < n:
@@ -157,12 +157,13 @@ def _smallest_of_all(score: Tensor, count: int) -> Tensor:
 def kth_smallest(values: Tensor, k: int) -> Tensor:
     """The k-th smallest (k from 1) of `values`, exactly, in memory independent of n.
 
-    The bit patterns of floats that are not negative sort like the floats: a histogram of the upper
-    16 bits finds those of the value, one of the lower 16 bits among them the rest. Of
-    3,584 x 18,944 scores (259 MiB) torch.kthvalue takes 778 MiB and ten times as long.
+    Two passes of a radix select: bit patterns of non-negative floats sort like the floats, so a
+    histogram of the upper 16 bits finds those of the result, and one of the lower 16 bits among
+    the matching values finds the rest. On 3,584 x 18,944 scores (259 MiB) torch.kthvalue takes
+    778 MiB and ten times as long.
 
     Args:
-        values: `[n]`, float32, not negative, finite, contiguous.
+        values: `[n]` float32, not negative, finite, contiguous.
         k: 1 to n.
 
     Returns:

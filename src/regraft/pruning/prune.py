@@ -1,12 +1,12 @@
-"""Prune layer by layer: calibrate a layer, prune it, pass the pruned layer's outputs on.
+"""Prune layer by layer: calibrate a layer, prune it, pass its outputs to the next.
 
     for each layer, first to last:
-        run it on the calibration data, accumulating what the pruner needs of its linears
-        prune: a mask or updated weights of each linear, stored at once
+        run it on the calibration data, accumulating the pruner's statistic of each linear
+        prune each linear: a mask or updated weights, saved at once
         "sequential": put them into the layer and run it again, for the next layer's inputs
 
-A pruner by gradients takes one backward pass instead, from the last layer to the first. One that
-reads no data needs no model: `edits_without_data`.
+A gradient pruner takes one backward pass instead, from the last layer to the first. A pruner that
+reads no data needs no model: see `edits_without_data`.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ def prune_layers(
     advance: Advance = lambda _: None,
     note: Note = lambda _: None,
 ) -> None:
-    """Prune the linears of the text decoder: write each layer's results.
+    """Prune the linears of the text decoder and save the results of each layer.
 
-    Layers whose results are already written are not pruned again, so that a killed run goes on;
-    a pruner by gradients, which needs all layers before the last one's, begins again.
+    Layers that already have saved results are not pruned again, so a killed run resumes; gradient
+    pruners repeat the backward pass.
 
     Args:
-        settings: Of a pruner that reads data.
+        settings: Settings of a pruner that reads data.
         dense: The model; updated weights are rounded to the dtypes of its checkpoint.
-        layerwise: The calibration data, before the first layer, encoded by the pruner's `encoders`.
-            A resident model's weights are pruned in place.
+        layerwise: The calibration data, encoded by the pruner's `encoders`, before the first layer.
+            If the whole model is on the device, its weights are pruned in place.
         patterns: Sparsity or N:M of every weight that is to be pruned.
-        results: Where the results go.
-        advance: Called with the number of samples each time a layer has seen a batch: `passes` of
-            them in all.
-        note: Called with what the pruner has to say.
+        results: Where results are saved.
+        advance: Called with the number of samples each time a layer has seen a batch; they add up
+            to `passes` times samples times layers.
+        note: Called with the pruner's messages for the user.
 
     Raises:
         RegraftError: inputs overflow, or a layer sees no data.
@@ -96,7 +96,7 @@ class _Pruning:
         return dict(self.layerwise.model.network.named_modules())
 
     def sequential(self) -> None:
-        """Each layer on what the pruned layers before it put out."""
+        """Calibrate each layer on the outputs of the pruned layers before it."""
         pruner, layerwise = self.pruner, self.layerwise
         assert isinstance(pruner, InputPruner)
         for layer in self.dense.architecture.layers:
@@ -115,20 +115,20 @@ class _Pruning:
                     pruned[linear.key].put(linear.weight(module))
                 if layer.index + 1 < layerwise.layers:
                     layerwise.advance(layer.index, self.advance)
-                else:  # nobody reads the last layer's outputs
+                else:  # the last layer's outputs are not needed
                     expect(self.advance, -layerwise.samples)
 
     def one_shot(self) -> None:
-        """All layers on the dense model; where all are done already, nothing runs."""
+        """Calibrate all layers on the dense model, unless every result is already saved."""
         architecture = self.dense.architecture
-        # Asked before the first layer, by one process: later one could see what another has
-        # written meanwhile, and they would no longer do the same.
-        left = [
+        # Decided by one process before the first layer: asked later, a process could see a file
+        # that another has just written, and they would take different branches.
+        missing = [
             one
             for one in architecture.layers
             if not distributed.decided(partial(self.results.has, one))
         ]
-        if not left:
+        if not missing:
             return
         scratch = self.results.folder / "states"
         for layer, found in each_layer(
@@ -139,12 +139,12 @@ class _Pruning:
             scratch,
             self.advance,
         ):
-            if layer in left:
+            if layer in missing:
                 self.prune(layer, found)
-            found.sums.clear()  # gone before the next layer's are added up
+            found.sums.clear()  # freed before the next layer's are accumulated
 
     def prune(self, layer: LayerArchitecture, found: Sums) -> dict[str, PrunedWeight]:
-        """Prune a layer and write the results, updated weights in the dtype they have on disk."""
+        """Prune a layer and save the results, updated weights in the checkpoint's dtype."""
         weights = {
             li: li.weight(self.modules[li.module]).to(self.layerwise.model.device)
             for li in layer.linears
@@ -152,13 +152,13 @@ class _Pruning:
         }
         unseen = {li: weights.pop(li) for li in unreached(weights, found)}
         if unseen:
-            self.note(_of_unseen(layer, unseen))
-        made = chain(
+            self.note(_unseen_experts(layer, unseen))
+        results = chain(
             self.pruner.prune(weights, found, self.patterns, self.settings, self.note),
             by_magnitude(unseen, self.patterns),
         )
         record = self.dense.checkpoint.record
-        pruned = {li.key: one.rounded(record(li.tensor).torch_dtype) for li, one in made}
+        pruned = {li.key: one.rounded(record(li.tensor).torch_dtype) for li, one in results}
         if distributed.first():
             self.results.save(layer, pruned)
         distributed.barrier()
@@ -166,27 +166,27 @@ class _Pruning:
 
 
 def unreached(linears: Iterable[LinearArchitecture], found: Sums) -> list[LinearArchitecture]:
-    """Those of experts to which the router sent no calibration token."""
+    """The linears of experts to which the router sent no calibration token."""
     return [li for li in linears if li.expert is not None and not found.reached(li)]
 
 
 def by_magnitude(
     weights: Mapping[LinearArchitecture, Tensor], patterns: Patterns
 ) -> Iterator[tuple[LinearArchitecture, PrunedWeight]]:
-    """Prune experts that no calibration token reached: nothing is known of their inputs.
+    """Prune experts that no calibration token reached by |W|: their statistics are unknown.
 
-    Were all inputs equally large and independent, Wanda's and SparseGPT's scores would order
-    weights by their size; so would SNIP's were all gradients.
+    For inputs of equal size and no correlation Wanda's and SparseGPT's scores order weights by
+    magnitude, and so does SNIP's for gradients of equal size.
     """
     for linear, weight in weights.items():
         yield linear, PrunedWeight(mask=patterns[linear].mask(weight.float().abs().contiguous()))
 
 
-def _of_unseen(layer: LayerArchitecture, unseen: Iterable[LinearArchitecture]) -> str:
-    named = {li.name.rpartition(".")[0] for li in unseen}
+def _unseen_experts(layer: LayerArchitecture, unseen: Iterable[LinearArchitecture]) -> str:
+    experts = {li.name.rpartition(".")[0] for li in unseen}
     every = {li.name.rpartition(".")[0] for li in layer.linears if li.expert is not None}
     return (
-        f"Layer {layer.index}: {len(named)} of {len(every)} experts saw no calibration token; "
+        f"Layer {layer.index}: {len(experts)} of {len(every)} experts saw no calibration token; "
         "their weights are pruned by magnitude."
     )
 
@@ -199,20 +199,20 @@ def each_layer(
     scratch: Path,
     advance: Advance,
 ) -> Iterator[tuple[LayerArchitecture, Sums]]:
-    """What a pruner accumulates of each layer, of the model as it is.
+    """Accumulate a pruner's sums for each layer of the unchanged model.
 
     Args:
         layerwise: The labelled samples, before the first layer.
-        architecture: Of the model.
-        pruner: One that reads data.
+        architecture: Architecture of the model.
+        pruner: A pruner that reads data.
         wanted: Which linears are observed.
-        scratch: A folder for layer inputs, where gradients are taken.
-        advance: Called with the number of samples each time a layer has seen a batch (twice a
-            layer for gradients).
+        scratch: A folder for layer inputs, used by gradient pruners.
+        advance: Called with the number of samples each time a layer has seen a batch (as by
+            `layer_gradients` for gradient pruners).
 
     Yields:
-        From the first layer to the last, each on the device until the next is asked for; for
-        gradients from the last to the first.
+        (layer, its sums), from the first layer to the last, or from the last to the first for
+        gradient pruners. The layer is on the device until the next one is asked for.
     """
     if isinstance(pruner, GradientPruner):
         for layer, values in layer_gradients(
@@ -232,20 +232,20 @@ def each_layer(
 
 
 def passes(settings: PruneSettings) -> int:
-    """What each layer costs, in forward passes: sequential pruning runs it pruned, too."""
+    """Cost of each layer in forward passes; sequential pruning runs it once more when pruned."""
     if PRUNERS.get(settings.method).by_gradients:
         return BOTH_WAYS
     return 2 if settings.sequential else 1
 
 
 def edits_without_data(settings: PruneSettings, patterns: Patterns) -> dict[str, Edit]:
-    """For `write_edited`, of a pruner that reads no data: prune tensor by tensor, with no model."""
+    """Edits for `write_edited` by a pruner that reads no data: no model has to be loaded."""
     pruner = PRUNERS.get(settings.method)
 
     def prune(linear: LinearArchitecture) -> Edit:
         def edit(weight: Tensor) -> Tensor:
-            nothing = Sums.known({linear.key: NO_STATISTIC})
-            ((_, pruned),) = pruner.prune({linear: weight}, nothing, patterns, settings)
+            no_data = Sums.known({linear.key: NO_STATISTIC})
+            ((_, pruned),) = pruner.prune({linear: weight}, no_data, patterns, settings)
             return pruned.put(weight)
 
         return edit

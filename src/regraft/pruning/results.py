@@ -1,4 +1,4 @@
-"""What pruning made of each layer, on disk, so that a killed run goes on where it was."""
+"""Pruning results of each layer, saved on disk so that a killed run resumes."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from regraft.models.places import of_tensor
 
 @dataclass(frozen=True)
 class PrunedWeight:
-    """A mask `[out, in]` bool, True where pruned, or new weights `[out, in]` as on disk."""
+    """Result for one linear: a mask `[out, in]` bool, True where pruned, or new weights."""
 
     mask: Tensor | None = None
     weight: Tensor | None = None
 
     def put(self, weight: Tensor) -> Tensor:
-        """Write the result into the dense weight `[out, in]`, in place."""
+        """Apply the result to the dense weight `[out, in]`, in place."""
         if self.mask is not None:
             return weight.masked_fill_(self.mask.to(weight.device), 0)
         assert self.weight is not None
         return weight.copy_(self.weight)
 
     def rounded(self, dtype: torch.dtype) -> PrunedWeight:
-        """New weights in `dtype`; a mask as it is."""
+        """The result with new weights in `dtype`; masks are unchanged."""
         if self.weight is None:
             return self
         return PrunedWeight(weight=self.weight.to(dtype))
 
 
 class LayerResults:
-    """One file a layer: 1 bit a weight for masks, whole weights where pruning updates them."""
+    """One file per layer: 1 bit per weight for masks, whole weights where pruning updates them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,7 +54,7 @@ class LayerResults:
         return self._path(layer).exists()
 
     def load(self, layer: LayerArchitecture) -> dict[str, PrunedWeight] | None:
-        """Read a layer's results, None where they were not written yet."""
+        """Read a layer's results; None if they are not saved yet."""
         if not self.has(layer):
             return None
         stored = load_unfinished(self._path(layer))
@@ -62,12 +62,12 @@ class LayerResults:
         return {key: _unpacked(value, linears[key]) for key, value in stored.items()}
 
     def edits(self, architecture: Architecture) -> dict[str, Edit]:
-        """For `write_edited`: put the results into every weight, layer files read late."""
+        """Edits for `write_edited` that apply all results; files are read one at a time."""
 
         def put(layer: LayerArchitecture, linear: LinearArchitecture) -> Edit:
             def edit(weight: Tensor) -> Tensor:
                 with safe_open(self._path(layer), "pt") as stored:
-                    if linear.key not in stored.keys():  # noqa: SIM118 - no mapping
+                    if linear.key not in stored.keys():  # noqa: SIM118 - not a mapping
                         return weight
                     return _unpacked(stored.get_tensor(linear.key), linear).put(weight)
 
@@ -82,10 +82,10 @@ class LayerResults:
 
 
 def edits_by_tensor(edits: Iterable[tuple[LinearArchitecture, Edit]]) -> dict[str, Edit]:
-    """For `write_edited`: edits of matrices as edits of the tensors on disk that hold them."""
-    found: dict[str, list[tuple[LinearArchitecture, Edit]]] = {}
+    """Group edits of matrices into edits of the tensors on disk that hold them."""
+    by_tensor: dict[str, list[tuple[LinearArchitecture, Edit]]] = {}
     for linear, edit in edits:
-        found.setdefault(linear.tensor, []).append((linear, edit))
+        by_tensor.setdefault(linear.tensor, []).append((linear, edit))
 
     def all_of(parts: Sequence[tuple[LinearArchitecture, Edit]]) -> Edit:
         def edit(tensor: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def edits_by_tensor(edits: Iterable[tuple[LinearArchitecture, Edit]]) -> dict[st
 
         return edit
 
-    return {name: all_of(parts) for name, parts in found.items()}
+    return {name: all_of(parts) for name, parts in by_tensor.items()}
 
 
 def _packed(result: PrunedWeight) -> Tensor:

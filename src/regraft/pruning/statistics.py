@@ -1,8 +1,8 @@
-"""What the scores of dense weights are computed from, gathered once and kept in a file.
+"""Importance statistics, gathered once and saved in a file.
 
-Every score is made of a weight and a statistic of the calibration data, so that statistics are
-stored instead of scores: `in` floats a matrix for Wanda and SparseGPT, `[out, in]` for SNIP. HSR
-and set difference take those of harmful prompts (D^s) and of harmless ones (D^u).
+Every score is a function of a weight and a statistic of the calibration data, so statistics are
+stored instead of scores: `in` floats per matrix for Wanda and SparseGPT, `[out, in]` for SNIP. HSR
+and set difference use those of harmful prompts (D^s) and of harmless ones (D^u).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ FORMAT = "regraft-statistics-2"
 
 
 class StatisticsSettings(Settings):
-    """What is gathered on D^s and D^u, from which weights are ranked."""
+    """Settings of the statistics that are gathered on D^s and D^u."""
 
-    score: ScoreName = Field("wanda", description="For which importance: wanda, sparsegpt or snip.")
+    score: ScoreName = Field("wanda", description="Importance to use: wanda, sparsegpt or snip.")
 
     @field_validator("score")
     @classmethod
@@ -47,12 +47,13 @@ class StatisticsSettings(Settings):
 
 @dataclass(frozen=True)
 class ImportanceStatistics:
-    """One statistic a weight matrix, `LinearArchitecture.key` -> float32 on CPU, of one pruner.
+    """The statistics of one pruner on one data set.
 
     Attributes:
         method: The pruner's name.
-        values: `[in]` or `[out, in]` each, as its score takes them; none where it reads no data.
-        samples: How many they are of.
+        values: `LinearArchitecture.key` -> `[in]` or `[out, in]`, float32 on CPU, as its score
+            takes it; empty if it reads no data.
+        samples: Number of samples.
     """
 
     method: str
@@ -60,16 +61,16 @@ class ImportanceStatistics:
     samples: int
 
     def reached(self, linear: LinearArchitecture) -> bool:
-        """Whether its importance is known; that of an expert is not where no token went to it."""
+        """Whether a linear's importance is known; it is not for experts that got no token."""
         known = linear.key in self.values or linear.expert is None
         return known or not PRUNERS.get(self.method).reads_data
 
     def of(self, linear: LinearArchitecture) -> Tensor:
-        """The statistic of one weight; empty where the pruner reads no data."""
+        """The statistic of one weight; empty if the pruner reads no data."""
         if not PRUNERS.get(self.method).reads_data:
             return NO_STATISTIC
         if linear.key not in self.values and linear.expert is not None:
-            return torch.zeros(linear.shape[1])  # no token of these prompts went through it
+            return torch.zeros(linear.shape[1])  # an expert that got no token of these prompts
         if linear.key not in self.values:
             raise RegraftError(
                 f"There are no {self.method} statistics for {linear.key}: its layer did not run on "
@@ -85,7 +86,7 @@ class ImportanceStatistics:
         return value
 
     def scorer(self, linear: LinearArchitecture, weight: Tensor) -> Callable[[slice], Tensor]:
-        """A function from rows of a weight `[out, in]` to their importance `[rows, in]`."""
+        """A function from a slice of rows to the importance of these weights, `[rows, in]`."""
         value, pruner = self.of(linear), PRUNERS.get(self.method)
 
         def importance(rows: slice) -> Tensor:
@@ -103,15 +104,15 @@ def gather(
     advance: Advance,
     note: Note = lambda _: None,
 ) -> dict[str, Tensor]:
-    """Take the samples through the model and make the statistic of every kept weight.
+    """Run the samples through the model and compute the statistic of every linear to keep.
 
-    Each layer's are written to `scratch`, so that SNIP's, as large as the weights, are never in
-    memory together; where all layers' are there, nothing is gathered again.
+    Statistics are saved to `scratch` layer by layer: those of SNIP are as large as the weights and
+    must not be in memory together. If all layers are saved already, nothing is computed.
 
-    The arguments are those of `each_layer`; `note` is called with what the pruner has to say.
+    The arguments are those of `each_layer`; `note` is called with the pruner's messages.
 
     Returns:
-        `LinearArchitecture.key` -> float32 on CPU (pages of the files in `scratch`).
+        `LinearArchitecture.key` -> float32 on CPU, memory-mapped from the files in `scratch`.
     """
     scratch.mkdir(parents=True, exist_ok=True)
 
@@ -126,11 +127,11 @@ def gather(
             ran = [linear for linear in layer.linears if pruner.keeps(linear) and found.ran(linear)]
             unseen = unreached(ran, found)  # left out: their importance is 0
             ran = [linear for linear in ran if linear not in unseen]
-            # copies, since linears that read one input share its sum, which the file would not take
+            # Copied: linears with the same input share a sum, and safetensors allows no aliases.
             made = {
                 linear.key: one.cpu().clone() for linear, one in pruner.statistics(ran, found, note)
             }
-            found.sums.clear()  # gone before the next layer's are added up
+            found.sums.clear()  # freed before the next layer's are accumulated
             if distributed.first():
                 with atomic_file(part(layer)) as temporary:
                     save_file(made, temporary)
@@ -140,7 +141,7 @@ def gather(
 
 @dataclass(frozen=True)
 class SavedStatistics:
-    """Both data sets' statistics, and how they were made."""
+    """The statistics of both data sets, and how they were made."""
 
     safety: ImportanceStatistics
     utility: ImportanceStatistics
@@ -153,7 +154,7 @@ def save_statistics(
     utility: ImportanceStatistics,
     about: Mapping[str, Any],
 ) -> None:
-    """Write both data sets' statistics of one method and `about` to one safetensors file."""
+    """Write the statistics of both data sets to one safetensors file."""
     tensors = {
         f"{kind}.{name}": value
         for kind, statistics in (("safety", safety), ("utility", utility))
@@ -170,14 +171,14 @@ def save_statistics(
 @EXACT
 @dataclass(frozen=True)
 class _Samples:
-    """Examples that were gathered on."""
+    """Numbers of samples, as in the header."""
 
     safety: int
     utility: int
 
 
 def load_statistics(path: Path) -> SavedStatistics:
-    """Read what `save_statistics` wrote."""
+    """Read a file that `save_statistics` wrote."""
     header, tensors = read_artifact(path, FORMAT, "importance statistics")
     where = f"{path}: its header"
     method = from_json(str, header["method"], f"{where}: method")

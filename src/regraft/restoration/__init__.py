@@ -1,1 +1,1 @@
-"""Which pruned weights are restored: what a method is, the ranking that every method gives."""
+"""Restoration: which pruned weights get their dense values back, ranked by each method."""

@@ -1,9 +1,9 @@
-"""What a restoration method is: its settings, what it needs, and how it ranks weights.
+"""Base classes of restoration methods: settings, requirements, and the ranking of weights.
 
-A method is one object. It ranks the weights that can be restored, best first: those that pruning
-took, or all that compression changed (`regraft.patch.pair`). How many of the ranking are restored
-is said by a budget, or the ranking ends by itself. All else (reading checkpoints, gathering what is
-needed, patches, searches, reports) is the same for all methods and asks only what `Method` answers.
+A method is one object. It ranks the restorable weights, best first: those that pruning set to zero,
+or all that compression changed (`regraft.patch.pair`). A budget decides how many of the ranking are
+restored, unless the method stops by itself. Everything else (reading checkpoints, gathering inputs,
+patches, searches, reports) is shared by all methods and uses only the interface of `Method`.
 """
 
 from __future__ import annotations
@@ -31,65 +31,65 @@ from regraft.restoration.ranking import Ranking
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 
-DEFAULT_BUDGET = 5.0  # per 10,000 pruned, or changed
+DEFAULT_BUDGET = 5.0  # per 10,000 pruned or changed weights
 
 
 class MethodSettings(Settings):
-    """What all methods have: a name. A method's own class fixes it and adds fields."""
+    """Base class of every method's settings: its name. Subclasses fix the name and add fields."""
 
     method: str
 
     @property
     def drawn(self) -> bool:
-        """Whether a seed decides what is restored, so that repeats differ."""
+        """Whether the result depends on a random seed, so repeated runs differ."""
         return False
 
     @property
     def searchable(self) -> bool:
-        """Whether any first part of the ranking may be restored, so that a search can choose."""
+        """Whether any prefix of the ranking can be restored, so a search can choose its length."""
         return False
 
     @property
     def exchanges(self) -> bool:
-        """Whether a kept weight is pruned for each that is restored."""
+        """Whether a kept weight is pruned for each restored one."""
         return False
 
     @property
     def only_pruned(self) -> str | None:
-        """Why a model of which every weight changed won't do, with the fix; None where it will."""
+        """Why the method needs a pruned model, with the fix; None if a changed one will do too."""
         return None
 
     def how_many(self, pruned: int) -> int | None:
-        """How many of `pruned` weights are restored at most; None for the whole ranking."""
+        """Maximum number of restored weights, given `pruned` ones; None for the whole ranking."""
         return None
 
     def without_amount(self) -> Self:
-        """What the ranking depends on; settings that share it are equal here."""
+        """The settings that the ranking depends on, to tell whether two settings share one."""
         return self
 
     def reseeded(self, by: int) -> Self:
-        """With another draw of what a seed decides, `draw_seed`; itself where none does."""
+        """The settings with `draw_seed` increased by `by`; unchanged if nothing is random."""
         if not self.drawn:
             return self
         return self.model_copy(update={"draw_seed": getattr(self, "draw_seed") + by})  # noqa: B009
 
 
 class Counted(MethodSettings):
-    """How many weights are changed, as a share of those pruned or as a number."""
+    """Settings with a number of weights to change: a share of the pruned ones, or a count."""
 
     budget: float | None = Field(
         None,
         gt=0,
         lt=10_000,
-        description=f"Restored weights per 10,000 pruned ones; {DEFAULT_BUDGET:g} where neither "
+        description=f"Restored weights per 10,000 pruned ones; {DEFAULT_BUDGET:g} if neither "
         "this nor a count is given.",
     )
-    count: int | None = Field(None, ge=1, description="At most so many restored weights.")
+    count: int | None = Field(None, ge=1, description="Maximum number of restored weights.")
 
     @model_validator(mode="after")
     def _check_amount(self) -> Self:
         if self.budget is not None and self.count is not None:
-            raise ValueError("`budget` and `count` say the same thing; give one of them")
+            raise ValueError("`budget` and `count` exclude each other; give one of them")
         return self
 
     def how_many(self, pruned: int) -> int | None:
@@ -99,7 +99,7 @@ class Counted(MethodSettings):
 
 
 class Budgeted(Counted):
-    """Weights that are restored one by one, so that a search may choose how many."""
+    """Settings of a method whose ranking can be cut anywhere, so a search may choose how many."""
 
     @property
     def searchable(self) -> bool:
@@ -107,7 +107,7 @@ class Budgeted(Counted):
 
 
 class AlwaysBudgeted(Budgeted):
-    """A number of weights that is never left open; written out, so that artifacts tell it."""
+    """Settings that always have a budget: the default is filled in, so that artifacts record it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -116,7 +116,7 @@ class AlwaysBudgeted(Budgeted):
 
 
 def with_default_budget(given: Any) -> Any:
-    """The fields of settings, with the default budget where they have neither it nor a count."""
+    """The given fields, plus the default budget if they have neither a budget nor a count."""
     if not isinstance(given, Mapping):
         return given
     if given.get("budget") is not None or given.get("count") is not None:
@@ -126,7 +126,7 @@ def with_default_budget(given: Any) -> Any:
 
 @dataclass(frozen=True)
 class HeadChoice:
-    """The `count` best heads by a criterion."""
+    """The `count` heads with the highest scores by a criterion."""
 
     criterion: Criterion
     count: int
@@ -134,17 +134,17 @@ class HeadChoice:
 
 @dataclass(frozen=True)
 class Needs:
-    """What must be there before a method ranks.
+    """Inputs that a method requires before it can rank.
 
     Attributes:
-        heads: Scored heads, of which these are chosen.
-        statistics: The kind of importance gathered on D^s and D^u.
+        heads: Head scores, and which heads are chosen by them.
+        statistics: Name of the importance whose statistics are gathered on D^s and D^u.
         answers: The dense model's own answers to harmful and harmless prompts, which the method
             imitates by gradients.
-        positions: Another ranking: a file, in a recipe also the name of a method before it.
-        some_heads: How many heads the model must have.
-        passes: What ranking takes, about, in forward passes over all calibration prompts; for
-            estimates of time.
+        positions: Another ranking: a file, or in a recipe the name of an earlier method.
+        some_heads: Minimum number of heads in the model.
+        passes: Approximate cost of ranking, in forward passes over all calibration prompts; for
+            time estimates.
     """
 
     heads: HeadChoice | None = None
@@ -156,7 +156,7 @@ class Needs:
 
     @property
     def gradients(self) -> bool:
-        """Whether gradients are taken, for the ranking or for its statistics."""
+        """Whether the ranking or its statistics need gradients."""
         return self.answers or (
             self.statistics is not None and PRUNERS.get(self.statistics).by_gradients
         )
@@ -164,7 +164,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Between:
-    """A range that tuning draws from, both ends in it."""
+    """An inclusive range that tuning samples from."""
 
     low: float
     high: float
@@ -173,15 +173,14 @@ class Between:
 
 
 Space = dict[str, Between | tuple[str, ...]]
-"""Field of a method's settings -> what tuning may set it to."""
+"""Field of a method's settings -> the values that tuning may give it."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One prunable weight: the `index`-th of `Architecture.linears`.
+    """One prunable weight matrix: the `index`-th of `Architecture.linears`.
 
-    `weight` `[out, in]` is the dense model's; `free` `[out, in]` bool says where a value of it can
-    be restored.
+    `weight` `[out, in]` is the dense model's; `free` `[out, in]` bool marks the restorable weights.
     """
 
     index: int
@@ -192,19 +191,19 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Context:
-    """What a method ranks from.
+    """Everything that a method may use to rank weights.
 
     Attributes:
         dense: The dense checkpoint.
-        pruned: The same network pruned or otherwise compressed, by whomever.
-        survey: What that changed.
-        count: How many weights to rank at most; None for all that the method takes.
-        seed: The calibration seed, of whatever is drawn.
+        pruned: The same network, pruned or otherwise compressed by any tool.
+        survey: What compression changed.
+        count: Maximum number of weights to rank; None for as many as the method takes.
+        seed: The calibration seed, for all random draws.
         compute: Device, dtype, batch size and placement.
-        progress: Progress.
-        work: A folder for unfinished work, which a resumed run finds again.
-        heads: Scores, if needed.
-        statistics: Of D^s and D^u, if needed.
+        progress: Where progress is reported.
+        work: Work folder for unfinished results, kept for a resumed run.
+        heads: Head scores, if needed.
+        statistics: Statistics of D^s and D^u, if needed.
         answered: "safety" (harmful prompts) and "utility" (harmless ones) -> examples with the
             dense model's answers, if needed.
         positions: Another ranking, if needed.
@@ -224,10 +223,10 @@ class Context:
     positions: Ranking | None = None
 
     def matrices(self) -> Iterator[Matrix]:
-        """Every prunable weight in the order of the network, one in memory at a time."""
+        """Every prunable matrix in network order, one in memory at a time."""
         device, index = pick_device(self.compute.device), count()
         layers = self.dense.architecture.layers
-        pruned = iter(self.pruned.architecture.linears)  # which have names of their own on disk
+        pruned = iter(self.pruned.architecture.linears)  # names on disk may differ from the dense
         with self.progress.task("Ranking weights", len(layers), "layers") as done:
             for layer in layers:
                 for linear in layer.linears:
@@ -245,9 +244,9 @@ class Method(ABC, Generic[S]):
     """A restoration method. Subclass, make one object, and register it.
 
     Attributes:
-        name: What it is called on the command line and in recipes.
+        name: Its name on the command line and in recipes.
         settings_type: Its settings, with `method: Literal[name] = name`.
-        algorithm: Raised whenever the same settings give another ranking than before.
+        algorithm: Version; increased whenever the same settings give a different ranking.
     """
 
     name: ClassVar[str]
@@ -255,9 +254,9 @@ class Method(ABC, Generic[S]):
     algorithm: ClassVar[int] = 1
 
     def needs(self, settings: S) -> Needs:
-        """What must be there before `rank`; nothing by default.
+        """Inputs that `rank` requires; none by default.
 
-        No settings may need more than the default ones, for which the command line has flags.
+        The default settings must need the most: the command line has flags for their needs only.
         """
         return Needs()
 
@@ -269,42 +268,42 @@ class Method(ABC, Generic[S]):
         compute: ComputeSettings,
         prompts: Mapping[str, Reading],
     ) -> None:
-        """Find bad input before any long work.
+        """Reject bad input before any long work starts.
 
         Args:
-            settings: Of the method.
+            settings: The method's settings.
             dense: The dense checkpoint.
             seed: The calibration seed.
-            compute: Batch size and number of processes decide how prompts are shared.
-            prompts: If it needs answers, the prompts by "safety" and "utility", else empty.
+            compute: Its batch size and the number of processes decide how prompts are split.
+            prompts: "safety" and "utility" -> prompts if the method needs answers, else empty.
 
         Raises:
-            RegraftError: it cannot be ranked so.
+            RegraftError: the method cannot rank with this input.
         """
 
     @abstractmethod
     def rank(self, settings: S, context: Context) -> Ranking:
-        """The weights that can be restored, in the order in which they are.
+        """Rank the restorable weights, best first.
 
-        Its `about` may say how it came about. Of that the patch takes over "heads", those restored
-        in, "values" and "passes".
+        The ranking's `about` may record how it was made. The patch repeats "heads" (where weights
+        are restored), "values" and "passes".
         """
 
     def label(self, settings: S) -> str:
-        """What tables call it."""
+        """Name in tables."""
         return self.name
 
     @property
     def tunes(self) -> bool:
-        """Whether it has a `space` of its own."""
+        """Whether the method defines a search `space` for tuning."""
         return type(self).space is not Method.space
 
     def space(self, settings: S, dense: Source, kept: float) -> Space:
-        """What tuning varies; nothing by default.
+        """Search space of tuning; empty by default.
 
         Args:
-            settings: As given.
-            dense: Whose heads bound their number.
+            settings: The settings to start from.
+            dense: The dense checkpoint, whose number of heads bounds `top_heads`.
             kept: Share of weights that pruning kept.
         """
         return {}
@@ -320,21 +319,21 @@ DEFAULT = "gain"
 
 
 def method_of(settings: MethodSettings) -> Method[Any]:
-    """The method that these are settings of."""
+    """The method that these settings belong to."""
     return METHODS.get(settings.method)
 
 
 def needs_of(settings: MethodSettings) -> Needs:
-    """What the method needs with these settings."""
+    """The inputs that the method requires with these settings."""
     return method_of(settings).needs(settings)
 
 
 def own_settings(settings: MethodSettings) -> MethodSettings:
-    """The method's settings alone, of settings that name and store a result too."""
+    """The method's settings alone, without a recipe's fields that name and store its result."""
     return settings.narrowed(method_of(settings).settings_type)
 
 
 def settings_in(content: Mapping[str, Any]) -> MethodSettings:
-    """The method's settings among those that a recipe writes of a variant."""
+    """The method's settings among all fields of a recipe's variant."""
     own = METHODS.get(content.get("method", DEFAULT)).settings_type
     return own(**{name: content[name] for name in own.model_fields if name in content})

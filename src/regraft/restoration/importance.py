@@ -1,10 +1,10 @@
-"""Weights by their importance on harmful prompts (D^s) and on harmless ones (D^u): HSR's set.
+"""HSR's set: weights chosen by their importance on harmful (D^s) and on harmless prompts (D^u).
 
     (top_q(I^s) AND top_pmax(I^u)) minus top_p(I^u)         Li et al. 2025, arXiv 2505.16104
     top_q(I^s) minus top_p(I^u)                             Wei et al. 2024, arXiv 2402.05162
 
-The second is the first with p_max = 1. With q left open weights are ranked by the q at which they
-would come in, so that a budget takes the first of them.
+The second is the first with p_max = 1. With a budget instead of q, weights are ranked by the
+smallest q at which they enter the set, and the budget takes the first ones.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from regraft.restoration.selection import (
 
 RankingScope = Literal["row", "matrix", "head"]
 Scorer = Callable[[slice], Tensor]
-"""Some rows -> the importance of their weights, `[rows, in]` float32."""
+"""A slice of rows -> the importance of their weights, `[rows, in]` float32."""
 Formula = Callable[[Tensor, Scorer, Scorer, Sequence[Block], "Band"], Tensor]
-"""Where a value can be restored, I^s, I^u, regions of heads, thresholds -> scores; `hsr_scores`."""
+"""(restorable weights, I^s, I^u, regions of heads, thresholds) -> scores, as in `hsr_scores`."""
 P_IS_KEPT = (
-    "p, the share of weights that matter for utility and are left as they are, is what pruning "
-    "kept. Give --p (in a recipe p)"
+    "p, the share of weights left out because they matter for utility, is what pruning kept. Give "
+    "--p (in a recipe p)"
 )
-_CHUNK = 2**22  # weights ranked at once, where rows are ranked
+_CHUNK = 2**22  # weights ranked at once with scope "row"
 
 
 @dataclass(frozen=True)
 class Band:
-    """HSR's thresholds as shares of the weights in each ranking scope.
+    """HSR's thresholds, as shares of the weights in each ranking scope.
 
-    q: top share by I^s, 0 < q <= 1; p: share that pruning kept (1 - sparsity), p_max: outer bound
+    q: top share by I^s, 0 < q <= 1; p: share that pruning kept (1 - sparsity); p_max: outer bound
     by I^u, 0 <= p < p_max <= 1.
     """
 
@@ -63,29 +63,29 @@ class Band:
 def hsr_scores(
     free: Tensor, safety: Scorer, utility: Scorer, blocks: Sequence[Block], band: Band
 ) -> Tensor:
-    """Score of each weight that HSR restores: 1 less the lowest q at which it is in the set.
+    """Score of each weight that HSR restores: 1 minus the smallest q at which it enters the set.
 
-    With q below 1 the weights with a score are HSR's set. With q left open, 1, the first k by
-    score are its set with the q that selects k, up to weights that come in at the same q. Peak
-    allocation is below three times the float32 matrix where rows are ranked, below five times for
-    heads and nine for the matrix, which is sorted at once.
+    With q below 1 the weights with a finite score are HSR's set. With q = 1 the k highest scores
+    are HSR's set for the q that selects k weights, up to ties. Peak memory is below 3 times the
+    float32 matrix with scope "row", below 5 times with "head" and below 9 times with "matrix",
+    which is sorted at once.
 
     Args:
-        free: Where a value can be restored, `[out, in]` bool.
+        free: Which weights are restorable, `[out, in]` bool.
         safety: Importance I^s.
         utility: Importance I^u.
         blocks: Regions of the chosen heads in this matrix.
-        band: Thresholds and the ranking scope; q bounds the score.
+        band: Thresholds and the ranking scope.
 
     Returns:
-        `[out, in]` float32 in (0, 1], the share of weights in the scope that matter less or as
-        much for safety; -inf where HSR restores nothing.
+        `[out, in]` float32 in (0, 1]: the rank by I^s as a share of the scope (see `rank_share`);
+        -inf where HSR restores nothing.
     """
     scores = torch.full(free.shape, -torch.inf, device=free.device)
     if not blocks:
         return scores
     rows, step = range(free.shape[0]), free.shape[0]
-    if band.scope == "row":  # rows are independent: only those of the heads, part by part
+    if band.scope == "row":  # rows are independent: score only those of the heads, in chunks
         rows = range(min(b.row_start for b in blocks), max(b.row_stop for b in blocks))
         step = max(1, _CHUNK // free.shape[1])
     in_heads = inside(free.shape, blocks, free.device)
@@ -95,7 +95,7 @@ def hsr_scores(
         chosen = free[part] & in_heads[part]
         chosen &= top(importance, band.p_max, band.scope, blocks)  # AND top_pmax(I^u)
         chosen &= top(importance, band.p, band.scope, blocks).logical_not_()  # minus top_p(I^u)
-        del importance  # before the other one is there, which halves the peak
+        del importance  # free I^u before I^s is computed: halves the peak
         importance = safety(part)
         chosen &= top(importance, band.q, band.scope, blocks)  # AND top_q(I^s)
         share = rank_share(importance, band.scope, blocks)
@@ -107,10 +107,10 @@ def top(score: Tensor, share: float, scope: RankingScope, blocks: Sequence[Block
     """Mark the top `share` of scores: all but the floor((1 - share) * n) smallest of each scope.
 
     Args:
-        score: `[out, in]`, float32, not negative.
+        score: `[out, in]` float32, not negative.
         share: In [0, 1].
         scope: Scores compete within their row, within the matrix, or within each of `blocks`.
-        blocks: The heads' regions; for "head" the mask is False outside them.
+        blocks: The heads' regions; with scope "head" the mask is False outside them.
     """
     if scope != "head":
         n = score.shape[1] if scope == "row" else score.numel()
@@ -126,7 +126,7 @@ def top(score: Tensor, share: float, scope: RankingScope, blocks: Sequence[Block
 def rank_share(score: Tensor, scope: RankingScope, blocks: Sequence[Block]) -> Tensor:
     """The rank of each score in its scope as a share: 1 for the highest, 1/n for the lowest.
 
-    Equal scores rank by position; for "head" the share is 0 outside of `blocks`. `[out, in]`.
+    Ties rank by position; with scope "head" the share is 0 outside `blocks`. `[out, in]` float32.
     """
     if scope == "row":
         return (_ranks(score) / score.shape[1]).float()
@@ -141,16 +141,16 @@ def rank_share(score: Tensor, scope: RankingScope, blocks: Sequence[Block]) -> T
 
 
 def _ranks(rows: Tensor) -> Tensor:
-    """1 for the smallest of each row to n for the largest, `[rows, n]` float64."""
+    """Rank within each row, from 1 for the smallest to n for the largest. `[rows, n]` float64."""
     order = rows.argsort(dim=1, stable=True)
     count = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float64)
     return torch.empty_like(rows, dtype=torch.float64).scatter_(1, order, count.expand_as(order))
 
 
 def kept_share(dense: Tensor, free: Tensor) -> float:
-    """The share of a matrix that pruning kept, p of HSR; what was 0 before was not kept."""
-    there = int((dense != 0).count_nonzero())
-    return (there - int(free.count_nonzero())) / dense.numel()
+    """HSR's p: the share of a matrix that pruning kept. Zeros of the dense model do not count."""
+    nonzero = int(dense.count_nonzero())
+    return (nonzero - int(free.count_nonzero())) / dense.numel()
 
 
 def by_importance(
@@ -160,18 +160,18 @@ def by_importance(
     name: str,
     formula: Formula,
 ) -> Best:
-    """The best weights of some regions by their importance on D^s and D^u.
+    """The best weights of the given regions by their importance on D^s and D^u.
 
     Args:
-        context: Its statistics; its seed orders equal scores.
-        regions: Where in each weight a value may be restored.
-        band: The thresholds for a matrix, from the share of its weights that pruning kept.
-        name: Of the importance; of one that reads no data there are no statistics.
-        formula: What scores a matrix.
+        context: The models and statistics; its seed breaks ties.
+        regions: Which blocks of each matrix may be restored.
+        band: Share of a matrix that pruning kept -> its thresholds, None to skip the matrix.
+        name: The pruner whose score is the importance, for one that has no statistics.
+        formula: Scores one matrix.
     """
     none = ImportanceStatistics(name, {}, 0)
-    found = context.statistics
-    on_safety, on_utility = (none, none) if found is None else (found.safety, found.utility)
+    saved = context.statistics
+    on_safety, on_utility = (none, none) if saved is None else (saved.safety, saved.utility)
     best = Best(context.count)
     for one in context.matrices():
         if not (on_safety.reached(one.linear) and on_utility.reached(one.linear)):
@@ -188,15 +188,15 @@ def by_importance(
 
 
 class ImportanceSettings(Budgeted, InHeads):
-    """Which weights of the heads are restored, by importance for safety and for utility."""
+    """Settings that choose weights within heads by their importance for safety and utility."""
 
     budget: float | None = Field(
         None, gt=0, lt=10_000, description="Restored weights per 10,000 pruned; replaces q."
     )
-    score: ScoreName = Field("wanda", description="Importance I^s, I^u: by this pruner.")
+    score: ScoreName = Field("wanda", description="Pruner whose score is the importance I^s, I^u.")
     q: float = Field(0.5, gt=0, le=1, description="Top share by I^s, on harmful prompts.")
     p: float | None = Field(
-        None, ge=0, lt=1, description="Share that pruning kept; of each matrix if not given."
+        None, ge=0, lt=1, description="Share that pruning kept; computed per matrix if not given."
     )
 
     @model_validator(mode="after")
@@ -210,18 +210,18 @@ class ImportanceSettings(Budgeted, InHeads):
         return P_IS_KEPT if self.p is None else None
 
     def band(self, kept: float) -> Band | None:
-        """The thresholds for a matrix of which pruning kept a share; None where empty."""
+        """Thresholds for a matrix of which pruning kept the share `kept`; None if p >= p_max."""
         p, (p_max, scope) = kept if self.p is None else self.p, self.bounds(kept)
-        open_q = 1.0 if self.searchable else self.q
-        return Band(open_q, p, p_max, scope) if p < p_max else None
+        q = 1.0 if self.searchable else self.q  # with a budget the ranking decides
+        return Band(q, p, p_max, scope) if p < p_max else None
 
     def bounds(self, kept: float) -> tuple[float, RankingScope]:
-        """(p_max, the ranking scope)."""
+        """(p_max, ranking scope)."""
         raise NotImplementedError
 
 
 class ByImportance(Method[ImportanceSettings]):
-    """Restores weights of the chosen heads by a formula, in what of each weight is a head's."""
+    """Ranks the weights of the chosen heads by a formula of I^s and I^u."""
 
     title: ClassVar[str]
 
@@ -229,12 +229,12 @@ class ByImportance(Method[ImportanceSettings]):
         self._formula, self._block = formula, block
 
     def needs(self, settings: ImportanceSettings) -> Needs:
-        """Scored heads, and statistics of both kinds of prompts."""
+        """Head scores, and statistics of both kinds of prompts."""
         reads = PRUNERS.get(settings.score).reads_data
         return replace(settings.of_heads, statistics=settings.score if reads else None)
 
     def rank(self, settings: ImportanceSettings, context: Context) -> Ranking:
-        """By the share q at which each weight of the heads would be restored."""
+        """Rank the weights of the heads by the q at which each would be restored."""
         heads = settings.chosen(context.dense.architecture, context.heads)
         regions = regions_of(context.dense, heads, self._block)
         best = by_importance(context, regions, settings.band, settings.score, self._formula)
@@ -245,14 +245,14 @@ class ByImportance(Method[ImportanceSettings]):
         return f"{self.title}{by}, {settings.heads_label}"
 
     def space(self, settings: ImportanceSettings, dense: Source, kept: float) -> Space:
-        """q, what is the method's own, how many heads, and by what they are chosen.
+        """q, the subclass's own settings, the number of heads and their criterion.
 
-        In this order, by which the sampler draws.
+        The order matters: the sampler draws values in it.
         """
-        found: Space = {} if settings.searchable else {"q": Between(0.01, 1.0, log=True)}
+        q: Space = {} if settings.searchable else {"q": Between(0.01, 1.0, log=True)}
         own = self.own_space(settings, kept)
-        return found | own | settings.heads_space(dense.architecture)
+        return q | own | settings.heads_space(dense.architecture)
 
     def own_space(self, settings: ImportanceSettings, kept: float) -> Space:
-        """What else of the settings is tuned."""
+        """Search space of the subclass's own settings."""
         return {}

@@ -1,7 +1,7 @@
-"""Every restoration method under one budget: an order in which weights are restored.
+"""Rankings: the order in which a method restores weights.
 
-A method ranks the weights that could be restored, best first, and a budget takes the first k. So
-methods are compared at the same number of restored weights, and a trade-off curve is the model at
+A method ranks the restorable weights, best first, and a budget takes the first k. Methods can then
+be compared at the same number of restored weights, and a trade-off curve evaluates the model at
 several lengths of one ranking.
 """
 
@@ -22,21 +22,21 @@ from regraft.models.places import at
 from regraft.patch.format import Patch, TensorPatch
 
 FORMAT = "regraft-ranking-1"
-KEPT = -1  # no kept weight makes room
+KEPT = -1  # in `Ranking.removed`: no weight is pruned in exchange
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Weights in the order in which they are restored, k of them.
+    """k weights in the order in which they are restored.
 
     Attributes:
-        linear: Which of `Architecture.linears`, `[k]` int64.
-        position: Flat position in that weight, `[k]` int64.
+        linear: Index into `Architecture.linears`, `[k]` int64.
+        position: Flat position in that matrix, `[k]` int64.
         removed: Flat position of the kept weight of the same matrix that is pruned in exchange,
-            `[k]` int64; -1 where none is.
-        score: What the method ranked by, `[k]` float32, of the step in which the weight was taken.
-        about: How it was made.
-        values: What each weight becomes, `[k]` float32; None for the dense model's values.
+            `[k]` int64; -1 if none.
+        score: The method's score when it chose the weight, `[k]` float32.
+        about: How the ranking was made.
+        values: New values, `[k]` float32; None for the dense model's values.
     """
 
     linear: Tensor
@@ -50,7 +50,7 @@ class Ranking:
         return len(self.linear)
 
     def at(self, order: Tensor) -> Ranking:
-        """The weights at these places of it, `[n]` int64, in this order."""
+        """The entries at the indices `order`, `[n]` int64, in this order."""
         return Ranking(
             self.linear[order],
             self.position[order],
@@ -66,7 +66,7 @@ class Ranking:
 
 
 def joined(parts: Sequence[Ranking]) -> Ranking:
-    """Concatenated, with the `about` of the first."""
+    """Concatenate rankings, keeping the `about` of the first."""
     linear, position, removed, score = (
         torch.cat([getattr(part, name) for part in parts])
         for name in ("linear", "position", "removed", "score")
@@ -75,17 +75,17 @@ def joined(parts: Sequence[Ranking]) -> Ranking:
 
 
 def empty() -> Ranking:
-    """No weights."""
+    """A ranking of no weights."""
     none = torch.empty(0, dtype=torch.int64)
     return Ranking(none, none, none, torch.empty(0))
 
 
 @dataclass
 class Best:
-    """The `count` best candidates of all matrices, which come one after the other; None for all.
+    """Running top `count` of the candidates of all matrices, added one by one; None keeps all.
 
     Ties go to the earlier matrix and position, so that a ranking does not depend on the device.
-    Candidates are sorted in when there are as many new ones as are kept.
+    To save sorting, new candidates are merged only once there are `count` of them.
     """
 
     count: int | None
@@ -94,26 +94,26 @@ class Best:
 
     @property
     def ranking(self) -> Ranking:
-        """The best of all that were added."""
+        """The best candidates so far, in descending order."""
         self._merge()
         return self._kept
 
     def ranked(self, heads: Sequence[tuple[int, int]] = ()) -> Ranking:
-        """The same as methods give it: scores in float32, and the (layer, head) restored in."""
-        found = self.ranking
+        """`ranking` with float32 scores and the (layer, head) pairs it is limited to."""
+        ranking = self.ranking
         about = {"heads": [list(head) for head in heads]}
-        return replace(found, score=found.score.float(), about=about)
+        return replace(ranking, score=ranking.score.float(), about=about)
 
     def add(self, index: int, scores: Tensor, removed: Tensor | None = None) -> None:
         """Add the candidates of one matrix.
 
         Args:
-            index: Of the linear.
-            scores: `[out, in]` floats, higher is better; -inf is no candidate.
-            removed: For each candidate the position that is pruned in exchange, `[out, in]` int64.
+            index: Index of the linear.
+            scores: `[out, in]` floats, higher is better; -inf marks weights that are no candidates.
+            removed: Flat position pruned in exchange for each candidate, `[out, in]` int64.
         """
         flat = scores.reshape(-1)
-        position = self._among_the_best(flat)
+        position = self._contenders(flat)
         if not len(position):
             return
         chosen = Ranking(
@@ -128,46 +128,46 @@ class Best:
         if self.count is not None and sum(map(len, self._new)) >= self.count:
             self._merge()
 
-    def _among_the_best(self, flat: Tensor) -> Tensor:
-        """Positions of the scores `[n]` that may be among the best so far, ascending, int64."""
+    def _contenders(self, flat: Tensor) -> Tensor:
+        """Ascending positions, int64, of the scores `[n]` that may be among the best so far."""
         if self.count is None:
             return (flat > -torch.inf).nonzero().flatten()
         count = min(self.count, int((flat > -torch.inf).count_nonzero()))
         if not count:
             return torch.empty(0, dtype=torch.int64)
         least = flat.topk(count).values[-1]
-        if len(self._kept) == self.count:  # a tie may still go to this matrix
+        if len(self._kept) == self.count:
             least = max(least, self._kept.score[-1].to(least))
         return (flat >= least).nonzero().flatten()
 
     def _merge(self) -> None:
         if not self._new:
             return
-        found = joined([self._kept, *self._new])
-        by_place = found.position.argsort(stable=True)
-        by_place = by_place[found.linear[by_place].argsort(stable=True)]
-        by_score = found.score[by_place].argsort(descending=True, stable=True)
-        self._kept, self._new = found.at(by_place[by_score[: self.count]]), []
+        pool = joined([self._kept, *self._new])
+        by_place = pool.position.argsort(stable=True)
+        by_place = by_place[pool.linear[by_place].argsort(stable=True)]
+        by_score = pool.score[by_place].argsort(descending=True, stable=True)
+        self._kept, self._new = pool.at(by_place[by_score[: self.count]]), []
 
 
 def patch_of(
     ranking: Ranking, dense: Source, pruned: Source, about: Mapping[str, Any] | None = None
 ) -> Patch:
-    """The patch that takes the whole ranking to a pruned checkpoint.
+    """Make the patch that applies the whole ranking to a pruned checkpoint.
 
-    A weight whose new value is 0 in that checkpoint's dtype stays as it is.
+    Weights whose new value rounds to 0 in that checkpoint's dtype are left out.
 
     Raises:
-        RegraftError: a new value does not fit into the pruned checkpoint's dtype.
+        RegraftError: a new value overflows in the pruned checkpoint's dtype.
     """
     pairs = list(zip(dense.architecture.linears, pruned.architecture.linears, strict=True))
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    changes: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for index, rows in by_linear(ranking):
-        linear, other = pairs[index]
-        dtype = pruned.checkpoint.record(other.tensor).torch_dtype
-        back, gone = ranking.position[rows], ranking.removed[rows]
+        linear, target = pairs[index]
+        dtype = pruned.checkpoint.record(target.tensor).torch_dtype
+        restored, removed = ranking.position[rows], ranking.removed[rows]
         if ranking.values is None:
-            values = dense.weight(linear).reshape(-1)[back].to(dtype)
+            values = dense.weight(linear).reshape(-1)[restored].to(dtype)
         else:
             values = ranking.values[rows].to(dtype)
         if not torch.isfinite(values).all():
@@ -175,42 +175,42 @@ def patch_of(
                 f"{linear.key}: some new values do not fit into the pruned checkpoint's dtype "
                 f"{dtype}. Give a dense checkpoint of that dtype."
             )
-        representable = values != 0
-        back, gone, values = back[representable], gone[representable], values[representable]
-        gone = gone[gone != KEPT]
-        positions = torch.cat([back, gone])
-        if other.stored is not None:
-            positions = other.stored.flat(positions, other.shape)
-        new = torch.cat([values, values.new_zeros(len(gone))])
-        found.setdefault(other.tensor, []).append((positions, new))
-    return Patch(
-        {name: _tensor_patch(pruned.checkpoint.read(name), parts) for name, parts in found.items()},
-        dict(about or {}),
-    )
+        nonzero = values != 0
+        restored, removed, values = restored[nonzero], removed[nonzero], values[nonzero]
+        removed = removed[removed != KEPT]
+        positions = torch.cat([restored, removed])
+        if target.stored is not None:
+            positions = target.stored.flat(positions, target.shape)
+        new = torch.cat([values, values.new_zeros(len(removed))])
+        changes.setdefault(target.tensor, []).append((positions, new))
+    tensors = {
+        name: _tensor_patch(pruned.checkpoint.read(name), parts) for name, parts in changes.items()
+    }
+    return Patch(tensors, dict(about or {}))
 
 
 def _tensor_patch(pruned: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> TensorPatch:
-    """For one tensor on disk, of the (positions, values) of all matrices in it."""
+    """Patch one tensor on disk from the (positions, values) of all matrices in it."""
     positions, order = torch.cat([part[0] for part in parts]).sort()
     return TensorPatch.of(pruned, positions, torch.cat([part[1] for part in parts])[order])
 
 
 def by_linear(ranking: Ranking) -> Iterator[tuple[int, Tensor]]:
-    """(index of a linear, places of its weights in the ranking)."""
+    """(index of a linear, indices of its weights in the ranking), for each linear in it."""
     for index in ranking.linear.unique().tolist():
         yield index, (ranking.linear == index).nonzero().flatten()
 
 
 class Edits:
-    """A ranking and weights in memory, into which any first part of it can be put."""
+    """Applies any prefix of a ranking to weights in memory, in place."""
 
     def __init__(self, ranking: Ranking, weights: Sequence[Tensor], dense: Source) -> None:
-        """Keep what the weights are at the ranking's positions, and what they become.
+        """Save the current values at the ranking's positions and look up the new ones.
 
         Args:
-            ranking: What may be restored.
-            weights: In the order of `Architecture.linears`, as they are without it.
-            dense: The dense checkpoint, of which each matrix is read once.
+            ranking: The ranking to apply.
+            weights: In the order of `Architecture.linears`, without the ranking applied.
+            dense: The dense checkpoint, from which each matrix is read once.
         """
         linears = list(dense.architecture.linears)
         self._edits = [
@@ -219,45 +219,46 @@ class Edits:
         ]
 
     def put(self, count: int) -> None:
-        """Have the first `count` weights back, and no others; in place."""
+        """Restore the first `count` weights and no others."""
         for edit in self._edits:
             edit.put(count)
 
 
 @dataclass(frozen=True)
 class _Edit:
-    """Of one matrix: its weight, and rows of the ranking in order.
+    """The part of a ranking that lies in one matrix.
 
-    `back` and `gone` are (rows, columns), `[n]` each, `new` what is restored, `old` and `kept` what
-    was at both before; where nothing is removed, `gone` is that of `back`.
+    `order` `[n]` are its indices in the ranking. `restored` and `removed` are (rows, columns) in
+    `weight`, `[n]` each, equal where nothing is removed. `new` are the restored values, `before`
+    and `kept` the values before the edit at `restored` and at `removed`.
     """
 
     weight: Tensor
-    rows: Tensor
-    back: tuple[Tensor, Tensor]
-    gone: tuple[Tensor, Tensor]
+    order: Tensor
+    restored: tuple[Tensor, Tensor]
+    removed: tuple[Tensor, Tensor]
     new: Tensor
-    old: Tensor
+    before: Tensor
     kept: Tensor
 
     @classmethod
-    def of(cls, ranking: Ranking, rows: Tensor, weight: Tensor, dense: Tensor) -> _Edit:
-        back, gone = ranking.position[rows], ranking.removed[rows]
-        gone = torch.where(gone == KEPT, back, gone)
-        new = dense.reshape(-1)[back].to(weight.device, weight.dtype)
-        there, away = at(back, weight), at(gone, weight)
-        return cls(weight, rows, there, away, new, weight[there], weight[away])
+    def of(cls, ranking: Ranking, order: Tensor, weight: Tensor, dense: Tensor) -> _Edit:
+        position, removed = ranking.position[order], ranking.removed[order]
+        new = dense.reshape(-1)[position].to(weight.device, weight.dtype)
+        here = at(position, weight)
+        gone = at(torch.where(removed == KEPT, position, removed), weight)
+        return cls(weight, order, here, gone, new, weight[here], weight[gone])
 
     def put(self, count: int) -> None:
-        self.weight[self.back] = self.old
-        self.weight[self.gone] = self.kept
-        n = int((self.rows < count).sum())
-        self.weight[self.gone[0][:n], self.gone[1][:n]] = 0
-        self.weight[self.back[0][:n], self.back[1][:n]] = self.new[:n]
+        self.weight[self.restored] = self.before
+        self.weight[self.removed] = self.kept
+        n = int((self.order < count).sum())
+        self.weight[self.removed[0][:n], self.removed[1][:n]] = 0
+        self.weight[self.restored[0][:n], self.restored[1][:n]] = self.new[:n]
 
 
 def save_ranking(path: Path, ranking: Ranking) -> None:
-    """Write a ranking to one safetensors file."""
+    """Write a ranking to a safetensors file."""
     tensors = {
         "linear": ranking.linear.to(torch.int32),
         "position": ranking.position,
@@ -270,7 +271,11 @@ def save_ranking(path: Path, ranking: Ranking) -> None:
 
 
 def load_ranking(path: Path) -> Ranking:
-    """Read what `save_ranking` wrote."""
+    """Read a ranking that `save_ranking` wrote.
+
+    Raises:
+        RegraftError: the file is missing, damaged or no ranking.
+    """
     header, stored = read_artifact(path, FORMAT, "a ranking of weights")
     about = header["about"]
     values = stored.get("values")
@@ -281,13 +286,13 @@ def load_ranking(path: Path) -> Ranking:
         if one.ndim != 1 or len(one) != len(stored["linear"]) or one.is_floating_point() == whole:
             raise RegraftError(
                 f"{path}: the tensor {name} is {one.dtype} {list(one.shape)}; expected one number "
-                f"a weight, as linear has {stored['linear'].numel()}. Make the ranking again."
+                f"per weight, {stored['linear'].numel()} as in linear. Make the ranking again."
             )
     if values is not None and values.shape != stored["linear"].shape:
-        raise RegraftError(f"{path}: the tensor values has not one number a weight.")
+        raise RegraftError(f"{path}: the tensor values must have one number per weight.")
     require_finite(path, stored)
     linear, position, removed = (stored[name].long() for name in ("linear", "position", "removed"))
     least = ((linear, 0), (position, 0), (removed, KEPT))
     if any((one < low).any() for one, low in least):
-        raise RegraftError(f"{path}: linear, position or removed hold numbers below 0.")
+        raise RegraftError(f"{path}: linear or position is below 0, or removed below {KEPT}.")
     return Ranking(linear, position, removed, stored["score"], about, values)

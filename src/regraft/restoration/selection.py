@@ -1,4 +1,4 @@
-"""In which heads weights are restored, which part of each belongs to them, what a seed draws."""
+"""Selection by head and by seed: choosing heads, their regions in each weight, random rankings."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ _UNREAD = {
     "random": ("criterion",),
     "all": ("criterion", "top_heads", "draw_seed"),
 }
-_TIE = 2.0**-30  # shares a/n and b/m differ by 1/(nm) at least, rows have up to 2^15 inputs
+_TIE = 2.0**-30  # distinct shares a/n and b/m differ by at least 1/(nm); rows have <= 2^15 inputs
 
 
 class InHeads(MethodSettings):
-    """In which heads weights are restored."""
+    """Settings that choose the attention heads in which weights are restored."""
 
     heads: Literal["top", "random", "all"] = Field(
         "top", description="The best by their scores, random ones (a control) or all."
     )
     criterion: Criterion = Field(
-        "ships", description="What scores a head; released: as in HSR's code."
+        "ships", description="How heads are scored; released: as in HSR's code."
     )
-    top_heads: int = Field(10, ge=1, description="How many heads (h).")
-    draw_seed: int = Field(0, description="Another seed draws other random heads.")
+    top_heads: int = Field(10, ge=1, description="Number of heads (h).")
+    draw_seed: int = Field(0, description="Seed of random heads.")
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -58,7 +58,7 @@ class InHeads(MethodSettings):
 
     @property
     def of_heads(self) -> Needs:
-        """What choosing the heads needs."""
+        """Inputs required to choose the heads."""
         if self.heads == "all":
             return Needs(some_heads=1)
         top = HeadChoice(self.criterion, self.top_heads) if self.heads == "top" else None
@@ -66,31 +66,31 @@ class InHeads(MethodSettings):
 
     @property
     def heads_label(self) -> str:
-        """What tables call the choice."""
+        """Description of the choice in tables."""
         if self.heads == "top":
             return f"top {self.top_heads} by {self.criterion}"
         return f"{self.heads} heads"
 
     def chosen(self, architecture: Architecture, scores: HeadScores | None) -> list[Head]:
-        """The heads; `scores` are needed for the top ones.
+        """The chosen heads; `scores` are needed for the top ones only.
 
         Raises:
-            RegraftError: more heads are asked for than there are, or than were scored exactly.
+            RegraftError: more heads are asked for than the model has, or than were scored exactly.
         """
         if self.heads == "all":
             return all_heads(architecture)
         if self.heads == "random":
             return random_heads(architecture, self.top_heads, self.draw_seed)
-        assert scores is not None, "of_heads says that they are needed"
+        assert scores is not None, "of_heads requires them"
         return scores.best(self.criterion, self.top_heads)
 
     def heads_space(self, architecture: Architecture) -> Space:
-        """What tuning varies of the choice."""
+        """Search space of the choice, for tuning."""
         if self.heads == "all":
             return {}
         most = min(32, len(all_heads(architecture)))
-        found: Space = {"top_heads": Between(1, most, whole=True)}
-        return found | ({"criterion": ("ships", "kl")} if self.heads == "top" else {})
+        space: Space = {"top_heads": Between(1, most, whole=True)}
+        return space | ({"criterion": ("ships", "kl")} if self.heads == "top" else {})
 
 
 def all_heads(architecture: Architecture) -> list[Head]:
@@ -99,7 +99,7 @@ def all_heads(architecture: Architecture) -> list[Head]:
 
 
 def random_heads(architecture: Architecture, count: int, seed: int) -> list[Head]:
-    """A control: `count` heads drawn without replacement."""
+    """`count` heads drawn without replacement, as a control."""
     heads = all_heads(architecture)
     if not 0 < count <= len(heads):
         raise RegraftError(f"top_heads is {count}; the model has 1 to {len(heads)} heads.")
@@ -107,7 +107,7 @@ def random_heads(architecture: Architecture, count: int, seed: int) -> list[Head
 
 
 def regions_of(dense: Source, heads: Sequence[Head], of: BlockOfHead = head_block) -> Regions:
-    """Where in each weight of attention the heads are; `of` says it of one head."""
+    """A function from a linear to the regions of `heads` in it; `of` gives the region of one."""
     layers = {li.key: layer for layer in dense.architecture.layers for li in layer.linears}
 
     def regions(linear: LinearArchitecture) -> Sequence[Block]:
@@ -123,19 +123,19 @@ def blocks_of(
     heads: Sequence[int],
     of: BlockOfHead = head_block,
 ) -> list[Block]:
-    """Regions of `heads` in one weight; query heads that share a key/value head give it once."""
-    found = (of(layer, linear, head) for head in sorted(heads))
-    return list(dict.fromkeys(block for block in found if block is not None))
+    """Regions of `heads` in one linear, each once: under GQA query heads share key/value heads."""
+    blocks = (of(layer, linear, head) for head in sorted(heads))
+    return list(dict.fromkeys(block for block in blocks if block is not None))
 
 
 def whole(linear: LinearArchitecture) -> list[Block]:
-    """The region that is all of a weight."""
+    """One region that covers the whole weight."""
     rows, columns = linear.shape
     return [Block(0, rows, 0, columns)]
 
 
 def inside(shape: Sequence[int], blocks: Sequence[Block], device: torch.device) -> Tensor:
-    """True inside any of `blocks`, `[out, in]` bool."""
+    """Mask that is True inside any of `blocks`, `[out, in]` bool."""
     mask = torch.zeros(tuple(shape), dtype=torch.bool, device=device)
     for block in blocks:
         part_of(mask, block).fill_(True)
@@ -148,7 +148,7 @@ def part_of(matrix: Tensor, block: Block) -> Tensor:
 
 
 def random_ranking(context: Context, draw_seed: int) -> Ranking:
-    """All weights that can be restored, in an order of each `draw_seed` and calibration seed."""
+    """All restorable weights in a random order, set by `draw_seed` and the calibration seed."""
     best, seed = Best(context.count), draw_seed + 1000 * context.seed
     for one in context.matrices():
         best.add(one.index, random_scores(one.free, seed, one.index))
@@ -156,21 +156,21 @@ def random_ranking(context: Context, draw_seed: int) -> Ranking:
 
 
 def random_scores(free: Tensor, seed: int, index: int) -> Tensor:
-    """A random order of all pruned weights of matrix `index`, `[out, in]` float32."""
+    """Random scores of the restorable weights of matrix `index`, else -inf. `[out, in]` float32."""
     scores = torch.rand(free.shape, generator=_generator(seed, index)).to(free.device)
     return scores.masked_fill_(~free, -torch.inf)
 
 
 def ties_drawn(scores: Tensor, seed: int, index: int) -> Tensor:
-    """Scores among which equal ones have a random order, of matrix `index`. `[out, in]` float64.
+    """Break ties among the scores of matrix `index` at random. `[out, in]` float64.
 
-    Shares of a row are few, and as many weights have one as there are rows: without a draw a budget
-    that ends among them would go to the first layers and rows alone.
+    A row has few distinct rank shares, and every row repeats them, so ties are many: without a draw
+    a budget that ends among them would be spent in the first layers and rows only.
     """
     draw = torch.rand(scores.shape, generator=_generator(seed, index), dtype=torch.float64)
     return scores.double() - _TIE * draw.to(scores.device)
 
 
 def _generator(seed: int, index: int) -> torch.Generator:
-    """On the CPU, so that a draw depends on seed and matrix alone and not on the device."""
+    """A CPU generator, so that a draw depends on seed and matrix only, not on the device."""
     return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)

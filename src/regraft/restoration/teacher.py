@@ -1,4 +1,4 @@
-"""The teacher distribution: what the dense model predicts along answers, and losses against it."""
+"""The dense model as a teacher: its predictions along answers, and losses against them."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from regraft.progress import Advance, Progress
 from regraft.pruning.gradients import Loss, predicting, require_gradients
 from regraft.restoration.base import Context
 
-TOKEN_WEIGHTS = (1.0, 1.0, 0.3, 0.3, 0.3, 0.3)  # of the first response tokens
+TOKEN_WEIGHTS = (1.0, 1.0, 0.3, 0.3, 0.3, 0.3)  # weights of the first response tokens in the loss
 
 
 @dataclass(frozen=True)
 class DecisionLoss:
-    """How far the start of an answer is from the dense model's, token by token.
+    """Divergence from the dense model at the start of an answer.
 
-    Whether an answer refuses is decided at its start. The divergence KL(dense || model) of the
-    next-token distribution counts 1 at each of the first two tokens and 0.3 at each of the next
-    four; what follows does not count, so that long and short answers weigh alike.
+    Whether an answer refuses is decided in its first tokens. The loss is the sum of KL(dense ||
+    model) of the next-token distributions, with weight 1 at the first two response tokens and 0.3
+    at the next four. Later tokens do not count, so long and short answers weigh alike.
 
     Attributes:
-        teacher: Example id -> the dense model's normed final states `[N, d]` where they predict
-            response tokens.
+        teacher: Example id -> the dense model's normed final states at the positions that predict
+            response tokens, `[N, d]`.
     """
 
     teacher: Mapping[str, Tensor]
@@ -53,12 +53,12 @@ class DecisionLoss:
 
 
 def final_states(layerwise: LayerwisePass, advance: Advance = lambda _: None) -> dict[str, Tensor]:
-    """Normed final states that predict response tokens, by example id, `[N, d]` on CPU.
+    """Example id -> normed final states at the positions that predict response tokens, on CPU.
 
-    They hold the whole teacher distribution (see `DecisionLoss`): the head that turns them into
-    logits is never pruned, and N x d floats are far fewer than N x vocabulary.
+    `[N, d]` each. They determine the teacher's distribution, since the LM head is never pruned,
+    and take far less space than logits, `[N, vocabulary]`.
     """
-    _to_the_end([layerwise], advance)
+    _run_all_layers([layerwise], advance)
     return {
         name: state[row, predicting(labels[row])].cpu().clone()
         for batch, state in zip(layerwise.batches, layerwise.states, strict=True)
@@ -70,16 +70,16 @@ def final_states(layerwise: LayerwisePass, advance: Advance = lambda _: None) ->
 def losses_together(
     sides: Sequence[tuple[LayerwisePass, Loss]], advance: Advance = lambda _: None
 ) -> list[dict[str, float]]:
-    """The loss of every example's response, by example id.
+    """Example id -> loss of its response, for each of several passes through one model.
 
-    Of several passes through one model, which is streamed once for all.
+    The passes advance together, so that a streamed model loads each layer once.
     """
-    _to_the_end([layerwise for layerwise, _ in sides], advance)
+    _run_all_layers([layerwise for layerwise, _ in sides], advance)
     with sides[0][0].model.frame(), torch.no_grad():
-        return [_losses_at_the_end(layerwise, loss) for layerwise, loss in sides]
+        return [_losses_of_final_states(layerwise, loss) for layerwise, loss in sides]
 
 
-def _losses_at_the_end(layerwise: LayerwisePass, loss: Loss) -> dict[str, float]:
+def _losses_of_final_states(layerwise: LayerwisePass, loss: Loss) -> dict[str, float]:
     losses = {}
     for batch, state in zip(layerwise.batches, layerwise.states, strict=True):
         assert batch.labels is not None, "a batch of prompts has no responses"
@@ -89,19 +89,19 @@ def _losses_at_the_end(layerwise: LayerwisePass, loss: Loss) -> dict[str, float]
     return losses
 
 
-def _to_the_end(together: Sequence[LayerwisePass], advance: Advance) -> None:
-    for layerwise in together:
+def _run_all_layers(passes: Sequence[LayerwisePass], advance: Advance) -> None:
+    for layerwise in passes:
         layerwise.rewind()
-    first = together[0]
+    first = passes[0]
     for index in range(first.layers):
         with first.model.layer(index):
-            for layerwise in together:
+            for layerwise in passes:
                 layerwise.advance(index, advance)
 
 
 @dataclass
 class Recorded:
-    """A loss that remembers what it was of every response of this process."""
+    """A loss that records its value for every response of this process."""
 
     loss: Loss
     seen: list[float] = field(default_factory=list)
@@ -114,30 +114,30 @@ class Recorded:
 
 
 def mean_of(values: Collection[float]) -> float:
-    """Over the examples of all processes."""
+    """Mean over the examples of all processes."""
     total, count = distributed.total(torch.tensor([sum(values), len(values)], dtype=torch.float64))
     return float(total / count)
 
 
 Embedded = dict[str, list[LayerwisePass]]
-"""Kind of prompts -> its parts, embedded and before the first layer of a model."""
+"""Kind of prompts -> its parts, embedded and ready to enter a model's first layer."""
 
 
 def with_teacher(
     context: Context, parts: Mapping[str, Sequence[Sequence[Example]]]
 ) -> tuple[PlacedModel, Embedded, dict[str, DecisionLoss]]:
-    """Ask the dense model, and load the pruned one, with all prompts before its first layer.
+    """Run the dense model as the teacher, then load the pruned one with all prompts embedded.
 
-    What the dense model says lies in the work folder, where a resumed run finds it. `parts` are
-    examples with answers by kind of prompts, in parts that run apart.
+    The teacher's states are saved in the work folder, for a resumed run. `parts` are examples with
+    answers: kind of prompts -> parts that are run separately.
 
     Returns:
-        (the pruned model, the prompts before it, kind of prompts -> what an answer to one costs)
+        (the pruned model, the embedded prompts, kind of prompts -> the loss of its answers)
     """
     compute, progress = context.compute, context.progress
     paths = {kind: context.work / f"teacher-{kind}.safetensors" for kind in parts}
-    asks = not distributed.decided(lambda: all(path.exists() for path in paths.values()))
-    first = context.dense if asks else context.pruned
+    missing = not distributed.decided(lambda: all(path.exists() for path in paths.values()))
+    first = context.dense if missing else context.pruned
     model, processor = load_layerwise(first, compute, progress, processor_from=context.dense)
     require_gradients(model.dtype)
     embedded: Embedded = {kind: [] for kind in parts}
@@ -148,9 +148,9 @@ def with_teacher(
                 batches = each_of_share(processor, response_batch, examples, compute)
                 embedded[kind].append(LayerwisePass(model, batches))
                 done(len(examples))
-    if asks:
+    if missing:
         _write_teacher(embedded, paths, progress)
-        model.network.to("meta")  # one model in memory at a time; `embedded` still holds this one
+        model.network.to("meta")  # frees its memory: `embedded` still refers to this model
         model, _ = load_layerwise(context.pruned, compute, progress, processor_from=context.dense)
         embedded = {
             kind: [layerwise.on(model) for layerwise in several]
@@ -164,9 +164,9 @@ def with_teacher(
 
 
 def _write_teacher(embedded: Embedded, paths: Mapping[str, Path], progress: Progress) -> None:
-    """Write what the dense model predicts, a file for each kind; see `final_states`."""
-    own = sum(one.work for several in embedded.values() for one in several)
-    with progress.task("Asking the dense model", own, "samples x layers") as done:
+    """Write the dense model's `final_states`, a file for each kind of prompts."""
+    work = sum(one.work for several in embedded.values() for one in several)
+    with progress.task("Running the dense model", work, "samples x layers") as done:
         for kind, path in paths.items():
             states: dict[str, Tensor] = {}
             for layerwise in embedded[kind]:

@@ -1,1 +1,1 @@
-"""The built-in pruners, a file each: settings, what is accumulated, score and update together."""
+"""The built-in pruners, a file each, with settings, statistic, score and weight update."""

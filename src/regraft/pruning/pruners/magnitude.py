@@ -1,4 +1,4 @@
-"""Magnitude pruning: |W_ij|. It reads no data, so that no model has to run."""
+"""Magnitude pruning: the score is |W_ij|. It reads no data, so no model has to run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Magnitude(Pruner):
     name, label, settings_type = "magnitude", "magnitude", MagnitudeSettings
 
     def score(self, weight: Tensor, statistic: Tensor) -> Tensor:
-        """|W_ij|; the statistic is empty."""
+        """|W_ij|, `[out, in]` float32; the statistic is empty."""
         return weight.float().abs()
 
 

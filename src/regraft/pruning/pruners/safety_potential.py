@@ -1,20 +1,20 @@
-"""Safety-Potential Pruning (Li et al. 2026, arXiv 2603.14219): keep what a safety prompt excites.
+"""Safety-Potential Pruning (Li et al. 2026, arXiv 2603.14219): keep inputs a safety prompt excites.
 
     score_ij = |W_ij| * sqrt(max(S_j, 0)),  S_j = mean over prompts of ||X^S_:,j||^2 - ||X^N_:,j||^2
 
     for each layer, first to last:
-        add up S_j over all prompts, with the safety prompt and without
-        W_ij = 0                                        where the score is least in row i
+        S_j  = squared inputs with the safety prompt less those without it, over all prompts
+        W_ij = 0                                        where the score is lowest in row i
         run the pruned layer: its outputs are the next layer's inputs
 
-X^S are a linear's inputs over all tokens of a harmful prompt (image tokens too, no answer) with the
-safety prompt before its text, X^N those without. As a defence the same prompt is given at
-inference.
+X^S are a linear's inputs over all tokens of a harmful prompt (image tokens included, no answer)
+with the safety prompt before its text, X^N those without it. As a defence the same prompt is given
+at inference.
 
-The authors' code (github.com/AngelAlita/Safety-Potential-Pruning), read and not copied, takes the
-root without the maximum: inputs whose energy falls get NaN there, which sorts last, so that their
-weights are kept. Here they go first, as the paper has it. `SAFETY_PROMPT` is in our own words; for
-the authors', give the text of their src/prompts.py as `prompt`.
+The authors' code (github.com/AngelAlita/Safety-Potential-Pruning; not copied) takes the root
+without the maximum: inputs whose energy falls get NaN, which sorts last, so their weights are kept.
+Here they are pruned first, as in the paper. `SAFETY_PROMPT` is in our own words; to use the
+authors', give the text of their src/prompts.py as `prompt`.
 """
 
 from __future__ import annotations
@@ -64,20 +64,20 @@ class SafetyPotential(InputPruner):
 
     name, label, settings_type = "safety-potential", "Safety-Potential", SafetyPotentialSettings
     reads_responses = False
-    restores = False  # its statistic is of prompts with and without the safety prompt, not of D^u
+    restores = False  # its statistic compares prompts with and without the safety prompt, not D^u
 
     def accumulate(self, inputs: Tensor) -> Tensor:
-        """Squared inputs `[tokens, in]` added up over tokens, `[in]` float64.
+        """Sum over tokens of squared inputs `[tokens, in]`, `[in]` float64.
 
-        What a prompt adds may be small beside outliers that both sums have.
+        In float64, since the difference may be small beside outliers that both sums contain.
         """
         return inputs.double().square().sum(dim=0)
 
     def add(self, inputs: Tensor, batch: Batch) -> Tensor:
-        """Two sums `[2, in]`: with the safety prompt, and below it without.
+        """Two sums `[2, in]`: with the safety prompt and without it.
 
-        One sum of differences would not do: where the prompt changes nothing, such as the vision
-        tokens that cross-attention reads, rounding would leave something to rank by.
+        They are kept apart, because one running difference would leave rounding errors to rank by
+        where the prompt changes nothing, as for the vision tokens that cross-attention reads.
         """
         assert isinstance(batch, PotentialBatch)
         energy = self.accumulate(inputs)
@@ -87,7 +87,7 @@ class SafetyPotential(InputPruner):
     def statistics(
         self, linears: Iterable[LinearArchitecture], found: Sums, note: Note = lambda _: None
     ) -> Iterator[tuple[LinearArchitecture, Tensor]]:
-        """max(S_j, 0) times the number of prompts, which is the same for all, `[in]` float32.
+        """max(S_j, 0) times the number of prompts, a constant factor. `[in]` float32.
 
         Raises:
             RegraftError: a linear never ran, its inputs overflow, or the prompt adds energy to none
@@ -98,18 +98,17 @@ class SafetyPotential(InputPruner):
             added = (prompted - plain).clamp_(min=0)
             if not added.any():
                 raise RegraftError(
-                    f"The safety prompt adds energy to no input of {linear.key}, so that its "
-                    f"weights cannot be ranked by it. Leave them dense with --ignore "
-                    f"'*.{linear.name}'."
+                    f"The safety prompt adds energy to no input of {linear.key}, so its weights "
+                    f"cannot be ranked. Leave them dense with --ignore '*.{linear.name}'."
                 )
             yield linear, added.float()
 
     def score(self, weight: Tensor, statistic: Tensor) -> Tensor:
-        """|W_ij| sqrt(S_j), up to a factor that is the same for all."""
+        """|W_ij| sqrt(max(S_j, 0)), up to a constant factor. `[out, in]` float32."""
         return weight.float().abs().mul_(statistic.sqrt())
 
     def encoders(self, settings: Any) -> tuple[Encode, ...]:
-        """All prompts without the safety prompt, then all with it."""
+        """Encode all prompts without the safety prompt, then all with it."""
         return potential_batch, partial(potential_batch, prompt=settings.prompt)
 
 
@@ -120,7 +119,7 @@ def with_safety_prompt(examples: Sequence[Example], prompt: str = SAFETY_PROMPT)
 
 @dataclass(frozen=True)
 class PotentialBatch(Batch):
-    """A batch of prompts, all of whose tokens are labelled, with the safety prompt or without."""
+    """A batch of prompts, with the safety prompt or without; all of their tokens count."""
 
     prompted: bool = False
 
@@ -128,7 +127,7 @@ class PotentialBatch(Batch):
 def potential_batch(
     processor: Any, examples: Sequence[Example], prompt: str | None = None
 ) -> PotentialBatch:
-    """Encode prompts, with `prompt` before their text or without any; padding has no label."""
+    """Encode prompts, with `prompt` before their text if given; all tokens but padding count."""
     shown = examples if prompt is None else with_safety_prompt(examples, prompt)
     batch = prompt_batch(processor, shown)
     padding = batch.inputs["attention_mask"] == 0

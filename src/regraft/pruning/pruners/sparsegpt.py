@@ -4,16 +4,16 @@
         H = 2/n X^T X + damp * mean(diag) * I           for the inputs X of each of its linears
         U = upper Cholesky factor of H^-1               (H^-1 = U^T U)
         for each block of columns:
-            score = W_ij^2 / U_jj^2                     on the weights as updated so far
-            mask  = the least of the block              (N:M: of each group, when j reaches it)
+            score = W_ij^2 / U_jj^2                     on the weights updated so far
+            mask  = the lowest of the block             (N:M: of each group, when j reaches it)
             for each column j of the block:
                 e      = mask_j * W_:,j / U_jj
-                W_:,j: -= e U_j,j:                      the columns to the right compensate
-            the columns behind the block are updated by all its errors at once
+                W_:,j: -= e U_j,j:                      columns of the block to the right compensate
+            update the columns right of the block by all its errors at once
         run the pruned layer: its outputs are the next layer's inputs
 
-The score is what removing W_ij costs once the weights to its right compensate; restoration takes
-that of the dense weights.
+The score is the output error of removing W_ij after the weights to its right have compensated. For
+restoration it is computed on the dense weights.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ class SparseGPTSettings(LayerwiseSettings, CalibratedSettings):
     method: Literal["sparsegpt"] = "sparsegpt"
     scope: Scope = Field(
         "matrix",
-        description="Weights compete within each block of columns (matrix), or within their row of "
-        "each block.",
+        description="Weights compete within each block of columns (matrix), or within each row of "
+        "a block (row).",
     )
     damp: float = Field(
         DAMP,
         gt=0,
         le=1,
-        description="Share of the mean of H's diagonal that is added to it, so that H can be "
+        description="Damping of H, as a share of the mean of its diagonal, so that H can be "
         "inverted; it grows tenfold where that fails.",
     )
     block: int = Field(
-        BLOCK, ge=1, description="Columns for which a mask is chosen before the others are updated."
+        BLOCK, ge=1, description="Columns per block, for which a mask is chosen at once."
     )
 
 
@@ -72,12 +72,12 @@ class SparseGPT(InputPruner):
     def statistics(
         self, linears: Iterable[LinearArchitecture], found: Sums, note: Note = lambda _: None
     ) -> Iterator[tuple[LinearArchitecture, Tensor]]:
-        """1 / U_jj^2, `[in]` float32; factored once for linears that read the same input."""
+        """1 / U_jj^2, `[in]` float32; factored once for linears with the same input."""
         for linear, factor in factors(linears, found, note=note):
             yield linear, factor.statistic
 
     def score(self, weight: Tensor, statistic: Tensor) -> Tensor:
-        """W_ij^2 / U_jj^2."""
+        """W_ij^2 / U_jj^2, `[out, in]` float32."""
         return weight.float().square().mul_(statistic)
 
     def prune(
@@ -99,7 +99,7 @@ class SparseGPT(InputPruner):
 class InverseFactor:
     """U, upper triangular `[in, in]` float32 with H^-1 = U^T U, and the damping it took.
 
-    `dead` marks inputs that were always 0, `[in]` bool: their weights are free to go.
+    `dead` marks inputs that were always 0, `[in]` bool: removing their weights costs nothing.
     """
 
     upper: Tensor
@@ -108,19 +108,19 @@ class InverseFactor:
 
     @property
     def statistic(self) -> Tensor:
-        """What the score needs of U: 1 / U_jj^2, and 0 for dead inputs. `[in]` float32."""
+        """The score's factor 1 / U_jj^2, 0 for dead inputs. `[in]` float32."""
         return self.upper.diagonal().square().reciprocal().masked_fill(self.dead, 0)
 
 
 def inverse_factor(moments: Tensor, tokens: int, damp: float = DAMP) -> InverseFactor:
     """Factor the inverse of H = 2/n X^T X + damp * mean(diag) * I.
 
-    Where the damped matrix is not positive definite in float32 the damping grows tenfold, up to 1;
-    the damping that worked is returned, so that the caller can say so.
+    If the damped matrix is not positive definite in float32, the damping grows tenfold, up to 1.
 
     Args:
-        moments: Sum of X^T X over the n `tokens` of responses, `[in, in]` float32; overwritten.
-        damp: First damping to try.
+        moments: Sum of X^T X over response tokens, `[in, in]` float32; overwritten.
+        tokens: n, the number of response tokens.
+        damp: First damping to try; the result has the one that worked.
 
     Raises:
         RegraftError: H cannot be factored even with damping 1 (inputs overflow).
@@ -129,7 +129,7 @@ def inverse_factor(moments: Tensor, tokens: int, damp: float = DAMP) -> InverseF
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
-    diagonal[dead] = mean  # nothing else is in its row and column: any positive number will do
+    diagonal[dead] = mean  # their rows and columns are 0 elsewhere: any positive number will do
     added = 0.0
     while damp <= _MOST_DAMP:
         diagonal += (damp - added) * mean
@@ -138,9 +138,8 @@ def inverse_factor(moments: Tensor, tokens: int, damp: float = DAMP) -> InverseF
         if not failed:
             inverse = torch.cholesky_inverse(lower)
             del lower
-            # U_j,j: times U_jj is the first row of the inverse of H over column j and those to its
-            # right, which is what counts once those to its left are final. So one factorisation
-            # serves all columns.
+            # Once the columns left of j are final, the update of column j needs the inverse of
+            # H_j:,j:. Its first row is U_jj U_j,j:, so one factorisation serves all columns.
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return InverseFactor(upper, dead, damp)
@@ -157,16 +156,16 @@ def factors(
     damp: float = DAMP,
     note: Note = lambda _: None,
 ) -> Iterator[tuple[LinearArchitecture, InverseFactor]]:
-    """The factor for each linear, made once for those that read the same input.
+    """The inverse factor for each linear, computed once for linears with the same input.
 
-    `found`, their second moments, is used up; `note` is called where the damping had to grow.
+    `found` has their second moments and is consumed; `note` is called if the damping had to grow.
 
     Raises:
         RegraftError: a linear was not used, or its inputs overflow.
     """
     groups: dict[str, list[LinearArchitecture]] = {}
     for linear in linears:
-        found.of(linear)
+        found.of(linear)  # raises if there are no usable moments
         groups.setdefault(found.source[linear.key], []).append(linear)
     for source, group in groups.items():
         tokens = found.tokens[source]
@@ -182,9 +181,9 @@ def sparsegpt_prune(
 ) -> Tensor:
     """Prune a matrix `[out, in]` of any float dtype, and update the weights that stay.
 
-    The mask is chosen a block of columns at a time on the weights as updated so far: a share of
-    each block ("matrix": over the block, the paper's; "row": of each of its rows), or N:M group
-    by group, for which `block` is rounded to a multiple of M.
+    The mask of a block of columns is chosen on the weights updated so far. With scope "matrix", the
+    paper's, a share of the block is pruned, with "row" a share of each of its rows. N:M is decided
+    group by group, with `block` rounded down to a multiple of M.
 
     Returns:
         New weights `[out, in]` float32, with exact zeros where pruned.
@@ -201,24 +200,25 @@ def sparsegpt_prune(
         part = current[:, start:stop].contiguous()  # [out, block]
         errors = _prune_block(part, upper, pattern, _count(pattern, part, start, stop))
         current[:, start:stop] = part
-        # one product a block instead of an update a column: the columns behind are not read before
+        # Columns right of the block are not read until it is done, so they are updated lazily: one
+        # matrix product per block instead of one outer product per column.
         current[:, stop:] -= errors @ factor.upper[start:stop, stop:]
     return current
 
 
 def _count(pattern: Pattern, part: Tensor, start: int, stop: int) -> int:
-    """How many weights of columns [start, stop) go, of each row or in all.
+    """Number of weights to prune in columns [start, stop), per row or in all.
 
-    What a block's share leaves over goes in a later one, so that the whole has its sparsity.
+    Rounding is carried over to later blocks, so that the matrix has exactly its sparsity.
     """
     n = 1 if pattern.scope == "row" else len(part)
     return count_of(pattern.sparsity, n * stop) - count_of(pattern.sparsity, n * start)
 
 
 def _prune_block(part: Tensor, upper: Tensor, pattern: Pattern, count: int) -> Tensor:
-    """Prune `[out, block]` columns in place; returns the errors `[out, block]` to compensate.
+    """Prune `[out, block]` columns in place; return the errors `[out, block]` to compensate.
 
-    `count` is how many go of each row or in all; N:M decides group by group instead.
+    `count` weights are pruned, per row or in all; with N:M the pattern decides instead.
     """
     group = pattern.n_m[1] if pattern.n_m else None
     scale = upper.diagonal().square()  # [block]
@@ -227,13 +227,13 @@ def _prune_block(part: Tensor, upper: Tensor, pattern: Pattern, count: int) -> T
         mask = smallest(part.square() / scale, count, pattern.scope)
     errors = torch.zeros_like(part)
     for j in range(part.shape[1]):
-        if group and j % group == 0:  # chosen as late as it can be: on updated weights
+        if group and j % group == 0:  # chosen as late as possible, on updated weights
             columns = slice(j, j + group)
             mask[:, columns] = pattern.mask(part[:, columns].square() / scale[columns])
-        gone = part[:, j] * mask[:, j]  # [out]
-        errors[:, j] = gone / upper[j, j]
+        pruned = part[:, j] * mask[:, j]  # [out]
+        errors[:, j] = pruned / upper[j, j]
         part[:, j:].addr_(errors[:, j], upper[j, j:], alpha=-1)  # [out, block - j]
-        part[:, j].masked_fill_(mask[:, j], 0)  # rounding left almost 0
+        part[:, j].masked_fill_(mask[:, j], 0)  # exactly 0, without the update's rounding error
     return errors
 
 

@@ -3,13 +3,13 @@
     for each layer, first to last:
         s_j   = sum over response tokens of x_j^2       for the inputs x of each of its linears
         score = |W_ij| * sqrt(s_j)
-        W_ij  = 0                                       where the score is least in row i
+        W_ij  = 0                                       where the score is lowest in row i
         run the pruned layer: its outputs are the next layer's inputs
 
-Weights compete within a row: the paper found that better for language models than a whole matrix.
-The score is rank one, so that only s is kept: `in` floats a weight matrix (9 MB for D^s and D^u
-together on a 7B model). `pruning/prune.py` goes from layer to layer, `pruning/masks.py` finds the
-least scores.
+Weights compete within a row, which the paper found better for language models than competing
+within the matrix. Since the score is |W| scaled by column, only s is stored: `in` floats per matrix
+(9 MB for D^s and D^u together on a 7B model). `pruning/prune.py` has the loop over layers,
+`pruning/masks.py` finds the lowest scores.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class WandaSettings(LayerwiseSettings, CalibratedSettings):
 
 
 class Wanda(InputPruner):
-    """|W| times the norm of what it is fed."""
+    """|W| times the norm of its inputs."""
 
     name, label, settings_type = "wanda", "Wanda", WandaSettings
     every_linear = True
 
     def accumulate(self, inputs: Tensor) -> Tensor:
-        """s_j: squared inputs `[tokens, in]` added up over tokens, `[in]` float32."""
+        """s_j: sum over tokens of squared inputs `[tokens, in]`, `[in]` float32."""
         return inputs.float().square().sum(dim=0)
 
     def score(self, weight: Tensor, statistic: Tensor) -> Tensor:

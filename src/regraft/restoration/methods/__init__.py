@@ -1,1 +1,1 @@
-"""Restoration methods, a file or folder each, named after it, with the object PLUGIN."""
+"""The built-in restoration methods: a module or package each, with the object `PLUGIN`."""

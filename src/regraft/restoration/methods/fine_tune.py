@@ -1,12 +1,16 @@
-"""Sparse fine-tuning: what a user would do instead of restoring dense values.
+"""Sparse fine-tuning: train the values of a few weights instead of restoring dense ones.
 
-The values of a few weights are trained by Adam (Kingma & Ba 2015, arXiv 1412.6980), all others stay
-as they are; SHiRA in PEFT (Bhardwaj et al. 2024, arXiv 2406.13175) trains such sparse adapters. The
-baseline that tells whether gain's positions or the dense values at them are what helps: the same
-number of weights, losses, prompts and passes.
+    choose k positions: those of another ranking, or random pruned ones
+    for each pass, for each minibatch of harmful and harmless prompts
+        g <- gradient at these positions of gain's loss, the KL from the dense model's answers
+        Adam step on the values at these positions; all other weights stay as they are
 
-Weights are written in the model's dtype, and trained from float32 copies. Copies and moments are
-kept for the chosen positions alone, three numbers a weight.
+Adam is Kingma & Ba 2015 (arXiv 1412.6980); SHiRA in PEFT (Bhardwaj et al. 2024, arXiv 2406.13175)
+trains sparse adapters of this form. As a baseline it shows whether gain's positions help or the
+dense values at them: number of weights, loss, prompts and passes can be the same.
+
+Values are trained in float32 and written in the model's dtype. Only the chosen positions have
+optimizer state: value, first and second moment.
 """
 
 from __future__ import annotations
@@ -42,17 +46,17 @@ from regraft.restoration.teacher import Recorded, mean_of, with_teacher
 from regraft.settings.compute import ComputeSettings
 
 Side = tuple[LayerwisePass, Loss]
-"""Prompts of one kind before the first layer, and what a response to them costs."""
-TRAINED = "trained"  # what the `about` of a patch calls its values
+"""Prompts of one kind, embedded, and the loss of a response to them."""
+TRAINED = "trained"  # `values` in the `about` of a patch with trained values
 TRAINED_VALUES = (
-    "the values are trained and not the dense model's, so that the result is a new training of "
-    "these weights. It can no longer be said that every weight is the pruned or the dense model's, "
-    "on which their licence and evaluations rest; reverting works as with any patch."
+    "the values are trained and not the dense model's. Not every weight is the pruned or the dense "
+    "model's any more, which is what their licence and evaluations are about; reverting works as "
+    "with any patch."
 )
 BETAS = (0.9, 0.999)
 EPS = 1e-8
-RANDOM = "random"  # positions that are drawn
-MINIBATCH = 8  # prompts of each kind in an update
+RANDOM = "random"  # `positions` that are drawn instead of taken from a ranking
+MINIBATCH = 8  # prompts of each kind per update
 
 
 def is_trained(patch: Patch) -> bool:
@@ -62,27 +66,26 @@ def is_trained(patch: Patch) -> bool:
 
 @dataclass
 class _Trained:
-    """The chosen weights of one matrix: `at` are flat positions; all but `weight` are `[k]`."""
+    """Optimizer state of one matrix: flat `position` of each weight; all but `weight` are `[k]`."""
 
     weight: Tensor
-    at: Tensor
+    position: Tensor
     value: Tensor
     mean: Tensor
     square: Tensor
 
 
 class SparseAdam:
-    """Adam over a few weights of each matrix, as torch.optim.Adam without weight decay."""
+    """Adam on a few weights of each matrix; equals torch.optim.Adam without weight decay."""
 
     def __init__(
         self, weights: Mapping[str, Tensor], positions: Mapping[str, Tensor], rate: float
     ) -> None:
-        """Start from the values that the weights have.
+        """Start from the current values of the weights.
 
         Args:
-            weights: `LinearArchitecture.key` -> the weight in memory, `[out, in]`;
-                changed in place.
-            positions: The same keys -> flat positions to train, `[k]` int64, without repetition.
+            weights: `LinearArchitecture.key` -> weight in memory, `[out, in]`; changed in place.
+            positions: The same keys -> distinct flat positions to train, `[k]` int64.
             rate: The learning rate.
         """
         self.rate, self.updates = rate, 0
@@ -90,22 +93,24 @@ class SparseAdam:
         for key, position in positions.items():
             weight = weights[key]
             value = weight[at(position, weight)].float()
-            nothing = torch.zeros_like(value)
-            here = position.to(weight.device)
-            self._trained[key] = _Trained(weight, here, value, nothing, nothing.clone())
+            mean, square = torch.zeros_like(value), torch.zeros_like(value)
+            self._trained[key] = _Trained(weight, position.to(weight.device), value, mean, square)
 
     @property
     def positions(self) -> dict[str, Tensor]:
         """Key -> flat positions on the weight's device, `[k]` int64."""
-        return {key: one.at for key, one in self._trained.items()}
+        return {key: one.position for key, one in self._trained.items()}
 
     @property
     def values(self) -> dict[str, Tensor]:
         """Key -> the trained values as the model holds them, `[k]` in its dtype, on CPU."""
-        return {key: one.weight[at(one.at, one.weight)].cpu() for key, one in self._trained.items()}
+        return {
+            key: one.weight[at(one.position, one.weight)].cpu()
+            for key, one in self._trained.items()
+        }
 
     def update(self, gradients: Mapping[str, Tensor]) -> None:
-        """One step down these gradients, key -> `[k]` float32; a missing one counts as 0."""
+        """Take one Adam step. `gradients`: key -> `[k]` float32; a missing one counts as 0."""
         self.updates += 1
         for key, one in self._trained.items():
             gradient = gradients.get(key)
@@ -119,17 +124,16 @@ class SparseAdam:
             self._write(one)
 
     def state(self) -> dict[str, Tensor]:
-        """All that the next update depends on, to be stored."""
-        parts = ("value", "mean", "square")
-        found = {
+        """Everything that the next update depends on, for saving."""
+        tensors = {
             f"{key}.{part}": getattr(one, part).cpu()
             for key, one in self._trained.items()
-            for part in parts
+            for part in ("value", "mean", "square")
         }
-        return found | {"updates": torch.tensor(self.updates)}
+        return tensors | {"updates": torch.tensor(self.updates)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a stored `state` of the same positions; writes its values into the weights."""
+        """Restore a saved `state` of the same positions and write its values into the weights."""
         self.updates = int(state["updates"])
         for key, one in self._trained.items():
             for part in ("value", "mean", "square"):
@@ -138,7 +142,7 @@ class SparseAdam:
 
     @staticmethod
     def _write(one: _Trained) -> None:
-        one.weight[at(one.at, one.weight)] = one.value.to(one.weight.dtype)
+        one.weight[at(one.position, one.weight)] = one.value.to(one.weight.dtype)
 
 
 def loss_and_gradients(
@@ -148,16 +152,16 @@ def loss_and_gradients(
     scratch: Path,
     advance: Advance = lambda _: None,
 ) -> tuple[float, dict[str, Tensor]]:
-    """The sum over kinds of the mean loss, and its gradient at a few weights of each matrix.
+    """The mean loss summed over kinds of prompts, and its gradient at a few weights of each matrix.
 
-    One forward and one backward pass over all prompts, one layer's gradients in memory at a time.
-    `positions` are flat, by `LinearArchitecture.key`, `[k]` int64; `scratch` and `advance` are as
-    for `layer_gradients`.
+    Takes one forward and one backward pass over all prompts, with one layer's gradients in memory
+    at a time. `positions`: `LinearArchitecture.key` -> flat positions, `[k]` int64; `scratch` and
+    `advance` are as for `layer_gradients`.
 
     Returns:
-        The loss, and key -> `[k]` float32; a linear that no prompt used is missing.
+        The loss, and key -> gradient `[k]` float32; linears that no prompt used are missing.
     """
-    total, found = 0.0, dict[str, Tensor]()
+    total, chosen = 0.0, dict[str, Tensor]()
     for number, (layerwise, loss) in enumerate(sides):
         recorded = Recorded(loss)
         layerwise.rewind()
@@ -172,9 +176,9 @@ def loss_and_gradients(
         for _, gradients in layers:
             for key, gradient in gradients.items():
                 part = gradient.reshape(-1)[positions[key].to(gradient.device)]
-                found[key] = found[key] + part if key in found else part
+                chosen[key] = chosen[key] + part if key in chosen else part
         total += mean_of(recorded.seen)
-    return total, found
+    return total, chosen
 
 
 def train(
@@ -184,10 +188,10 @@ def train(
     scratch: Path,
     advance: Advance = lambda _: None,
 ) -> list[float]:
-    """One pass: an update after each batch.
+    """Train for one pass over the prompts, with an update after each batch.
 
-    The batches are of all kinds of prompts each, and go through the optimizer's model; the rest is
-    as in `loss_and_gradients`.
+    Each batch has prompts of every kind, embedded for the model whose weights the optimizer
+    updates; the other arguments are those of `loss_and_gradients`.
 
     Returns:
         The loss of each batch before its update.
@@ -208,10 +212,10 @@ class FineTuneSettings(Counted):
     method: Literal["fine-tune"] = "fine-tune"
     positions: str = Field(
         RANDOM,
-        description="Which weights are trained: those of a ranking of weights FILE (in a recipe "
-        "also the name of a method before it), the first of it, or random pruned ones.",
+        description="Which weights are trained: the first of a ranking FILE (in a recipe also the "
+        "name of an earlier method), or random pruned ones.",
     )
-    learning_rate: float = Field(0.003, gt=0, description="Of Adam.")
+    learning_rate: float = Field(0.003, gt=0, description="Learning rate of Adam.")
     passes: int = Field(3, ge=1, description="Forward and backward passes over all prompts.")
     draw_seed: int = Field(0, description="Seed of random positions.")
 
@@ -219,7 +223,7 @@ class FineTuneSettings(Counted):
     @classmethod
     def _default_budget(cls, given: Any) -> Any:
         if isinstance(given, Mapping) and given.get("positions", RANDOM) != RANDOM:
-            return given  # all of the ranking
+            return given  # by default the whole ranking is trained
         return with_default_budget(given)
 
     @model_validator(mode="after")
@@ -234,11 +238,7 @@ class FineTuneSettings(Counted):
 
 
 class FineTune(Method[FineTuneSettings]):
-    """Trains the values of a few weights: the positions of another ranking, or random ones.
-
-    Prompts and losses are gain's: the divergence from the dense model's answers. Every pass goes
-    once forward and once backward over all prompts, with an update after `MINIBATCH` of each kind.
-    """
+    """Sparse fine-tuning; see the module."""
 
     name, settings_type = "fine-tune", FineTuneSettings
 
@@ -255,11 +255,11 @@ class FineTune(Method[FineTuneSettings]):
         compute: ComputeSettings,
         prompts: Mapping[str, Reading],
     ) -> None:
-        """Check that the prompts make minibatches that all processes share."""
+        """Check that every minibatch has prompts for each process."""
         minibatches([one.examples for one in prompts.values()], compute)
 
     def rank(self, settings: FineTuneSettings, context: Context) -> Ranking:
-        """The positions, with their trained values; `about` has the loss of each pass."""
+        """The chosen positions with their trained values; `about` has the loss of each pass."""
         chosen = _chosen(settings, context)
         context.work.mkdir(parents=True, exist_ok=True)
         values, losses = _trained(settings, context, chosen)
@@ -285,27 +285,27 @@ PLUGIN = FineTune()
 
 
 def _chosen(settings: FineTuneSettings, context: Context) -> Ranking:
-    """Where values are trained: among weights that could be restored."""
+    """The positions to train."""
     if settings.drawn:
         return random_ranking(context, settings.draw_seed)
     ranking = context.positions
-    assert ranking is not None, "needs() names it"
+    assert ranking is not None, "needs() requires it"
     return ranking if context.count is None else ranking.first(context.count)
 
 
 def _trained(
     settings: FineTuneSettings, context: Context, chosen: Ranking
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """(`LinearArchitecture.key` -> trained values by place in `chosen`, mean loss by pass).
+    """(`LinearArchitecture.key` -> trained values in the order of `chosen`, mean loss by pass).
 
-    Goes on after the last pass that a killed run has finished.
+    Resumes after the last pass that a killed run finished.
     """
     answered, architecture = context.answered or {}, context.dense.architecture
     cut = minibatches([answered[kind].examples for kind in KINDS], context.compute)
     parts = dict(zip(KINDS, zip(*cut, strict=True), strict=True))
-    model, embedded, costs = with_teacher(context, parts)
-    sides = [[(layerwise, costs[kind]) for layerwise in embedded[kind]] for kind in KINDS]
-    batches = list(zip(*sides, strict=True))  # each of both kinds
+    model, embedded, loss_of = with_teacher(context, parts)
+    sides = [[(layerwise, loss_of[kind]) for layerwise in embedded[kind]] for kind in KINDS]
+    batches = list(zip(*sides, strict=True))  # a batch holds prompts of every kind
     modules, linears = dict(model.network.named_modules()), list(architecture.linears)
     positions = {linears[i].key: chosen.position[rows] for i, rows in by_linear(chosen)}
     weights = {li.key: li.weight(modules[li.module]) for li in linears if li.key in positions}
@@ -315,14 +315,14 @@ def _trained(
         state = load_unfinished(path)
         optimizer.load(state)
         losses = state["losses"].tolist()
-    own = sum(one.work for several in embedded.values() for one in several)
-    total = BOTH_WAYS * own * (settings.passes - len(losses))
+    work = sum(one.work for several in embedded.values() for one in several)
+    total = BOTH_WAYS * work * (settings.passes - len(losses))
     with context.progress.task("Fine-tuning", total, "samples x layers") as done:
         while len(losses) < settings.passes:
             shuffled = list(batches)
             random.Random(f"{context.seed} {len(losses)}").shuffle(shuffled)
-            found = train(optimizer, shuffled, architecture, context.work / "states", done)
-            losses.append(sum(found) / len(found))
+            of_batches = train(optimizer, shuffled, architecture, context.work / "states", done)
+            losses.append(sum(of_batches) / len(of_batches))
             if distributed.first():
                 so_far = {"losses": torch.tensor(losses, dtype=torch.float64)}
                 with atomic_file(path) as temporary:
@@ -334,10 +334,10 @@ def _trained(
 def minibatches(
     kinds: Sequence[Sequence[Example]], compute: ComputeSettings
 ) -> list[list[Sequence[Example]]]:
-    """Cut the examples of all kinds into the same number of batches, as even as can be.
+    """Split the examples of every kind into the same number of batches of nearly equal size.
 
     Returns:
-        Of each minibatch the examples of each kind, none of them empty.
+        For each minibatch the examples of each kind, none of them empty.
     """
     most, fewest = max(map(len, kinds)), min(map(len, kinds))
     count = min(-(-most // MINIBATCH), fewest)

@@ -1,16 +1,16 @@
 """Hierarchical Safety Realignment (Li et al. 2025, arXiv 2505.16104, section 3).
 
-    heads <- the h heads without which answers to harmful prompts change most (Ships)
-    for each of their query, key, value and output weights W:
+    heads <- the h heads whose ablation changes answers to harmful prompts most (Ships)
+    for each of their query, key, value and output matrices W:
         I^s, I^u <- importance of W on harmful and on harmless prompts (Wanda)
-        restore (top_q(I^s) AND top_pmax(I^u)) minus top_p(I^u), where pruning took a weight
+        restore (top_q(I^s) AND top_pmax(I^u)) minus top_p(I^u) where the weight was pruned
 
-p is the share that pruning kept, so that what is restored matters for safety and lies just beyond
-what pruning kept for utility. With a budget q is left open: weights are ranked by the q at which
-they would come in, and the first of them restored. HSR-a restores all of the heads instead.
+p is the share that pruning kept. The restored weights therefore matter for safety, and come next by
+importance for utility after those that pruning kept. With a budget instead of q, weights are ranked
+by the smallest q at which they enter the set. HSR-a restores the whole heads instead.
 
-`heads.ships` scores heads, `models.architecture.head_block` says which part of a weight is a
-head's, and `restoration.importance.hsr_scores` is the set.
+`heads.ships` scores heads, `models.architecture.head_block` gives the region of a head in a weight,
+and `restoration.importance.hsr_scores` computes the set.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ MARGIN = 0.2  # p_max - p in the paper
 
 
 class HSRSettings(ImportanceSettings):
-    """Hierarchical Safety Realignment: in the best heads, top q by I^s, p to p_max by I^u."""
+    """Hierarchical Safety Realignment: in the top heads, top q by I^s, p to p_max by I^u."""
 
     method: Literal["hsr"] = "hsr"
     p_max: float | None = Field(
         None, gt=0, le=1, description="Outer bound by I^u, harmless; p + 0.2 if not given."
     )
-    scope: RankingScope = Field("row", description="Within what weights compete.")
+    scope: RankingScope = Field("row", description="Weights compete within this scope.")
 
     @model_validator(mode="after")
     def _check_p(self) -> Self:
         if self.p is not None and self.p_max is not None and self.p >= self.p_max:
-            raise ValueError(f"p is {self.p} and p_max {self.p_max}; p < p_max is needed")
+            raise ValueError(f"p is {self.p} and p_max {self.p_max}; p must be below p_max")
         return self
 
     def bounds(self, kept: float) -> tuple[float, RankingScope]:
@@ -56,7 +56,7 @@ class HSRMethod(ByImportance):
     name, settings_type, title = "hsr", HSRSettings, "HSR"
 
     def own_space(self, settings: ImportanceSettings, kept: float) -> Space:
-        """p_max and the scope."""
+        """Search space of p_max and the scope."""
         p = kept if settings.p is None else settings.p
         return {
             "p_max": Between(min(p + 0.05, 1.0), min(p + 0.5, 1.0)),

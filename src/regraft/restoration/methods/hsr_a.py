@@ -1,4 +1,4 @@
-"""HSR-a, the paper's ablation: everything that pruning took from the chosen heads is restored."""
+"""HSR-a, an ablation in the HSR paper: restore every pruned weight of the chosen heads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from regraft.restoration.selection import InHeads, inside, regions_of
 
 
 class HSRASettings(InHeads):
-    """HSR-a: whole heads."""
+    """HSR-a: every pruned weight of the chosen heads."""
 
     method: Literal["hsr-a"] = "hsr-a"
 
@@ -27,11 +27,11 @@ class HSRAMethod(Method[HSRASettings]):
     name, settings_type = "hsr-a", HSRASettings
 
     def needs(self, settings: HSRASettings) -> Needs:
-        """Scored heads."""
+        """Head scores."""
         return settings.of_heads
 
     def rank(self, settings: HSRASettings, context: Context) -> Ranking:
-        """All weights of the heads, in the order of the network."""
+        """All pruned weights of the heads, in network order."""
         heads = settings.chosen(context.dense.architecture, context.heads)
         regions = regions_of(context.dense, heads)
         best = Best(context.count)
@@ -47,7 +47,7 @@ class HSRAMethod(Method[HSRASettings]):
 
 
 def everything(free: Tensor, blocks: Sequence[Block]) -> Tensor:
-    """The same score, 1, for every pruned weight of the regions; -inf elsewhere. `[out, in]`."""
+    """Score 1 for every restorable weight in the regions, -inf elsewhere. `[out, in]` float32."""
     chosen = free & inside(free.shape, blocks, free.device)
     return torch.full(free.shape, -torch.inf, device=free.device).masked_fill_(chosen, 1.0)
 

@@ -1,9 +1,9 @@
-"""HSR as its authors released it, beside HSR as the paper defines it (`hsr`).
+"""HSR as in its authors' released code, which differs from the paper's definition (`hsr`).
 
-Read from the code at github.com/TheShineyue/HSR (`prune_lvlm_wanda_recover_heads`), none of which
-is copied. It departs from the paper in what it restores (docs/hsr-released.md): importance is
-ranked over the whole matrix; q, k and v are cut by input columns; o_proj is restored in the whole
-matrix as soon as its layer has one chosen head; p_max is 0.7 whatever p is. Its heads are ranked by
+Written after `prune_lvlm_wanda_recover_heads` of github.com/TheShineyue/HSR; no code is copied. It
+restores other weights than the paper (docs/hsr-released.md): importance is ranked over the whole
+matrix; q, k and v are cut by input columns instead of output rows; o_proj is restored everywhere as
+soon as its layer has one chosen head; p_max is always 0.7. Heads are ranked by
 `heads.ships.first_feature_angles`.
 """
 
@@ -28,14 +28,14 @@ from regraft.restoration.importance import (
 )
 from regraft.restoration.selection import inside
 
-P_MAX = 0.7  # the default of the released function, to which `--max_p` is never passed
+P_MAX = 0.7  # default of the released function; its script never passes `--max_p` on
 
 
 def released_block(layer: LayerArchitecture, linear: LinearArchitecture, head: int) -> Block | None:
-    """What the release restores in one weight for `head`; None for a linear outside attention.
+    """The region that the release restores for `head`; None for a linear outside attention.
 
-    Input columns h*D:(h+1)*D of q_proj, k_proj and v_proj, D = inputs / query heads, in all rows;
-    all of o_proj.
+    All of o_proj; all rows and input columns h*D:(h+1)*D of q_proj, k_proj and v_proj, with
+    D = inputs / query heads.
     """
     rows, columns = linear.shape
     if linear.role == "o_proj":
@@ -49,7 +49,7 @@ def released_block(layer: LayerArchitecture, linear: LinearArchitecture, head: i
 def released_scores(
     free: Tensor, safety: Scorer, utility: Scorer, blocks: Sequence[Block], band: Band
 ) -> Tensor:
-    """What the release restores in one matrix; as `hsr_scores`, always by the whole matrix."""
+    """Score of each weight that the release restores: `hsr_scores`, always with scope "matrix"."""
     chosen = free & inside(free.shape, blocks, free.device)
     importance = utility(slice(None))
     chosen &= _largest(importance, band.p_max) & ~_largest(importance, band.p)
@@ -59,13 +59,13 @@ def released_scores(
 
 
 def _largest(score: Tensor, share: float) -> Tensor:
-    """The floor(share * n) largest of all n scores of the matrix, as the release counts them."""
+    """Mark the floor(share * n) largest of all n scores, the release's rounding."""
     n = score.numel()
     return smallest(score, n - count_of(share, n), "matrix").logical_not_()
 
 
 class HSRReleasedSettings(ImportanceSettings):
-    """What the authors' code restores (docs/hsr-released.md)."""
+    """HSR as in the authors' code (docs/hsr-released.md)."""
 
     method: Literal["hsr-released"] = "hsr-released"
 

@@ -1,4 +1,4 @@
-"""The control: random pruned weights are restored, as many as a budget says."""
+"""Random control: restore a budget of pruned weights drawn at random."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from regraft.restoration.selection import random_ranking
 
 
 class RandomSettings(AlwaysBudgeted):
-    """Random pruned weights, a control."""
+    """Restore random pruned weights, as a control."""
 
     method: Literal["random"] = "random"
     draw_seed: int = Field(
-        0, description="Seed of the choice, with --seed: another of either draws others."
+        0, description="Seed of the draw, combined with --seed: changing either draws others."
     )
 
     @property
@@ -30,7 +30,7 @@ class RandomWeights(Method[RandomSettings]):
     name, settings_type = "random", RandomSettings
 
     def rank(self, settings: RandomSettings, context: Context) -> Ranking:
-        """A random order, another one for each calibration seed."""
+        """All restorable weights in a random order, a different one for each calibration seed."""
         return random_ranking(context, settings.draw_seed)
 
     def label(self, settings: RandomSettings) -> str:

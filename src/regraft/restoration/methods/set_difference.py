@@ -1,7 +1,9 @@
-"""The set difference of Wei et al. (2024, arXiv 2402.05162): what safety needs and utility not.
+"""Set difference (Wei et al. 2024, arXiv 2402.05162): weights that only safety needs.
 
-Weights of all linears among the top q by importance for safety, minus the top p for utility. q is
-left open: weights are ranked by the q at which they would come in, as in `importance.py`.
+    in every linear:  restore top_q(I^s) minus top_p(I^u) where the weight was pruned
+
+A budget takes the place of q: weights are ranked by the smallest q at which they enter the set, as
+in `importance.py`.
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ from regraft.restoration.selection import whole
 
 
 class SetDifferenceSettings(AlwaysBudgeted):
-    """Weights that matter for safety and not for utility, by Wanda's importance."""
+    """Restore weights that matter for safety and not for utility, by Wanda's importance."""
 
     method: Literal["set-difference"] = "set-difference"
     p: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="Top share by utility importance that is left out; if not given, what pruning "
-        "kept of each matrix.",
+        description="Top share by importance for utility that is left out; if not given, the share "
+        "of each matrix that pruning kept.",
     )
     scope: Literal["row", "matrix"] = Field(
         "row", description="Weights compete within their row or the matrix."
@@ -37,7 +39,7 @@ class SetDifferenceSettings(AlwaysBudgeted):
         return P_IS_KEPT if self.p is None else None
 
     def band(self, kept: float) -> Band | None:
-        """The thresholds for a matrix of which pruning kept a share; None where empty."""
+        """Thresholds for a matrix of which pruning kept the share `kept`; None if p is 1."""
         p = kept if self.p is None else self.p
         return Band(1.0, p, 1.0, self.scope) if p < 1 else None
 
@@ -52,7 +54,7 @@ class SetDifference(Method[SetDifferenceSettings]):
         return Needs(statistics="wanda")
 
     def rank(self, settings: SetDifferenceSettings, context: Context) -> Ranking:
-        """By the share q at which the set difference would hold each weight."""
+        """Rank all restorable weights by the q at which each enters the set difference."""
         return by_importance(context, whole, settings.band, "wanda", hsr_scores).ranked()
 
     def label(self, settings: SetDifferenceSettings) -> str:

@@ -1,4 +1,4 @@
-"""Gain: objective.py the formulas, step.py a step, method.py the loop, path.py its log."""
+"""Gain: objective.py has the formulas, step.py one step, method.py the loop, path.py its record."""
 
 from regraft.restoration.methods.gain.method import PLUGIN
 

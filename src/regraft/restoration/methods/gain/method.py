@@ -1,12 +1,6 @@
-"""Restore by gain: what the dense model predicts, held-out prompts, and the steps.
+"""Restore by gain: settings, the loop over steps, and when it stops.
 
-    ask the dense model about the answers; hold a quarter of the prompts out
-    repeat
-        restore in a step (step.py) at most twice as many weights as in the step before
-        write what is restored so far, from which a killed run goes on
-    until the held-out loss falls by less than 1 %, nothing helps, or 5 steps are done
-
-objective.py has the formulas.
+objective.py has the method in pseudo-code and its formulas, step.py one step.
 """
 
 from __future__ import annotations
@@ -50,8 +44,8 @@ from regraft.restoration.ranking import Edits, Ranking, empty, joined, load_rank
 from regraft.restoration.teacher import with_teacher
 from regraft.settings.compute import ComputeSettings
 
-HELD_OUT = 0.25  # of the prompts of each kind
-LEAST_FALL = 0.01  # of the held-out loss, relative: with a smaller one a step is the last
+HELD_OUT = 0.25  # share of the prompts of each kind
+LEAST_FALL = 0.01  # relative fall of the held-out loss below which a step is the last
 
 
 class GainSettings(AlwaysBudgeted):
@@ -62,14 +56,14 @@ class GainSettings(AlwaysBudgeted):
         None,
         gt=0,
         lt=10_000,
-        description="At most so many restored weights per 10,000 pruned ones; "
+        description="Maximum number of restored weights per 10,000 pruned ones; "
         f"{DEFAULT_BUDGET:g} if neither this nor a count is given. Gain usually stops far "
         "earlier by itself, when more do not help on held-out prompts.",
     )
     swap: bool = Field(
         False,
-        description="Prune a kept weight of the same row or N:M group for each that is restored, "
-        "so that sparsity stays exactly as it was.",
+        description="Prune a kept weight of the same row or N:M group for each restored one, so "
+        "that sparsity stays exactly as it was.",
     )
 
     @property
@@ -83,7 +77,7 @@ class GainSettings(AlwaysBudgeted):
         return "a swap prunes a weight that pruning kept. Leave out --swap"
 
     def without_amount(self) -> Self:
-        """Without the budget, which takes the first part of the same path."""
+        """The settings without the budget, which takes a prefix of the same path."""
         return self.model_copy(update={"budget": None, "count": None})
 
 
@@ -95,7 +89,7 @@ class Gain(Method[GainSettings]):
 
     def needs(self, settings: GainSettings) -> Needs:
         """The dense model's own answers."""
-        return Needs(answers=True, passes=30)  # five steps; measured, with the work on weights
+        return Needs(answers=True, passes=30)  # five steps, measured, work on weights included
 
     def check(
         self,
@@ -105,24 +99,24 @@ class Gain(Method[GainSettings]):
         compute: ComputeSettings,
         prompts: Mapping[str, Reading],
     ) -> None:
-        """Check that prompts of each kind can be held out, and shared by processes.
+        """Check that each kind has enough prompts to hold some out and to share among processes.
 
-        A process may have no held-out prompts, but gradients are taken by each.
+        A process may have no held-out prompts, but each needs some for gradients.
         """
         for reading in prompts.values():
             if (count := len(reading.examples)) < 2:
                 raise RegraftError(
-                    f"{reading.source}: gain holds prompts of each kind out to see where to stop, "
-                    f"and needs at least 2; there are {count}. Give more prompts, or raise "
+                    f"{reading.source}: gain holds out prompts of each kind to decide when to "
+                    f"stop, and needs at least 2; got {count}. Give more prompts, or raise "
                     "--samples."
                 )
             check_shares(hold_out(reading.examples, HELD_OUT, seed)[0], compute)
 
     def rank(self, settings: GainSettings, context: Context) -> Ranking:
-        """The order in which weights are restored, step by step.
+        """Restore weights step by step; the ranking is the order in which they are restored.
 
-        Its `about` has the `steps`, the held-out losses of the pruned model at the `start`, and why
-        it ended; every finished step is kept in the work folder.
+        Its `about` is the path: held-out losses of the pruned model (`start`), `steps` and why it
+        ended (`end`). Every finished step is saved in the work folder.
 
         Raises:
             RegraftError: the pruned model's loss on held-out prompts is not finite.
@@ -139,14 +133,14 @@ class Gain(Method[GainSettings]):
             path = GainPath(_start(problem, context))
         while (end := _end(path, most)) is None:
             _require_space(problem)
-            now, number = path.held_out, len(path.steps) + 1
+            before, number = path.held_out, len(path.steps) + 1
             tries = path.expected_tries
             work = _work(problem, BOTH_WAYS, tries)
             with progress.task(f"Step {number} of gain", *work) as done:
-                found, figures = step(problem, _room(path, most), ranking, now, done, tries)
-            path = replace(path, steps=(*path.steps, figures))
-            ranking = replace(joined([ranking, found]), about=path_to_json(path))
-            progress.note(_described(figures, now))
+                restored, record = step(problem, _room(path, most), ranking, before, done, tries)
+            path = replace(path, steps=(*path.steps, record))
+            ranking = replace(joined([ranking, restored]), about=path_to_json(path))
+            progress.note(_described(record, before))
             if distributed.first():
                 save_ranking(file, ranking)
             distributed.barrier()
@@ -160,14 +154,14 @@ class Gain(Method[GainSettings]):
 
 
 def _start(problem: Problem, context: Context) -> Losses:
-    """The losses of the pruned model on held-out prompts."""
+    """Losses of the pruned model on the held-out prompts."""
     label = "Held-out loss of the pruned model"
     with context.progress.task(label, *_work(problem, 0, 1)) as done:
         losses = held_out_losses(problem.sides, done)
     if not math.isfinite(losses.sum):
         raise RegraftError(
             f"The pruned model's loss on held-out prompts is {losses.sum}: activations overflow "
-            f"with --dtype {context.compute.dtype}, or a weight is not finite. Take float32 or "
+            f"with --dtype {context.compute.dtype}, or a weight is not finite. Use float32 or "
             "prune again."
         )
     return losses
@@ -176,36 +170,36 @@ def _start(problem: Problem, context: Context) -> Losses:
 def _require_space(problem: Problem) -> None:
     """Raise unless the layer inputs of a step fit on the disk."""
     needed = sum(hidden_state_bytes(problem.dense, side.gradient) for side in problem.sides)
-    there = size_of(problem.scratch)  # what a killed step has left, and this one overwrites
-    require_space(problem.scratch.parent, needed - there)
+    reused = size_of(problem.scratch)  # files of a killed step, which this one overwrites
+    require_space(problem.scratch.parent, needed - reused)
 
 
 def _room(path: GainPath, most: int) -> Room:
-    """How many weights the next step may restore.
+    """Maximum number of weights of the next step.
 
-    At most twice as many as the step before, so that the line search is not spent on numbers that
-    were too many already.
+    It is twice that of the step before, so that the line search does not waste tries on numbers
+    that were already too many.
     """
     left = Room(most - path.restored, "weights")
     return min(Room(2 * path.taken[-1], "doubling"), left) if path.steps else left
 
 
 def path_limit(restorable: int) -> int:
-    """How many weights a path may have, so that its candidates fit into memory.
+    """Maximum number of weights of a path, so that its candidates fit into memory.
 
-    Paths end long before: on a 0.5 B model at a few weights of a million pruned ones.
+    Paths end far earlier: on a 0.5 B model after a few weights per million pruned ones.
     """
     return min(restorable, max(10_000, restorable // 1_000))
 
 
 def _end(path: GainPath, most: int) -> End | None:
-    """Why there is no further step, if there is none."""
+    """Why the path ends here, or None to take another step."""
     if not path.steps:
         return None
     before = replace(path, steps=path.steps[:-1]).held_out
     if not path.steps[-1].candidates:
         return "candidates"
-    least = LEAST_FALL * max(before.sum, 0)  # rounding may take a sum of 0 below it
+    least = LEAST_FALL * max(before.sum, 0)  # rounding can make a loss of 0 slightly negative
     if before.sum - path.held_out.sum <= least:
         return "held-out"
     if path.restored >= most:
@@ -223,13 +217,13 @@ def _described(last: StepRecord, before: Losses) -> str:
 
 
 def _work(problem: Problem, passes: int, tries: int) -> tuple[int, str]:
-    """How much there is to do: passes over gradient prompts, and over held-out ones."""
-    own = sum(passes * side.gradient.work + tries * side.held_out.work for side in problem.sides)
-    return own, "samples x layers"
+    """(total work, its unit) of passes over gradient prompts and tries over held-out ones."""
+    work = sum(passes * side.gradient.work + tries * side.held_out.work for side in problem.sides)
+    return work, "samples x layers"
 
 
 def _prepare(context: Context, swap: bool) -> Problem:
-    """The pruned model, and the prompts of both kinds embedded, ready to enter its first layer."""
+    """Load the pruned model and embed the prompts of both kinds."""
     answered = context.answered or {}
     parts = {kind: _split(kind, answered[kind], context.progress, context.seed) for kind in KINDS}
     model, embedded, losses = with_teacher(context, parts)
@@ -244,12 +238,12 @@ def _prepare(context: Context, swap: bool) -> Problem:
 def _split(
     kind: str, reading: Reading, progress: Progress, seed: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """(prompts to take gradients of, prompts held out)."""
+    """(prompts for gradients, held-out prompts); notes how many of which categories."""
     gradient, held = hold_out(reading.examples, HELD_OUT, seed)
-    apart = {one.category for one in held} - {one.category for one in gradient}
-    whole = sum(one.category in apart for one in held)
-    parts = [f"{whole} of {', '.join(sorted(apart))}"] if whole else []
-    parts += [f"{len(held) - whole} drawn"] if whole < len(held) else []
+    whole = {one.category for one in held} - {one.category for one in gradient}
+    in_whole = sum(one.category in whole for one in held)  # their categories are held out entirely
+    parts = [f"{in_whole} of {', '.join(sorted(whole))}"] if in_whole else []
+    parts += [f"{len(held) - in_whole} drawn"] if in_whole < len(held) else []
     progress.note(
         f"{KINDS[kind]} prompts: {len(gradient)} for gradients, {len(held)} held out "
         f"({', '.join(parts)})"

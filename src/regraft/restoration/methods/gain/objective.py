@@ -1,4 +1,4 @@
-"""Restoration gain: how far each loss falls when a weight is restored, to first order.
+"""Restoration gain: how much each loss falls when a weight is restored, to first order.
 
 At the pruned (or otherwise changed) model let G^s and G^u be the mean gradients of the safety and
 the utility loss. When weight ij takes its dense value, a loss is predicted to fall by its gain
@@ -6,17 +6,16 @@ the utility loss. When weight ij takes its dense value, a loss is predicted to f
 restoration). Weights are restored in steps:
 
     repeat
-        G^s, G^u <- mean gradients of the model as it is, over the prompts that are not held out
-        candidates <- weights with gain^u >= 0 and gain^s + gain^u > 0, by that sum, of those that
-                      pruning or quantising changed
-        n <- as many as are predicted to halve the loss, at most twice the step before
+        G^s, G^u   <- mean gradients of the current model, over the prompts that are not held out
+        candidates <- restorable weights with gain^u >= 0 and gain^s + gain^u > 0, by that sum
+        n          <- as many as are predicted to halve the loss, at most twice the step before
         try the first n, n/2, n/4 ... n/64 and restore the number with the lowest held-out loss
-    until a step lowers the held-out loss by less than 1 %, or 5 times
+    until a step lowers the held-out loss by less than 1 %, or 5 steps are done
 
-In a swap a kept weight of the same row, or of the same N:M group, is pruned in exchange: the one
-without which both losses change least, by `|-G w + F w^2 / 2|` with F the diagonal of the empirical
-Fisher matrix. The cost is an absolute value, so that no removal is preferred for being predicted to
-help.
+With swaps a kept weight of the same row, or of the same N:M group, is pruned in exchange: the one
+whose removal changes both losses least, by `|-G w + F w^2 / 2|` with F the diagonal of the
+empirical Fisher matrix. The absolute value keeps a removal from being chosen because it is
+predicted to help.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MOST_TRIES = 7  # numbers of weights that a line search evaluates: n, n/2 ... n/64
+MOST_TRIES = 7  # numbers of weights that a line search tries: n, n/2 ... n/64
 
 
 def worth_of(safety: Tensor, utility: Tensor) -> Tensor:
-    """`gain^s + gain^u` of each candidate, -inf where it would raise the loss on harmless prompts.
+    """`gain^s + gain^u`, or -inf where gain^u < 0: it would raise the loss on harmless prompts.
 
     Any shape, float32.
     """
@@ -45,12 +44,12 @@ def gain(gradient: Tensor, dense: Tensor, current: Tensor) -> Tensor:
 
 
 def first_order_limit(worth: Tensor, loss: float) -> int:
-    """How many weights are together predicted to halve the loss, at least one.
+    """Number of weights that are together predicted to halve the loss, at least one.
 
-    The first weights of a step push the same decision the same way, so that they do less together
-    than first order promises of each. With as many as are predicted to lower the loss to zero, the
-    model refuses much more than the dense one, and further steps go into undoing that. `worth` is
-    the predicted fall by each weight, best first, `[k]` float32, `loss` what it is now.
+    The best weights of a step all push the same decision, so their effects do not simply add up:
+    with enough weights to predict a loss of zero the model refuses much more than the dense one,
+    and later steps are spent on undoing that. `worth` `[k]` float32 is the predicted fall by each
+    weight, best first; `loss` is the current loss.
     """
     return max(1, int((worth.double().cumsum(0) <= loss / 2).sum()))
 
@@ -65,35 +64,34 @@ class Try(NamedTuple):
 def line_search(
     value: Callable[[int], float], now: float, most: int
 ) -> tuple[int, tuple[Try, ...]]:
-    """The number of a step's best weights with which the held-out loss is lowest.
+    """Find how many of a step's best weights give the lowest held-out loss.
 
-    First order overestimates what many weights do together. `most` are tried, then half as many,
-    and so on, until fewer are worse than what was found to help.
+    First order overestimates the joint effect of many weights. `most` are tried, then half as many,
+    and so on, until some number has helped and the next smaller one is no better.
 
     Args:
-        value: The held-out loss with the first n weights restored.
+        value: n -> the held-out loss with the first n weights restored.
         now: The held-out loss without them.
-        most: How many weights at most.
+        most: Maximum number of weights.
 
     Returns:
-        (the number, 0 where no try lowers the loss; the tries in order, but for those whose loss
-        is not finite)
+        (the best number, 0 if no try lowers the loss; the tries with a finite loss, in order)
     """
     best, lowest = 0, now
     tries: list[Try] = []
-    for tried in numbers_tried(most):
-        found = value(tried)
-        if math.isfinite(found):
-            tries.append(Try(tried, found))
-        if found < lowest:
-            best, lowest = tried, found
+    for number in numbers_tried(most):
+        loss = value(number)
+        if math.isfinite(loss):
+            tries.append(Try(number, loss))
+        if loss < lowest:
+            best, lowest = number, loss
         elif best:
             break
     return best, tuple(tries)
 
 
 def numbers_tried(most: int) -> tuple[int, ...]:
-    """What a line search tries at most: `most`, half as many, and so on, down to one or n/64."""
+    """All numbers that a line search may try: n = `most`, n/2 ... n/64, or down to 1."""
     return tuple(most >> i for i in range(min(MOST_TRIES, most.bit_length())))
 
 
@@ -103,39 +101,39 @@ def removal_cost(gradient: Tensor, fisher: Tensor, current: Tensor) -> Tensor:
     return (fisher * weight / 2 - gradient).mul_(weight)
 
 
-def swaps_in_rows(keys: Tensor, cost: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def swaps_in_rows(worth: Tensor, cost: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Pair the best candidates of each row with its cheapest kept weights, in order.
 
     Args:
-        keys: What restoring each weight is worth, `[out, in]` float32, -inf where none can be.
-        cost: What each removal costs, `[out, in]` float32, inf where the weight must stay.
-        most: Pairs a row at most.
+        worth: Worth of restoring each weight, `[out, in]` float32, -inf where impossible.
+        cost: Cost of removing each weight, `[out, in]` float32, inf where it must stay.
+        most: Maximum number of pairs per row.
 
     Returns:
-        (worth of each candidate less the cost of its removal, -inf elsewhere; position of the
+        (worth of each candidate minus the cost of its removal, -inf elsewhere; flat position of the
         weight removed for it, -1 elsewhere), `[out, in]` float32 and int64.
     """
-    rows, columns = keys.shape
+    rows, columns = worth.shape
     most = min(most, columns)
-    worth, restored = keys.topk(most, dim=1)  # [out, most]
-    price, removed = cost.topk(most, dim=1, largest=False)
-    net = (worth - price).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
-    start = torch.arange(rows, device=keys.device)[:, None] * columns
-    return _spread(keys, restored, net, removed + start)
+    best, restored = worth.topk(most, dim=1)  # [out, most]
+    cheapest, removed = cost.topk(most, dim=1, largest=False)
+    start = torch.arange(rows, device=worth.device)[:, None] * columns
+    return _scattered(worth, restored, best - cheapest, removed + start)
 
 
-def swaps_in_groups(keys: Tensor, cost: Tensor, m: int) -> tuple[Tensor, Tensor]:
+def swaps_in_groups(worth: Tensor, cost: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """The best single swap of each group of M consecutive inputs; see `swaps_in_rows`."""
-    rows, columns = keys.shape
-    worth, restored = keys.view(rows, -1, m).max(dim=2)  # [out, in / M]
-    price, removed = cost.view(rows, -1, m).min(dim=2)
-    first = torch.arange(columns // m, device=keys.device) * m
-    start = torch.arange(rows, device=keys.device)[:, None] * columns
-    net = (worth - price).nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
-    return _spread(keys, restored + first, net, removed + first + start)
+    rows, columns = worth.shape
+    best, restored = worth.view(rows, -1, m).max(dim=2)  # [out, in / M]
+    cheapest, removed = cost.view(rows, -1, m).min(dim=2)
+    first = torch.arange(columns // m, device=worth.device) * m
+    start = torch.arange(rows, device=worth.device)[:, None] * columns
+    return _scattered(worth, restored + first, best - cheapest, removed + first + start)
 
 
-def _spread(like: Tensor, at: Tensor, net: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
-    worth = torch.full_like(like, -torch.inf).scatter_(1, at, net)
-    position = torch.full(like.shape, -1, device=like.device).scatter_(1, at, removed)
+def _scattered(like: Tensor, column: Tensor, net: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
+    """Put `net` and `removed` of each swap at its `column`; -inf and -1 where there is no swap."""
+    net = net.nan_to_num_(nan=-torch.inf, neginf=-torch.inf)  # inf - inf, after an overflow
+    worth = torch.full_like(like, -torch.inf).scatter_(1, column, net)
+    position = torch.full(like.shape, -1, device=like.device).scatter_(1, column, removed)
     return worth, position.masked_fill_(worth == -torch.inf, -1)

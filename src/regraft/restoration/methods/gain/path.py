@@ -1,4 +1,4 @@
-"""The path of gain: losses, numbers tried, what limited each step and why the path ended."""
+"""The record of gain's path: losses, numbers tried, what limited each step, why the path ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ REASONS: Mapping[End, str] = {
     "held-out": "more weights hardly lower the loss on held-out prompts",
     "candidates": "no other pruned weight is predicted to help",
 }
-# Why a step restored no more weights, or no fewer.
 StepLimit = Literal[
     "first-order", "doubling", "weights", "candidates", "held-out", "fewest", "nothing"
 ]
@@ -28,16 +27,14 @@ LIMITS: Mapping[StepLimit, str] = {
     "weights": "a path takes no more weights",
     "candidates": "no other weight is predicted to help",
     "held-out": "fewer were better on held-out prompts",
-    "fewest": "fewer were better, and no fewer are tried",
+    "fewest": "fewer were better, and no smaller number is tried",
     "nothing": "no number that was tried helped on held-out prompts",
 }
-
-
 MOST_STEPS = 5  # cost about ten forward and backward passes over all prompts, answers included
 
 
 class Room(NamedTuple):
-    """How many weights a step may restore, and which of two limits that is."""
+    """Maximum number of weights of a step, and which limit that is."""
 
     weights: int
     by: Literal["doubling", "weights"]
@@ -45,30 +42,30 @@ class Room(NamedTuple):
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean losses, in nats, of harmful prompts (safety) and harmless ones (utility)."""
+    """Mean losses in nats on harmful prompts (safety) and on harmless ones (utility)."""
 
     safety: float
     utility: float
 
     @property
     def sum(self) -> float:
-        """What a step is to lower."""
+        """The loss that steps lower."""
         return self.safety + self.utility
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What is kept of a finished step.
+    """Record of a finished step.
 
     Attributes:
-        restored: How many weights are restored after it, in all.
-        gradient: Losses on the gradient prompts, those not held out, before it.
+        restored: Total number of restored weights after it.
+        gradient: Losses on the gradient prompts before it.
         held_out: Losses on the held-out prompts after it.
-        candidates: How many weights were predicted to help and not to raise the loss on harmless
-            prompts, counted up to as many as the step may restore.
-        tries: Numbers of weights that were tried, besides those restored before, with the sum of
-            the held-out losses.
-        limit: Why it restored as many as it did.
+        candidates: Number of weights that were predicted to help without raising the loss on
+            harmless prompts, counted up to the maximum of the step.
+        tries: The numbers of further weights that were tried, each with the sum of the held-out
+            losses.
+        limit: What decided how many weights it restored.
     """
 
     restored: int
@@ -86,7 +83,7 @@ class GainPath:
     Attributes:
         start: Losses of the pruned model on the held-out prompts.
         steps: In order.
-        end: Why there is no further step; None while there may be one.
+        end: Why the path ended; None while it may continue.
     """
 
     start: Losses
@@ -99,30 +96,30 @@ class GainPath:
 
     @property
     def held_out(self) -> Losses:
-        """Losses on the held-out prompts now."""
+        """Current losses on the held-out prompts."""
         return self.steps[-1].held_out if self.steps else self.start
 
     @property
     def taken(self) -> tuple[int, ...]:
-        """How many weights each step restored."""
+        """Number of weights that each step restored."""
         after = [step.restored for step in self.steps]
         return tuple(now - before for before, now in zip([0, *after], after, strict=False))
 
     @property
     def expected_tries(self) -> int:
-        """How many numbers the next line search may try, going by those before; two at first."""
-        tried = [len(step.tries) for step in self.steps]
-        return max(1, round(sum(tried) / len(tried))) if tried else 2
+        """Expected tries of the next line search: the mean of those before, two at first."""
+        tries = [len(step.tries) for step in self.steps]
+        return max(1, round(sum(tries) / len(tries))) if tries else 2
 
 
 def limit_of(taken: int, most: int, candidates: int, room: Room) -> StepLimit:
-    """Why a step restored as many weights as it did.
+    """What decided how many weights a step restored.
 
     Args:
-        taken: So many.
+        taken: Number of weights that it restored.
         most: The largest number tried, 0 without candidates.
-        candidates: Weights that were predicted to help, counted up to the room.
-        room: How many the step was allowed.
+        candidates: Number of weights predicted to help, counted up to the room.
+        room: The maximum of the step.
     """
     if not candidates:
         return "candidates"
@@ -136,9 +133,9 @@ def limit_of(taken: int, most: int, candidates: int, room: Room) -> StepLimit:
 
 
 def short_of(path: GainPath, restored: int, allowed: int | None) -> str:
-    """ "394 of 3,222 weights allowed by the budget: ..." where a path ended below its budget.
+    """ "394 of 3,222 weights allowed by the budget: ..." if a path ended below its budget.
 
-    Empty text otherwise. `allowed` is None where no budget says how many.
+    Empty otherwise; `allowed` is None without a budget.
     """
     if path.end is None or allowed is None or restored >= allowed:
         return ""
@@ -149,16 +146,16 @@ _JSON = TypeAdapter(GainPath)
 
 
 def path_to_json(path: GainPath) -> dict[str, Any]:
-    """As a ranking's `about` keeps it: `start`, `steps` and, where it has ended, `end`."""
-    kept: dict[str, Any] = _JSON.dump_python(path, mode="json", exclude_none=True)
-    return kept
+    """The path as stored in a ranking's `about`: `start`, `steps` and, once it has ended, `end`."""
+    content: dict[str, Any] = _JSON.dump_python(path, mode="json", exclude_none=True)
+    return content
 
 
 def read_path(about: Mapping[str, Any]) -> GainPath | None:
-    """From what `path_to_json` made of it, whatever else is there; None of a method without a path.
+    """Read a path from a ranking's `about`; None for a method without a path.
 
     Raises:
-        RegraftError: a step lacks a number, or it ended for another reason than there are.
+        RegraftError: a number is missing or wrong, or the reason for the end is unknown.
     """
     if "steps" not in about:
         return None
@@ -166,6 +163,6 @@ def read_path(about: Mapping[str, Any]) -> GainPath | None:
         return _JSON.validate_python(about)
     except ValidationError as error:
         raise RegraftError(
-            f"A ranking by gain does not hold the path that it was found along ({error}). Remove "
-            "the ranking to have it made again."
+            f"A ranking by gain has no valid record of its path ({error}). Remove the ranking to "
+            "make it again."
         ) from error

@@ -1,4 +1,4 @@
-"""One step of gain: gradients of the model as it is, candidates, and a search of how many help."""
+"""One step of gain: gradients of the current model, candidates, and a search for their number."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from regraft.restoration.methods.gain.path import Losses, Room, StepRecord, limi
 from regraft.restoration.ranking import Best, Edits, Ranking
 from regraft.restoration.teacher import DecisionLoss, Recorded, losses_together, mean_of
 
-_SWAPS_IN_A_ROW = 64  # of a step, at most: bounds what is kept of every row
+_SWAPS_IN_A_ROW = 64  # at most, per step: bounds the pairs of each row held in memory
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Prompts:
     """Prompts of one kind, harmful or harmless, with their answers and the loss on them.
 
     Attributes:
-        gradient: Those that gradients are taken of.
-        held_out: Those that decide how many weights a step restores; none of `gradient`.
-        loss: Of one answer.
+        gradient: Prompts for gradients.
+        held_out: Other prompts, on which the number of weights of a step is chosen.
+        loss: Loss of one answer.
     """
 
     gradient: LayerwisePass
@@ -54,14 +54,14 @@ class Problem:
     """The models and prompts of a restoration.
 
     Attributes:
-        model: The model in memory, as pruned.
+        model: The pruned model in memory, with what is restored so far.
         dense: The checkpoint that values are taken from.
         pruned: The checkpoint of `model`.
         sides: Harmful prompts and harmless ones.
         scratch: A folder for layer inputs.
-        swap: Prune a kept weight of the same row, or of the same N:M group where the matrix has
-            them, for each that is restored.
-        kind: Of the two checkpoints: which weights can be restored.
+        swap: For each restored weight, prune a kept one of the same row, or of the same N:M group
+            if the matrix has a pattern.
+        kind: Kind of the pair of checkpoints, which decides what is restorable.
     """
 
     model: PlacedModel
@@ -73,26 +73,26 @@ class Problem:
     kind: Kind = "pruned"
 
     @cached_property
-    def written(self) -> tuple[torch.dtype, ...]:
-        """In the order of `Architecture.linears`, what the patch's values are rounded to."""
+    def patch_dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtype of a patch's values, in the order of `Architecture.linears`."""
         record = self.pruned.checkpoint.record
         linears = self.pruned.architecture.linears
         return tuple(record(linear.tensor).torch_dtype for linear in linears)
 
-    def value(self, index: int, linear: LinearArchitecture) -> Tensor:
-        """The dense weight of the `index`-th linear, `[out, in]`; for "changed" as a patch has it.
+    def dense_weight(self, index: int, linear: LinearArchitecture) -> Tensor:
+        """The dense weight of the `index`-th linear, `[out, in]`.
 
-        Where a dtype alone differs, nothing was changed that could be restored.
+        In a "changed" pair it is rounded to the patch's dtype: rounding alone is no change to undo.
         """
-        value = self.dense.weight(linear)
-        return value if self.kind == "pruned" else value.to(self.written[index])
+        weight = self.dense.weight(linear)
+        return weight if self.kind == "pruned" else weight.to(self.patch_dtypes[index])
 
     @cached_property
     def groups(self) -> dict[str, int]:
-        """M of every weight that is pruned N:M, by `LinearArchitecture.key`."""
+        """`LinearArchitecture.key` -> M, for every weight with an N:M pattern."""
         pairs = zip(self.dense.architecture.linears, self.pruned.architecture.linears, strict=True)
-        found = {a.key: grouping_of(self.pruned.weight(b)) for a, b in pairs}
-        return {key: grouping.m for key, grouping in found.items() if grouping is not None}
+        groupings = {a.key: grouping_of(self.pruned.weight(b)) for a, b in pairs}
+        return {key: grouping.m for key, grouping in groupings.items() if grouping is not None}
 
 
 def step(
@@ -103,71 +103,72 @@ def step(
     advance: Advance,
     expected: int = 1,
 ) -> tuple[Ranking, StepRecord]:
-    """Restore the weights that help most now; in the model too.
+    """Restore the weights that help most at the current model, in place.
 
     Args:
         problem: The model, with `so_far` restored, and the prompts.
-        room: How many weights at most, and why.
-        so_far: What steps before restored.
-        held_out: The held-out losses now.
-        advance: Called with the number of samples that a layer has seen, as `layer_gradients` and
-            `held_out_losses` do.
-        expected: As many numbers of weights were announced to be tried; more are told of.
+        room: Maximum number of weights, and what limits it.
+        so_far: The weights that earlier steps restored.
+        held_out: The current held-out losses.
+        advance: Called with the number of samples each time a layer has seen a batch, as by
+            `layer_gradients` and `held_out_losses`.
+        expected: Number of tries that the progress bar counts on; more are added to it.
 
     Returns:
-        (what it restored, best first, empty where nothing lowers the held-out loss; the figures)
+        (the restored weights, best first, none if nothing lowers the held-out loss; the record)
     """
-    found, losses = _candidates(problem, room.weights, so_far, advance)
-    chosen = found.first(first_order_limit(found.score, losses.sum)) if len(found) else found
+    candidates, losses = _candidates(problem, room.weights, so_far, advance)
+    chosen = candidates.first(first_order_limit(candidates.score, losses.sum))
     weights = weights_of(problem.model.network, problem.dense.architecture)
     edits = Edits(chosen, weights, problem.dense)
-    seen = {0: held_out}
+    measured = {0: held_out}
 
-    def value(count: int) -> float:
-        if len(seen) > expected:
+    def loss_with(count: int) -> float:
+        if len(measured) > expected:
             expect(advance, sum(side.held_out.work for side in problem.sides))
         edits.put(count)
-        seen[count] = held_out_losses(problem.sides, advance)
-        return seen[count].sum
+        measured[count] = held_out_losses(problem.sides, advance)
+        return measured[count].sum
 
-    taken, tries = line_search(value, held_out.sum, len(chosen))
+    taken, tries = line_search(loss_with, held_out.sum, len(chosen))
     edits.put(taken)
-    limit = limit_of(taken, len(chosen), len(found), room)
-    figures = StepRecord(len(so_far) + taken, losses, seen[taken], len(found), tries, limit)
-    return chosen.first(taken), figures
+    limit = limit_of(taken, len(chosen), len(candidates), room)
+    restored = len(so_far) + taken
+    record = StepRecord(restored, losses, measured[taken], len(candidates), tries, limit)
+    return chosen.first(taken), record
 
 
 def held_out_losses(sides: Sequence[Prompts], advance: Advance = lambda _: None) -> Losses:
-    """Of the model as it is."""
-    found = losses_together([(side.held_out, side.loss) for side in sides], advance)
-    return Losses(*(mean_of(one.values()) for one in found))
+    """Mean losses of the current model on the held-out prompts."""
+    losses = losses_together([(side.held_out, side.loss) for side in sides], advance)
+    return Losses(*(mean_of(of_kind.values()) for of_kind in losses))
 
 
 def _candidates(
     problem: Problem, room: int, so_far: Ranking, advance: Advance
 ) -> tuple[Ranking, Losses]:
-    """(the best weights that could be restored, in order; losses on the gradient prompts)."""
+    """(at most `room` candidates, best first; losses on the gradient prompts)."""
     best = Best(room)
     architecture = problem.dense.architecture
     index = {linear.key: i for i, linear in enumerate(architecture.linears)}
     weights = weights_of(problem.model.network, architecture)
     losses = [Recorded(side.loss) for side in problem.sides]
-    # Both kinds go back through the layers side by side, so that the gradients of no more than one
-    # layer are in memory.
+    # The backward passes of both kinds run side by side, so that the gradients of only one layer
+    # are in memory.
     passes = (_gradients(problem, i, loss, advance) for i, loss in enumerate(losses))
     for (layer, for_safety), (_, for_utility) in zip(*passes, strict=True):
         for linear in layer.linears:
-            # `pop`, so that the memory of a matrix is free once it is looked at.
+            # `pop` frees each gradient once it is used.
             gradients = for_safety.pop(linear.key, None), for_utility.pop(linear.key, None)
             if gradients[0] is None or gradients[1] is None:
-                continue  # no prompt of one kind ran through it
+                continue  # not used by the prompts of one kind
             i = index[linear.key]
             current = weights[i].to(gradients[0].device).contiguous()
-            dense = problem.value(i, linear).to(current)
+            dense = problem.dense_weight(i, linear).to(current)
             taken = so_far.at((so_far.linear == i).nonzero().flatten())
             best.add(i, *_worth(problem, linear, dense, current, taken, gradients))
-    found = Losses(*(mean_of(loss.seen) for loss in losses))
-    return replace(best.ranking, score=best.ranking.score.float()), found
+    means = Losses(*(mean_of(loss.seen) for loss in losses))
+    return replace(best.ranking, score=best.ranking.score.float()), means
 
 
 def _worth(
@@ -178,21 +179,24 @@ def _worth(
     taken: Ranking,
     gradients: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None]:
-    """(what restoring each weight is worth, -inf where it does not help; what is removed for it).
+    """(worth of restoring each weight, -inf where it does not help; the weight removed for it).
 
     Args:
-        problem: For swaps.
-        linear: The matrix; `dense` and `current` are its weights, `[out, in]`.
-        taken: What of it has been restored, and removed, before.
-        gradients: Of both losses, `[out, in]` float32; with swaps `[2 * out, in]`, their
-            squares stacked under them.
+        problem: Whether to swap, the kind of pair and its N:M groups.
+        linear: The matrix.
+        dense: Its dense weights, `[out, in]`.
+        current: Its weights in the model now, `[out, in]`.
+        taken: Its weights that earlier steps restored and removed.
+        gradients: Of both losses, `[out, in]` float32; with swaps `[2 * out, in]`, the diagonal of
+            the Fisher matrix below the gradient.
     """
     rows, device = linear.shape[0], current.device
     worth = worth_of(*(gain(gradient[:rows], dense, current) for gradient in gradients))
     free = restorable(dense, current, problem.kind)
-    free.view(-1)[taken.position.to(device)] = False  # where rounding to a dtype left a difference
+    # Restored weights may still differ from the dense ones, by rounding.
+    free.view(-1)[taken.position.to(device)] = False
     # A weight that an earlier swap removed looks restorable. It stays removed, or steps could undo
-    # each other for ever.
+    # each other forever.
     free.view(-1)[taken.removed[taken.removed >= 0].to(device)] = False
     worth.masked_fill_(~free, -torch.inf)
     removed = None
@@ -200,7 +204,7 @@ def _worth(
         cost = torch.zeros_like(worth)
         for gradient in gradients:
             cost += removal_cost(gradient[:rows], gradient[rows:], current).abs_()
-        # Nor is a weight removed that an earlier step restored.
+        # For the same reason weights that an earlier step restored are not removed.
         fixed = current == 0
         fixed.view(-1)[taken.position.to(device)] = True
         cost.masked_fill_(fixed, torch.inf)
