@@ -402,11 +402,11 @@ def test_budgets(
         ({"method": "hsr", "search": {}}, ["realign.0", "'hsr' searches a number of weights"]),
         (
             {"method": "hsr-a", "count": 4},
-            ["realign.0.count: there is no such setting of method hsr-a"],
+            ["realign.0.count: unknown setting of method hsr-a"],
         ),
         (
             {"method": "random", "swap": True},
-            ["realign.0.swap: there is no such setting of method random"],
+            ["realign.0.swap: unknown setting of method random"],
         ),
         (
             {"method": "random", "count": 4, "search": {"target_asr": 1, "target_rsr": 1}},
@@ -667,8 +667,8 @@ def test_unknown_device(world: World, refused: Refused, command: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "parts"),
     [
-        ({"sparcity": 0.5}, ["sparcity", "there is no such setting"]),
-        ({"prune": {"sparcity": 0.5}}, ["prune.sparcity", "there is no such setting"]),
+        ({"sparcity": 0.5}, ["sparcity", "unknown setting"]),
+        ({"prune": {"sparcity": 0.5}}, ["prune.sparcity", "unknown setting"]),
         ({"realign": [{"name": "a"}, {"name": "a"}]}, ["names of `realign` must differ", "a"]),
         ({"realign": [{"name": "pruned"}]}, ["realign.0.name", "neither 'dense' nor 'pruned'"]),
         ({"realign": [{"name": "../x"}]}, ["realign.0.name", "../x"]),
@@ -703,7 +703,7 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
     has(refused(*prune(world, "--n-m", "2:4", "--sparsity", 0.6)), "takes the place of `sparsity`")
     has(
         refused(*prune(world, "--method", "magnitude", "--order", "one-shot")),
-        "--order: there is no such setting of method magnitude",
+        "--order: unknown setting of method magnitude",
     )
     has(refused(*realign, "--heads", "all", "--top-heads", 3), "`heads` is all")
     has(refused(*realign, "--heads", "random", "--r-max", 3), "No heads are scored")
