@@ -399,7 +399,7 @@ def test_budgets(
 @pytest.mark.parametrize(
     ("variant", "parts"),
     [
-        ({"method": "hsr", "search": {}}, ["realign.0", "'hsr' searches a number of weights"]),
+        ({"method": "hsr", "search": {}}, ["realign.0", "'hsr' searches for a number of weights"]),
         (
             {"method": "hsr-a", "count": 4},
             ["realign.0.count: unknown setting of method hsr-a"],
