@@ -849,7 +849,7 @@ def test_folders_that_are_no_evaluation(world: World, refused: Refused) -> None:
     below.mkdir(parents=True)
     (below / "results.json").write_text("{}")
     message = refused("judge", "answers", "run", "--by", "vlguard-1")
-    has(message, "run is no evaluation", "Those in it: run/evaluation/dense")
+    has(message, "run is no evaluation", "Evaluations in it: run/evaluation/dense")
 
 
 def test_paths_are_not_emoji(world: World, refused: Refused) -> None:

@@ -197,6 +197,6 @@ def why_nothing(points: Sequence[Point], bounds: Bounds) -> str:
     allowed = [name for name in beyond if name != "degenerate"]  # which no setting bounds
     advice = f"Allow more by {' and '.join(allowed)}" if allowed else "Use another method"
     return (
-        f"Of the numbers that lower ASR, {point.restored:,} weights are nearest to the bounds, with "
-        f"ASR {100 * point.asr.value:.1f} % and {excess}. {advice}."
+        f"Of the numbers that lower ASR, {point.restored:,} weights are nearest to the bounds, "
+        f"with ASR {100 * point.asr.value:.1f} % and {excess}. {advice}."
     )
