@@ -282,14 +282,14 @@ class _Tuning:
         """The method's settings with those of a trial.
 
         Raises:
-            RegraftError: they are not valid together.
+            RegraftError: they do not fit together.
         """
         given = self.method.model_dump(exclude_unset=True) | dict(settings)
         given.pop("r_max", None)
         try:
             return type(self.method)(**given)
         except ValidationError as error:
-            raise RegraftError(f"These settings are not valid together:\n{explain(error)}") from error
+            raise RegraftError(f"These settings do not fit together:\n{explain(error)}") from error
 
     def _points(
         self, restoration: Restoration, search: Search, method: MethodSettings, number: int
