@@ -72,13 +72,13 @@ def _anchored(value: Any, folder: Path, field: str = "") -> Any:
 def _model(name: str, folder: Path) -> str:
     """Resolve a model's folder against the recipe's; a hub id is returned as it is."""
     on_hub = name[0] not in "./~" and name.partition("@")[0].count("/") == 1
-    beside = folder / at_home(Path(name))
-    if name != "demo" and (not on_hub or beside.is_dir()):
-        return str(beside)
-    if on_hub and Path(name).is_dir() and Path(name).resolve() != beside.resolve():
+    local = folder / at_home(Path(name))
+    if name != "demo" and (not on_hub or local.is_dir()):
+        return str(local)
+    if on_hub and Path(name).is_dir() and Path(name).resolve() != local.resolve():
         raise RegraftError(
             f"{name} is a folder in the current directory, but paths in a recipe are relative to "
-            f"the recipe's file, and there is no {beside}. Write {Path(name).absolute()}."
+            f"the recipe's file, and there is no {local}. Write {Path(name).absolute()}."
         )
     return name
 

@@ -44,13 +44,13 @@ from regraft.settings.searching import Choosing, validation_of, with_validation
 AnyWay = TypeVar("AnyWay", bound=Way)
 
 
-def _named(prunings: tuple[PruningSettings, ...]) -> tuple[PruningSettings, ...]:
+def _name_prunings(prunings: tuple[PruningSettings, ...]) -> tuple[PruningSettings, ...]:
     if not prunings:
         raise ValueError("the list is empty; give at least one pruning")
     names = [
         one.name or (one.derived_name() if len(prunings) > 1 else "pruned") for one in prunings
     ]
-    if twice := _twice(names):
+    if twice := _duplicate(names):
         raise ValueError(
             f"{names.count(twice)} prunings are called {twice!r}; give each a `name` of its own"
         )
@@ -59,7 +59,7 @@ def _named(prunings: tuple[PruningSettings, ...]) -> tuple[PruningSettings, ...]
     )
 
 
-def _twice(names: Iterable[str]) -> str | None:
+def _duplicate(names: Iterable[str]) -> str | None:
     """A name that occurs more than once, if any."""
     return next((name for name, uses in Counter(names).items() if uses > 1), None)
 
@@ -99,7 +99,7 @@ class Recipe(Settings):
     prune: Annotated[
         tuple[Annotated[PruningSettings, BeforeValidator(PRUNING.parse)], ...],
         one_or_more(PRUNING.parse),
-        AfterValidator(_named),
+        AfterValidator(_name_prunings),
     ] = Field(
         default_factory=lambda: (pruning_settings(name="pruned"),),
         description="One pruning, or a list of them, each evaluated and realigned.",
@@ -121,7 +121,7 @@ class Recipe(Settings):
 
     @field_validator("realign")
     @classmethod
-    def _complete(
+    def _expand(
         cls, realign: tuple[VariantSettings, ...], info: ValidationInfo
     ) -> tuple[VariantSettings, ...]:
         """Expand repeats into variants, and give searches their validation prompts."""
@@ -137,7 +137,7 @@ class Recipe(Settings):
 
     @field_validator("defend")
     @classmethod
-    def _choose_on(
+    def _add_validation(
         cls, defend: tuple[NamedDefenceSettings, ...], info: ValidationInfo
     ) -> tuple[NamedDefenceSettings, ...]:
         """Give defences their validation prompts."""
@@ -162,7 +162,7 @@ class Recipe(Settings):
             raise ValueError(f"`models` and `{other[0]}` cannot be combined; leave one of them out")
         if self.first_set("model"):
             raise ValueError("`models` take the place of `model`; leave one of them out")
-        if twice := _twice(one.name for one in self.models):
+        if twice := _duplicate(one.name for one in self.models):
             raise ValueError(f"two of `models` are called {twice!r}; give each its own `name`")
         return self
 
@@ -174,7 +174,7 @@ class Recipe(Settings):
         both = "`realign` and `defend`" if self.defend else "`realign`"
         if odd := [name for name in self.against if name not in names]:
             raise ValueError(f"`against` names {odd[0]!r}; expected some of {', '.join(names)}")
-        if _twice(names):
+        if _duplicate(names):
             raise ValueError(f"the names of {both} must differ, not {names}")
         if clash := [one.name for one in self.prune if one.name in names]:
             raise ValueError(f"`prune` and one of {both} are both called {clash[0]!r}")

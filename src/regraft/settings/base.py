@@ -31,7 +31,7 @@ class Settings(BaseModel):
     @classmethod
     def _reject_bool_as_number(cls, given: Any, info: ValidationInfo) -> Any:
         """Refuse booleans where a number is expected; pydantic would take True as 1."""
-        kinds = set(_kinds(cls.model_fields[info.field_name or ""].annotation))
+        kinds = set(_types_in(cls.model_fields[info.field_name or ""].annotation))
         items = given if isinstance(given, list | tuple) else [given]
         if kinds & {int, float} and bool not in kinds and any(isinstance(x, bool) for x in items):
             raise ValueError(f"expected a number (got {given!r})")
@@ -47,11 +47,11 @@ class Settings(BaseModel):
         return block(**self.model_dump(include=set(block.model_fields)))
 
 
-def _kinds(annotation: Any) -> Iterator[Any]:
+def _types_in(annotation: Any) -> Iterator[Any]:
     """All types in an annotation, nested ones too, such as int in `tuple[int, ...] | None`."""
     yield annotation
     for inner in get_args(annotation):
-        yield from _kinds(inner)
+        yield from _types_in(inner)
 
 
 def by_method(given: Any, find: Callable[[str], type[S]], default: str) -> S:

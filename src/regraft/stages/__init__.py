@@ -21,7 +21,7 @@ from regraft.stages.judging import (
     judge_answers,
     measure_judges,
     opinions,
-    own,
+    own_judge,
 )
 from regraft.stages.patching import Preview, Tool, export_patches, patch_checkpoint, preview
 from regraft.stages.pruning import prune_checkpoint, spilled_bytes
@@ -60,7 +60,7 @@ __all__ = [
     "open_side",
     "open_target",
     "opinions",
-    "own",
+    "own_judge",
     "patch_checkpoint",
     "preview",
     "prune_checkpoint",

@@ -78,7 +78,7 @@ def calibration_data(setup: Setup, folder: Path, *, harmful: bool) -> Reading:
     if responses_are_given(calibration, harmful=harmful):
         return draw_calibration(dense, calibration, harmful=harmful)
     prompts = order_calibration(dense, calibration, harmful=harmful)
-    wanted = _Wanted(
+    request = _Request(
         prompts,
         calibration.samples,
         calibration.max_response_tokens,
@@ -86,7 +86,7 @@ def calibration_data(setup: Setup, folder: Path, *, harmful: bool) -> Reading:
         {"judge": DEFAULT_JUDGE.name},
         _none_usable(len(prompts.examples), harmful=harmful),
     )
-    return _answered(setup, _loader(setup), wanted, folder / f"{_kind(harmful)}.jsonl")
+    return _answer_prompts(setup, _loader(setup), request, folder / f"{_kind(harmful)}.jsonl")
 
 
 def imitation_data(setup: Setup, folder: Path) -> dict[str, Reading]:
@@ -112,14 +112,14 @@ def imitation_data(setup: Setup, folder: Path) -> dict[str, Reading]:
             f"the dense model's answer to each of the {count} {_kind(harmful)} prompts is empty, "
             "so there is nothing to imitate. Give other prompts."
         )
-        wanted = _Wanted(prompts, count, len(TOKEN_WEIGHTS) + 1, _unless_blank, {}, none_kept)
+        request = _Request(prompts, count, len(TOKEN_WEIGHTS) + 1, _unless_blank, {}, none_kept)
         out = folder / f"{_kind(harmful)}-starts.jsonl"
-        readings[kind] = _answered(setup, loader, wanted, out)
+        readings[kind] = _answer_prompts(setup, loader, request, out)
     return readings
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _Request:
     """Which prompts to answer, and which answers to keep.
 
     Attributes:
@@ -148,34 +148,34 @@ def _kind(harmful: bool) -> str:
     return "harmful" if harmful else "harmless"
 
 
-def _answered(setup: Setup, loader: Loader, wanted: _Wanted, out: Path) -> Reading:
+def _answer_prompts(setup: Setup, loader: Loader, request: _Request, out: Path) -> Reading:
     """Prompts with their kept answers; all answers are written to the file `out`."""
     inputs = fingerprints(dense=setup.dense)
-    about = describe("responses", inputs, None, setup.compute, {"prompts": wanted.prompts})
+    about = describe("responses", inputs, None, setup.compute, {"prompts": request.prompts})
     about["settings"] = {
-        "samples": wanted.kept,
-        "max_response_tokens": wanted.tokens,
-        **wanted.about,
+        "samples": request.kept,
+        "max_response_tokens": request.tokens,
+        **request.about,
     }
     if not is_done(out, out, about, lambda: _read(out)[0]):
         with working(out, about) as work:
-            answers = _answer(setup, loader, wanted, work)
+            answers = _answer_enough(setup, loader, request, work)
             if not any(one.kept for one in answers):
-                raise RegraftError(f"{wanted.prompts.source}: {wanted.none_kept}")
+                raise RegraftError(f"{request.prompts.source}: {request.none_kept}")
             if distributed.first():
                 rows = [{"about": about}, *map(asdict, answers)]
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 write_text(out, "".join(lines))
-    return _kept(wanted.prompts, _read(out)[1])
+    return _kept(request.prompts, _read(out)[1])
 
 
-def _answer(setup: Setup, loader: Loader, wanted: _Wanted, work: Path) -> list[Response]:
-    """Answer prompts in order until enough answers are kept."""
+def _answer_enough(setup: Setup, loader: Loader, request: _Request, work: Path) -> list[Response]:
+    """Answer prompts in order until as many answers are kept as requested."""
     model, processor = loader()
     kept, answers = 0, list[Response]()
-    examples, batch_size = wanted.prompts.examples, setup.compute.batch_size
+    examples, batch_size = request.prompts.examples, setup.compute.batch_size
     size = batch_size * distributed.world()
-    asked, expected = 0, min(wanted.kept, len(examples))
+    asked, expected = 0, min(request.kept, len(examples))
     with setup.progress.task("Writing responses", expected, "prompts") as done:
         for i, chunk in enumerate(batches(examples, size)):
             resumed: list[int] = []  # not empty if a stopped run has answers of this chunk
@@ -184,19 +184,19 @@ def _answer(setup: Setup, loader: Loader, wanted: _Wanted, work: Path) -> list[R
                 processor,
                 chunk,
                 work / f"part_{i:05d}_of_{size}",  # another number of processes cuts other parts
-                max_new_tokens=wanted.tokens,
+                max_new_tokens=request.tokens,
                 batch_size=batch_size,
                 advance=Task(lambda _: None, resumed.append),
             )
             for example, text in zip(chunk, texts, strict=True):
-                answers.append(wanted.judge(example, text))
+                answers.append(request.judge(example, text))
                 kept += answers[-1].kept
-                if kept == wanted.kept:
+                if kept == request.kept:
                     return answers
             asked += len(chunk)
             left = len(examples) - asked
             if kept:  # an estimate, by the share of answers that was kept so far
-                left = min(left, math.ceil((wanted.kept - kept) * asked / kept))
+                left = min(left, math.ceil((request.kept - kept) * asked / kept))
             expect(done, asked + left - expected)
             expected = asked + left
             if resumed:
@@ -291,12 +291,12 @@ def write_responses(
         raise _other(out)
     answered: dict[str, Example] = {}
     skipped = Counter(prompts.skipped)
-    wanted = CalibrationSettings(
+    calibration = CalibrationSettings(
         data=data, responses="self", max_response_tokens=max_response_tokens
     )
     counts = Counter(one.harmful for one in prompts.examples)
     for harmful, count in sorted(counts.items(), reverse=True):  # harmful ones first
-        settings = wanted.model_copy(update={"samples": count})
+        settings = calibration.model_copy(update={"samples": count})
         setup = Setup(dense, settings, compute, progress)
         reading = calibration_data(setup, responses_folder(out), harmful=harmful)
         answered |= {one.id: one for one in reading.examples}

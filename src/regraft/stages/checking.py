@@ -89,7 +89,7 @@ def check_compressed(
     for name, side in sides.items():
         if not isinstance(side, Path):
             evaluations[name] = evaluate_target(side, out / name, suites, settings)
-    found = _decided(evaluations, names, margins)
+    found = _verdict(evaluations, names, margins)
     if distributed.first():
         write_text(out / "junit.xml", junit(found))
         write_text(out / "summary.md", markdown(found))
@@ -162,7 +162,7 @@ def _read(folder: Path) -> Evaluation:
     ids = Counter(answer.id for answer in found.result.answers)
     if twice := [one for one, count in ids.items() if count > 1]:
         raise RegraftError(
-            f"{folder / 'answers.jsonl'}: the id {twice[0]!r} is there more than once."
+            f"{folder / 'answers.jsonl'}: the id {twice[0]!r} occurs more than once."
         )
     return found
 
@@ -234,7 +234,7 @@ def _check_same_way(names: Mapping[str, str], settings: Mapping[str, Mapping[str
             )
 
 
-def _decided(
+def _verdict(
     evaluations: Mapping[str, Evaluation], names: Mapping[str, str], margins: Margins
 ) -> Check:
     dense, compressed = evaluations[DENSE], evaluations[COMPRESSED]
@@ -244,16 +244,16 @@ def _decided(
     fractions = {name: points / 100 for name, points in margins.points().items()}
     return Check(
         compared(dense.result, other, fractions),
-        _made_of(dense, compressed),
+        _provenance(dense, compressed),
         (
-            *_differences(dense.about, compressed.about),
-            *_replies(DENSE, dense),
-            *_replies(COMPRESSED, compressed),
+            *_difference_notes(dense.about, compressed.about),
+            *_reply_notes(DENSE, dense),
+            *_reply_notes(COMPRESSED, compressed),
         ),
     )
 
 
-def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
+def _provenance(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
     """What the verdict depends on, without paths and what changes results by rounding only."""
     answers = dense.result.answers
     rows = [[asdict(answer)[name] for name in _PROMPT] for answer in answers]
@@ -280,7 +280,7 @@ def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
     }
 
 
-def _replies(name: str, evaluation: Evaluation) -> Iterator[str]:
+def _reply_notes(name: str, evaluation: Evaluation) -> Iterator[str]:
     """Sentences on replies of a server that are not plain answers."""
     counted = evaluation.about.get("replies", {})
     yield from (f"The {name} model: {sentence}" for sentence in explained(counted))
@@ -292,7 +292,7 @@ def _replies(name: str, evaluation: Evaluation) -> Iterator[str]:
         )
 
 
-def _differences(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
+def _difference_notes(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
     """Sentences on what differs between the evaluations, but does not prevent a verdict."""
     if ("compute" in dense) != ("compute" in compressed):
         yield "Only one of the two ran here: how a server runs a model is not known."

@@ -75,7 +75,7 @@ def write_defence(
         if settings.searches:
             settings = with_validation(settings, target.model.folder, calibration)
         check_direction_layer(target.model, settings)
-        data = _data(target.model, settings, calibration)
+        data = _read_data(target.model, settings, calibration)
         about = describe("defend", inputs, settings, target.compute, data)
         about["judge"] = judge.name
     if not is_done(out, out, about, lambda: load_defence(out).about):
@@ -97,7 +97,7 @@ def write_defence(
     return load_defence(out)
 
 
-def _data(
+def _read_data(
     model: Source, settings: RefusalDirectionSettings, calibration: CalibrationSettings
 ) -> dict[str, Reading]:
     """D^s, D^u and, if layer and strength are to be chosen, the validation prompts."""

@@ -184,7 +184,7 @@ def _check_read(name: str, found: Sequence[Verdict]) -> None:
         )
 
 
-def own(folder: Path) -> Judged:
+def own_judge(folder: Path) -> Judged:
     """Verdicts of the evaluation's own judge, in the form of other judges'."""
     result = read_evaluation(folder).result
     name, verdicts = own_verdicts(result)

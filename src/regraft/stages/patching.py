@@ -250,7 +250,7 @@ def export_patches(
     job = PatchJob.read("apply", open_checkpoint(resolve(pruned)), patch_files)
     about = describe("export", job.inputs()) | {"to": to}
     done = is_done(out, out / ABOUT_FILE, about)
-    plan = _plan(job, progress)
+    plan = _export_plan(job, progress)
     if done:
         return out
     content = _for_vllm(plan) if to == "vllm" else _for_peft(plan, trust_remote_code)
@@ -262,7 +262,7 @@ def export_patches(
     return out
 
 
-def _plan(job: PatchJob, progress: Progress) -> Plan:
+def _export_plan(job: PatchJob, progress: Progress) -> Plan:
     checkpoint = job.checkpoint
     for name in sorted(job.tensors & checkpoint.tensors.keys()):
         if (dtype := checkpoint.tensors[name].dtype) not in FLOATS:
@@ -290,11 +290,11 @@ def _for_peft(plan: Plan, trust_remote_code: bool) -> _Content:
         # not parts of a linear or of a tensor, whose rows are not an adapter's
         if linear.module in layers and linear.held is None and linear.stored is None
     }
-    held = [
+    values = [
         plan.checkpoint.read(change.record.name).reshape(-1)[change.positions]
         for change in plan.changes
     ]
-    adapter = peft.shira(plan.changes, held, modules)
+    adapter = peft.shira(plan.changes, values, modules)
     readme = _ABOUT_PEFT.format(
         weights=plan.weights,
         tensors=len(plan.changes),

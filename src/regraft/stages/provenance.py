@@ -79,7 +79,7 @@ def describe(
         device = pick_device(compute.device).type
         about["compute"] = compute.model_dump(mode="json") | {"device": device}
     if data is not None:
-        about["data"] = {role: _account(reading) for role, reading in data.items()}
+        about["data"] = {role: _describe_data(reading) for role, reading in data.items()}
     plain: dict[str, Any] = json.loads(to_json(about))
     return plain
 
@@ -208,7 +208,7 @@ def _require_unfinished(out: Path) -> None:
         ) from error
 
 
-def _account(reading: Reading) -> dict[str, Any]:
+def _describe_data(reading: Reading) -> dict[str, Any]:
     contents: list[bytes | str] = []
     for e in reading.examples:
         image = e.image.name if e.image else None

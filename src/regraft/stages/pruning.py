@@ -54,7 +54,7 @@ def prune_checkpoint(
     patterns = settings.patterns(dense.architecture.linears)
     if distributed.first() and not (out / ABOUT_FILE).exists():
         check_target(dense.checkpoint, out)
-    data = _data(setup, settings, responses or responses_folder(out))
+    data = _read_data(setup, settings, responses or responses_folder(out))
     progress.note(f"Reading {dense.folder} ...")
     about = describe("prune", fingerprints(dense=dense), settings, setup.compute, data)
     if not is_done(out, out / ABOUT_FILE, about):
@@ -81,7 +81,7 @@ def prune_checkpoint(
     return replace(dense, checkpoint=open_checkpoint(out))
 
 
-def _data(setup: Setup, settings: PruneSettings, responses: Path) -> dict[str, Reading]:
+def _read_data(setup: Setup, settings: PruneSettings, responses: Path) -> dict[str, Reading]:
     """A pruner's calibration data by kind; empty if it reads none."""
     dense, calibration = setup.dense, setup.calibration
     found = {}

@@ -94,13 +94,13 @@ class Search:
         about = describe("search", inputs, self.choice, setup.compute, data)
         about["evaluation"] = setup.evaluation.model_dump(mode="json")
         if not is_done(out, out, about, lambda: about_of(out)):
-            curve = curve_to_json(self._searched(pruned, method, paths))
+            curve = curve_to_json(self._search(pruned, method, paths))
             if distributed.first():
                 write_json(out, {"about": about, **curve})
             distributed.barrier()
         return read_curve(out)
 
-    def _searched(self, pruned: Source, method: MethodSettings, paths: ArtifactPaths) -> Searched:
+    def _search(self, pruned: Source, method: MethodSettings, paths: ArtifactPaths) -> Searched:
         """Evaluate the pruned model with more and more of the ranking restored."""
         ranking, folder = load_ranking(paths.ranking), paths.points or paths.curve.with_suffix("")
         full, before = self.references(pruned, paths.references or folder)

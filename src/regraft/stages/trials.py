@@ -261,7 +261,7 @@ def claim(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def alone(folder: Path, seconds: dict[str, float], step: str, of: str) -> Iterator[None]:
+def one_at_a_time(folder: Path, seconds: dict[str, float], step: str, of: str) -> Iterator[None]:
     """Guard of a step: one worker at a time makes it, and its time is added to `seconds`."""
     with exclusive(folder, f"{step} {of}".strip().replace(" ", "-")):
         start = time.monotonic()

@@ -1,7 +1,7 @@
 """Tune a method's settings on validation prompts, by trials that workers share.
 
-A trial is one choice of settings by TPE. If it makes a ranking, `points` numbers of weights are
-tried, of which the best within the bounds counts. The folder contains
+A trial is one choice of settings by TPE. If the method ranks weights, `points` numbers of restored
+weights are tried, and the best within the bounds counts. The folder contains
 
     tune.json         what is tuned, on which data
     study.db, locks/  all trials (Optuna), and which worker is at which trial or step
@@ -50,7 +50,7 @@ from regraft.stages.restoring import Restoration
 from regraft.stages.searching import Search, bounds_of
 from regraft.stages.setup import ArtifactPaths
 from regraft.stages.steps import PromptUse
-from regraft.stages.trials import Trials, alone, claim, exclusive, require_optuna, space_of
+from regraft.stages.trials import Trials, claim, exclusive, one_at_a_time, require_optuna, space_of
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -81,12 +81,12 @@ def tune_method(
     dense, calibration = restoration.dense, restoration.calibration
     choice = with_validation(choice, dense.folder, calibration)
     _check(tuning, choice)
-    restoration = _on(restoration, (*tuning.devices, restoration.compute.device)[0])
+    restoration = _on_device(restoration, (*tuning.devices, restoration.compute.device)[0])
     check_pair(dense, pruned)
     survey = restoration.cache.surveyed(dense, pruned, restoration.progress)
     if method.searchable or survey.kind == "changed":
         check_restorable(method, survey)
-    data = _read(restoration, choice)
+    data = _read_prompts(restoration, choice)
     kept, samples = survey.kept / dense.architecture.prunable, distinct(data["safety"])
     space = space_of(dense, method, tuning, restoration.scoring, kept, samples)
     if needs_of(method).heads and "r_max" not in space:
@@ -97,7 +97,7 @@ def tune_method(
     if tuning.workers == 1:
         work.try_all()
     else:
-        _share(work)
+        _run_workers(work)
     return work.conclude(about, survey.restorable)
 
 
@@ -129,12 +129,12 @@ def _check(tuning: TuneSettings, choice: SearchSettings) -> None:
         raise RegraftError(f"devices must be of one kind, not {', '.join(sorted(kinds))}.")
 
 
-def _on(restoration: Restoration, device: str) -> Restoration:
+def _on_device(restoration: Restoration, device: str) -> Restoration:
     compute = restoration.compute.model_copy(update={"device": device})
     return replace(restoration, compute=compute)
 
 
-def _read(restoration: Restoration, choice: SearchSettings) -> dict[str, Reading]:
+def _read_prompts(restoration: Restoration, choice: SearchSettings) -> dict[str, Reading]:
     """Calibration and validation prompts by role; warns of those that are both."""
     search = Search(restoration, choice)
     learnt = PromptUse(learnt=restoration.learnt_from([True, False]))
@@ -147,7 +147,7 @@ def _read(restoration: Restoration, choice: SearchSettings) -> dict[str, Reading
     }
 
 
-def _share(work: _Tuning) -> None:
+def _run_workers(work: _Tuning) -> None:
     """Start the workers, wait for them and show how many trials are finished."""
     restoration, wanted = work.restoration, work.tuning
     devices = wanted.devices or (restoration.compute.device,)
@@ -156,8 +156,8 @@ def _share(work: _Tuning) -> None:
     errors = context.SimpleQueue()
     workers = [
         context.Process(
-            target=_work,
-            args=(replace(work, restoration=_on(own, devices[i % len(devices)])), errors),
+            target=_worker_main,
+            args=(replace(work, restoration=_on_device(own, devices[i % len(devices)])), errors),
             daemon=True,
         )
         for i in range(wanted.workers)
@@ -187,7 +187,7 @@ def _share(work: _Tuning) -> None:
         )
 
 
-def _work(work: _Tuning, errors: Any) -> None:
+def _worker_main(work: _Tuning, errors: Any) -> None:
     """Main function of a worker process, which ends when the process that started it does."""
 
     def follow(parent: Any) -> None:
@@ -265,7 +265,7 @@ class _Tuning:
         restoration = replace(
             own,
             scoring=own.scoring.model_copy(update={"r_max": r_max}),
-            guard=partial(alone, self.out, seconds),
+            guard=partial(one_at_a_time, self.out, seconds),
         )
         search, references = Search(restoration, self.choice), self.out / "references"
         with restoration.guard("references", ""):
