@@ -174,8 +174,8 @@ class VariantSettings(Way, MethodSettings):
     repeats: int = Field(
         1,
         ge=1,
-        description="For random controls: number R of draws, called NAME-1 to NAME-R; no two "
-        "calibration seeds share one.",
+        description="For random controls: number R of draws, NAME-1 to NAME-R; every calibration "
+        "seed has its own.",
     )
 
     @model_validator(mode="after")

@@ -28,7 +28,7 @@ class SearchSettings(Settings):
         None, ge=1, description="Use only the first N validation prompts of each kind."
     )
     points: int = Field(8, ge=1, description="How many numbers of weights to try.")
-    most: float | None = Field(None, gt=0, description="Restore at most this many per 10,000.")
+    most: float | None = Field(None, gt=0, description="Try at most this many per 10,000.")
     target_asr: float | None = Field(
         None, ge=0, le=100, description="Take the fewest weights with an ASR (%) this low."
     )

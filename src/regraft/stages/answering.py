@@ -65,7 +65,7 @@ def calibration_data(setup: Setup, folder: Path, *, harmful: bool) -> Reading:
 
     If `responses_are_given`, these are the data set's. Otherwise the dense model answers prompts
     greedily, in the order in which they are drawn, until `samples` answers are kept: refusals of
-    harmful prompts, and answers to harmless ones that do not refuse. They are the file
+    harmful prompts, and answers to harmless ones that do not refuse. They are written to
     `harmful.jsonl` or `harmless.jsonl` in `folder`, which stages with the same settings share;
     finished batches survive a kill.
 
@@ -93,9 +93,9 @@ def imitation_data(setup: Setup, folder: Path) -> dict[str, Reading]:
     """Drawn prompts of both kinds, each with the start of the dense model's answer.
 
     Refusals and other answers are kept alike: to refuse as often as the dense model, a model must
-    also learn from harmful prompts that it answers and from harmless ones that it refuses. The data
-    set's responses are not read. Answers have one token more than `DecisionLoss` reads, since text
-    may be tokenised differently than it was generated. Files are as for `calibration_data`.
+    also learn from harmful prompts that the dense one answers and harmless ones that it refuses.
+    The data set's responses are not read. Answers have one token more than `DecisionLoss` reads,
+    since text may be tokenised differently than it was generated. Files as in `calibration_data`.
 
     Returns:
         "safety" -> harmful prompts, "utility" -> harmless ones.
@@ -212,7 +212,7 @@ def _unless_blank(example: Example, text: str) -> Response:
 
 
 def judged(example: Example, text: str) -> Response:
-    """Keep an answer of the dense model if it refuses exactly where the prompt is harmful."""
+    """A response, which is kept if the answer refuses exactly when the prompt is harmful."""
     why: str = "blank" if not text.strip() else degeneration(text) or ""
     if not why:
         refused = DEFAULT_JUDGE.refuses(text)

@@ -103,7 +103,7 @@ class EndpointTarget(AnyTarget):
         return self.cache.reading(None, suites, limit)
 
     def warn(self, suites: Sequence[DataSource]) -> None:
-        """Note where prompts were made for the bundled model; the server's may be another."""
+        """Note if prompts were made for the bundled model; the server's may be another."""
         for suite in suites:
             if suite.name == "demo":
                 self.progress.note(

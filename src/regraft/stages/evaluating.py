@@ -41,7 +41,7 @@ class Evaluation:
 def evaluate_target(
     target: Evaluable, out: Path, suites: Sequence[DataSource], settings: EvalSettings
 ) -> Evaluation:
-    """Answer and judge suites, with one result over all; writes the folder `out`.
+    """Evaluate on all suites as one; writes answers.jsonl and results.json in the folder `out`.
 
     Raises:
         RegraftError: see the data readers, `predict`, and `check` and `inputs` of the target.

@@ -95,7 +95,7 @@ def is_done(
     about: Mapping[str, Any],
     read_about: Callable[[], Mapping[str, Any]] | None = None,
 ) -> bool:
-    """Whether `out` is there, made from the same inputs and settings; removes left-over work if so.
+    """Whether `out` exists and was made from the same inputs and settings.
 
     Settings that only change rounding may differ, so that a run that was out of memory can go on
     with smaller batches; unfinished work starts again with them.

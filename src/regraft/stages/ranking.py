@@ -275,7 +275,7 @@ def write_patch(
 def check_made_by(
     out: Path, dense: Source, pruned: Source, settings: MethodSettings, *, searched: bool
 ) -> None:
-    """Check, before long work, that the existing file `out` is a patch made from the same.
+    """Check, before long work, that the existing patch `out` was made in the same way.
 
     Raises:
         RegraftError: it is no patch, or was made from other checkpoints or with other settings.

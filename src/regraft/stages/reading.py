@@ -81,7 +81,7 @@ def _read_calibration(
 
 
 def warn_of_bundled(source: Source, data: DataSource, note: Callable[[str], None]) -> None:
-    """Note where another model than the bundled one is given the prompts made for that."""
+    """Note if a model other than the bundled one is given prompts made for that one."""
     if data.name == "demo" and not _made_for_bundled(source):
         note(
             f"Warning: {data} are the bundled images, made for the bundled model; what is learnt "

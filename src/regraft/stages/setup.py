@@ -114,8 +114,7 @@ class Setup:
     def learnt_from(self, kinds: Iterable[bool]) -> dict[str, Reading]:
         """Calibration prompts of these kinds (harmful: True) that may be learnt from, by role.
 
-        If the dense model writes the responses, any prompt may be: it goes on until enough answers
-        are kept.
+        These are all prompts if the dense model writes the responses until enough are kept.
 
         Raises:
             RegraftError: as `drawn`.

@@ -142,7 +142,7 @@ class Target(AnyTarget):
         return self.cache.reading(self.model, suites, limit)
 
     def warn(self, suites: Sequence[DataSource]) -> None:
-        """Note where another model than the bundled one is given the prompts made for that."""
+        """Note if a model other than the bundled one is given prompts made for that one."""
         for suite in suites if self.processor_from is None else ():  # runs note it themselves
             warn_of_bundled(self.model, suite, self.progress.note)
 
