@@ -330,7 +330,7 @@ def test_nothing_is_checked_where_all_is_left_out(
     names = ("asr-rise", "over-refusal-rise", "utility-drop", "degenerate-rise")
     margins = [word for name in names for word in (f"--max-{name}", 100)]
     both = folders / "dense", folders / "same", "--out", tmp_path / "out"
-    assert "Every metric is left out" in refused(*both, *margins)
+    assert "leaves out every metric" in refused(*both, *margins)
 
 
 def test_answers_that_cannot_be(
@@ -579,7 +579,7 @@ def test_what_models_are_refused_for(
     sides = models / "dense", models / "pruned"
     regraft.evaluate(sides[0], str(suite[1]), tmp_path / "eval", device="cpu", max_new_tokens=3)
     monkeypatch.setattr(Target, "running", answering)
-    assert "name the prompts with --suite" in refused(*sides, *out)
+    assert "harmless prompts with --suite" in refused(*sides, *out)
     assert "same model" in refused(sides[0], sides[0], *suite, *QUICK, *out)
     message = refused(tmp_path / "eval", sides[1], *suite, *QUICK, *out)
     assert "max_new_tokens is 3 in the first and 2 in the second" in message

@@ -432,7 +432,7 @@ def test_budgets_in_a_recipe(
         ("tune hsr", "Prompts to choose on; report no rates on them.", "Direction"),
         (
             "analyse defence refusal-direction",
-            "Harmful and harmless prompts on which layer",
+            "Harmful and harmless prompts for choosing layer",
             "search",
         ),
     ],
