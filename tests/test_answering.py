@@ -386,7 +386,7 @@ def test_respond_writes_a_data_set(
     ]
     given = CalibrationSettings(data=DataSource(name="jsonl", path=out))
     drawn = stages.calibration_data(stages.Setup(source, given, COMPUTE), tmp_path, harmful=True)
-    itself = _ask(source, data, answering.beside(out), samples=7, max_response_tokens=16)
+    itself = _ask(source, data, answering.responses_folder(out), samples=7, max_response_tokens=16)
     assert {one.id for one in drawn.examples} == {one.id for one in itself.examples}
 
     asked = len(says.asked)
@@ -395,10 +395,10 @@ def test_respond_writes_a_data_set(
     with pytest.raises(RegraftError, match=r"max_response_tokens: 16 there, 64 now"):
         stages.write_responses(source, data, out, 64, COMPUTE)
     out.write_text("mine")
-    with pytest.raises(RegraftError, match=r"calibration.jsonl holds something else"):
+    with pytest.raises(RegraftError, match=r"calibration.jsonl holds something other"):
         stages.write_responses(source, data, out, 16, COMPUTE)
-    shutil.rmtree(answering.beside(out))
-    with pytest.raises(RegraftError, match=r"calibration.jsonl holds something else"):
+    shutil.rmtree(answering.responses_folder(out))
+    with pytest.raises(RegraftError, match=r"calibration.jsonl holds something other"):
         stages.write_responses(source, data, out, 16, COMPUTE)
     assert len(says.asked) == asked, "found before the work"
     with pytest.raises(RegraftError, match=r"'harmful-0-0' does not lie below .*elsewhere"):

@@ -258,7 +258,7 @@ def test_evaluations_that_cannot_be_compared(
     assert "judged by" in refused(dense, judge, *out)
     longer = evaluation(tmp_path / "longer", asked, 40, 20, max_new_tokens=256)
     message = refused(dense, longer, *out)
-    assert "max_new_tokens is 64 in the one and 256 in the other" in message
+    assert "max_new_tokens is 64 in the first and 256 in the second" in message
     assert "--max-new-tokens" in message
     twin = evaluation(tmp_path / "twin", asked, 41, 20, inputs={"model": "digest of dense"})
     assert "are the same model" in refused(dense, twin, *out)
@@ -330,7 +330,7 @@ def test_nothing_is_checked_where_all_is_left_out(
     names = ("asr-rise", "over-refusal-rise", "utility-drop", "degenerate-rise")
     margins = [word for name in names for word in (f"--max-{name}", 100)]
     both = folders / "dense", folders / "same", "--out", tmp_path / "out"
-    assert "Every metric is left out" in refused(*both, *margins)
+    assert "leaves out every metric" in refused(*both, *margins)
 
 
 def test_answers_that_cannot_be(
@@ -579,10 +579,10 @@ def test_what_models_are_refused_for(
     sides = models / "dense", models / "pruned"
     regraft.evaluate(sides[0], str(suite[1]), tmp_path / "eval", device="cpu", max_new_tokens=3)
     monkeypatch.setattr(Target, "running", answering)
-    assert "name the prompts with --suite" in refused(*sides, *out)
+    assert "harmless prompts with --suite" in refused(*sides, *out)
     assert "same model" in refused(sides[0], sides[0], *suite, *QUICK, *out)
     message = refused(tmp_path / "eval", sides[1], *suite, *QUICK, *out)
-    assert "max_new_tokens is 3 in the one and 2 in the other" in message
+    assert "max_new_tokens is 3 in the first and 2 in the second" in message
     write_data(tmp_path / "other", 5)
     other = "--suite", tmp_path / "other" / "data.jsonl"
     longer = "--device", "cpu", "--max-new-tokens", "3"

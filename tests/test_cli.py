@@ -399,14 +399,14 @@ def test_budgets(
 @pytest.mark.parametrize(
     ("variant", "parts"),
     [
-        ({"method": "hsr", "search": {}}, ["realign.0", "'hsr' searches a number of weights"]),
+        ({"method": "hsr", "search": {}}, ["realign.0", "'hsr' searches for a number of weights"]),
         (
             {"method": "hsr-a", "count": 4},
-            ["realign.0.count: there is no such setting of method hsr-a"],
+            ["realign.0.count: unknown setting of method hsr-a"],
         ),
         (
             {"method": "random", "swap": True},
-            ["realign.0.swap: there is no such setting of method random"],
+            ["realign.0.swap: unknown setting of method random"],
         ),
         (
             {"method": "random", "count": 4, "search": {"target_asr": 1, "target_rsr": 1}},
@@ -432,7 +432,7 @@ def test_budgets_in_a_recipe(
         ("tune hsr", "Prompts to choose on; report no rates on them.", "Direction"),
         (
             "analyse defence refusal-direction",
-            "Harmful and harmless prompts on which layer",
+            "Harmful and harmless prompts for choosing layer",
             "search",
         ),
     ],
@@ -667,8 +667,8 @@ def test_unknown_device(world: World, refused: Refused, command: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "parts"),
     [
-        ({"sparcity": 0.5}, ["sparcity", "there is no such setting"]),
-        ({"prune": {"sparcity": 0.5}}, ["prune.sparcity", "there is no such setting"]),
+        ({"sparcity": 0.5}, ["sparcity", "unknown setting"]),
+        ({"prune": {"sparcity": 0.5}}, ["prune.sparcity", "unknown setting"]),
         ({"realign": [{"name": "a"}, {"name": "a"}]}, ["names of `realign` must differ", "a"]),
         ({"realign": [{"name": "pruned"}]}, ["realign.0.name", "neither 'dense' nor 'pruned'"]),
         ({"realign": [{"name": "../x"}]}, ["realign.0.name", "../x"]),
@@ -703,7 +703,7 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
     has(refused(*prune(world, "--n-m", "2:4", "--sparsity", 0.6)), "takes the place of `sparsity`")
     has(
         refused(*prune(world, "--method", "magnitude", "--order", "one-shot")),
-        "--order: there is no such setting of method magnitude",
+        "--order: unknown setting of method magnitude",
     )
     has(refused(*realign, "--heads", "all", "--top-heads", 3), "`heads` is all")
     has(refused(*realign, "--heads", "random", "--r-max", 3), "No heads are scored")
@@ -849,7 +849,7 @@ def test_folders_that_are_no_evaluation(world: World, refused: Refused) -> None:
     below.mkdir(parents=True)
     (below / "results.json").write_text("{}")
     message = refused("judge", "answers", "run", "--by", "vlguard-1")
-    has(message, "run is no evaluation", "Those in it: run/evaluation/dense")
+    has(message, "run is no evaluation", "Evaluations in it: run/evaluation/dense")
 
 
 def test_paths_are_not_emoji(world: World, refused: Refused) -> None:

@@ -793,7 +793,7 @@ def test_bad_seeds_and_repeats() -> None:
     for content, named in (
         ({"seeds": [1, 1]}, "`seeds` must differ"),
         ({"seeds": [1], "calibration": {"seed": 2}}, "leave one of them out"),
-        ({"realign": [{"repeats": 2}]}, "nothing random in it"),
+        ({"realign": [{"repeats": 2}]}, "but nothing random"),
         (
             {
                 "realign": [

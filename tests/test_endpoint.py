@@ -625,8 +625,8 @@ def test_what_a_server_cannot_do_is_said_before_it_is_asked(
     words = ("eval", server.name(), "--suite", suite.path, "--out", tmp_path / "out")
     for more, message in (
         (("--patch", tmp_path / "p"), "takes no patch in memory. Write the checkpoint with `regr"),
-        (("--text", tmp_path / "text.txt"), "no likelihoods of text: leave --text"),
-        (("--perplexity",), "no likelihoods of references: leave --perplexity"),
+        (("--text", tmp_path / "text.txt"), "no likelihoods of text: drop --text"),
+        (("--perplexity",), "no likelihoods of references: drop --perplexity"),
         (("--no-full-answers",), "always gives full answers"),
         (("--defence", tmp_path / "direction"), "is a refusal direction, which acts inside a mod"),
         (("--device", "cpu"), "runs as its server was started: leave out --device"),

@@ -305,7 +305,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     out = tmp_path / "out"
     to_peft = ("--to", "peft", "--out", out)
-    assert "has the patch on already" in refused(world.realigned, world.patch, *to_peft)
+    assert "already has the patch" in refused(world.realigned, world.patch, *to_peft)
     assert "not the base of this patch" in refused(tmp_path / "dense", world.patch, *to_peft)
     assert "No patch is named" in refused(world.pruned, *to_peft)
     assert "--to" in refused(world.pruned, world.patch, "--to", "gguf", "--out", out)

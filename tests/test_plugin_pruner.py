@@ -177,7 +177,7 @@ def test_the_command_has_its_flags_for_it_alone(installed: Path, model: Path) ->
     about = read_json(model.parent / "out" / "regraft.json")
     assert about["settings"]["method"] == "toy" and about["settings"]["dense_rows"] == 2
     for (method, flag), (code, _, said) in zip(unknown, refused, strict=True):
-        assert code == 2 and f"{flag}: there is no such setting of method {method}" in said
+        assert code == 2 and f"{flag}: unknown setting of method {method}" in said
     assert "toy: |W| times the sum of the sizes of its inputs." in " ".join(shown[1].split())
     assert broken[0] == 2
     assert "The pruner 'broken' (no_such_module:PLUGIN) cannot be imported" in broken[2]
@@ -218,7 +218,7 @@ def test_bad_settings_are_told_as_those_of_other_pruners(installed: Path, tmp_pa
     pico.save("llama", tmp_path / "model")
     with pytest.raises(RegraftError, match=r"prune.dense_rows: Input should be greater than or"):
         read_recipe(_recipe(tmp_path, method="toy", dense_rows=-1))
-    with pytest.raises(RegraftError, match=r"prune.damp: there is no such setting of method toy"):
+    with pytest.raises(RegraftError, match=r"prune.damp: unknown setting of method toy"):
         read_recipe(_recipe(tmp_path, method="toy", damp=0.1))
     with pytest.raises(RegraftError, match=r"'broken' \(no_such_module:PLUGIN\) cannot be import"):
         read_recipe(_recipe(tmp_path, method="broken"))

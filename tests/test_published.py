@@ -169,7 +169,7 @@ def test_an_rsr_of_no_loss_or_of_means_alone_has_no_interval() -> None:
         (None, "does not exist"),
         ("a: [", "not valid YAML"),
         ("source: x\nrows: []", "rows"),
-        ("source: x\nrows: [{model: a, asrs: {}}]", "rows.0.asrs: there is no such setting"),
+        ("source: x\nrows: [{model: a, asrs: {}}]", "rows.0.asrs: unknown setting"),
         ("source: x\nrows: [{model: a}, {model: a}]", "two rows are of a"),
         ("source: x\nspearman: 1\nrows: [{model: a}]", "give both of `spearman`"),
     ],

@@ -110,7 +110,7 @@ def test_recipe_of_nothing_is_all_defaults_and_an_empty_file_none(tmp_path: Path
     assert _read(tmp_path, "{}") == _read(tmp_path, "# model: demo") == Recipe()
     with pytest.raises(RegraftError, match=r"yaml is empty; expected settings, each a name"):
         _read(tmp_path, " \n")
-    with pytest.raises(RegraftError, match="settings are needed, each a name and a value"):
+    with pytest.raises(RegraftError, match="expected settings, each a name and a value"):
         _read(tmp_path, "[]")
 
 
@@ -258,23 +258,23 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("sparsity: 0.5", ["sparsity: there is no such setting"]),
-        ("modle: demo", ["modle: there is no such setting; is it model?"]),
-        ("prune: {sparcity: 0.5}", ["prune.sparcity: there is no such", "is it sparsity?"]),
-        ("realign:", ["realign: nothing is given; leave the name out, or write [] for none"]),
-        ("evaluate: {suite: }", ["evaluate.suite: nothing is given"]),
+        ("sparsity: 0.5", ["sparsity: unknown setting"]),
+        ("modle: demo", ["modle: unknown setting; did you mean model?"]),
+        ("prune: {sparcity: 0.5}", ["prune.sparcity: unknown setting", "did you mean sparsity?"]),
+        ("realign:", ["realign: no value is given; leave the setting out, or write [] for none"]),
+        ("evaluate: {suite: }", ["evaluate.suite: no value is given"]),
         ("realign: {method: hsr, q: 50}", ["50 % is 0.5"]),
         ("realign: {method: gain, search: {over_refusal: .nan}}", ["over_refusal", "finite"]),
         ("realign: {method: gain, search: {over_refusal: -500}}", ["over_refusal", "-100"]),
         ("realign: {method: gain, search: {target_rsr: 0.9}}", ["target_rsr", "equal to 1 "]),
         (
             "realign: {method: set-difference, score: magnitude}",
-            ["realign.score: there is no such setting of method set-difference"],
+            ["realign.score: unknown setting of method set-difference"],
         ),
         ("realign: {method: hsrr}", ["realign.method: There is no", "method 'hsrr'; expected"]),
         (
             "realign: {budget: 1, q: 1}",
-            ["realign.q: there is no such setting of method gain (no `method` is named)"],
+            ["realign.q: unknown setting of method gain (no `method` is named)"],
         ),
         ("realign: {method: 3}", ["realign.method: There is no restoration method '3'; expected"]),
         (
@@ -282,17 +282,17 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "realign: {method: gain, prunings: [a]}",
             ["'gain' is for 'a' alone, which is only evaluated"],
         ),
-        ("prune: {method: snip, damp: 1}", ["prune.damp: there is no such setting of method snip"]),
+        ("prune: {method: snip, damp: 1}", ["prune.damp: unknown setting of method snip"]),
         (
             "prune: [{method: wander}]",
             ["prune.0.method: There is no pruner 'wander'; expected magnitude"],
         ),
-        ("prune: 3", ["prune: settings are needed, each a name and a value"]),
+        ("prune: 3", ["prune: expected settings, each a name and a value"]),
         ("prune: {sparsity: 1}", ["prune.sparsity", "less than 1", "got 1"]),
         ("prune: [{sparsity: 0.5}, {sparsity: 1}]", ["prune.1.sparsity", "less than 1"]),
         ("prune: []", ["prune: the list is empty"]),
         ("prune: [{}, {}]", ["prune: 2 prunings are called 'wanda-50'", "`name` of its own"]),
-        ("prune: {name: dense}", ["prune.name", "not 'dense'"]),
+        ("prune: {name: dense}", ["prune.name", "not be 'dense'"]),
         ("prune: [{name: a/b}, {}]", ["prune.0.name", "'a/b'"]),
         ("prune: {name: gain}", ["`prune` and one of `realign` are both called 'gain'"]),
         ("prune: [{name: a}, {name: gain}]", ["`prune` and one of `realign`", "called 'gain'"]),
@@ -308,16 +308,16 @@ def test_home_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("evaluate: {suite: safebench}", ["evaluate.suite", "safebench needs a path"]),
         ("evaluate: {keywords: sorry}", ["evaluate.keywords", "'sorry'"]),
         ("calibration: {samples: 0}", ["calibration.samples", "got 0"]),
-        ("calibration: {samples: true}", ["calibration.samples: a number is needed (got True)"]),
-        ("realign: [{method: random, count: true}]", ["count: a number is needed (got True)"]),
-        ("prune: {sparsity: false}", ["prune.sparsity: a number is needed (got False)"]),
+        ("calibration: {samples: true}", ["calibration.samples: expected a number (got True)"]),
+        ("realign: [{method: random, count: true}]", ["count: expected a number (got True)"]),
+        ("prune: {sparsity: false}", ["prune.sparsity: expected a number (got False)"]),
         ("prune: {sparsity: 60}", ["prune.sparsity", "less than 1; 60 % is 0.6"]),
         (
             "realign: {method: hsr, top-heads: 3}",
-            ["realign.top-heads: there is no such setting of", "is it top_heads?"],
+            ["realign.top-heads: unknown setting of", "did you mean top_heads?"],
         ),
-        ("seeds: 3", ["seeds: a list is needed"]),
-        ("realign: 3", ["realign: settings are needed"]),
+        ("seeds: 3", ["seeds: expected a list"]),
+        ("realign: 3", ["realign: expected settings"]),
         ("model: a\nmodel: b", ["'model' appears twice", "line 2"]),
         ("realign: [{method: gain}, {method: gain}]", ["must differ", "['gain', 'gain']"]),
     ],
@@ -336,12 +336,15 @@ def test_errors_name_the_field(tmp_path: Path, text: str, parts: list[str]) -> N
         ({"method": "hsr", "search": {}}, "give it a `budget` too"),
         ({"method": "hsr", "budget": 3, "q": 0.1}, "takes the place of `q`"),
         ({"method": "hsr", "heads": "all", "criterion": "kl"}, "`criterion` changes nothing where"),
-        ({"method": "hsr", "passes": 4}, r"passes\s+there is no such setting of method hsr"),
-        ({"method": "hsr-a", "score": "snip"}, r"score\s+there is no .* of method hsr-a"),
-        ({"method": "gain", "q": 0.1}, r"q\s+there is no such setting of method gain"),
-        ({"method": "gain", "top_heads": 3}, r"top_heads\s+there is no .* of method gain"),
-        ({"method": "random", "top_heads": 3}, r"top_heads\s+there is no .* of method random"),
-        ({"method": "set-difference", "draw_seed": 4}, r"draw_seed\s+there .* of method set-diff"),
+        ({"method": "hsr", "passes": 4}, r"passes\s+unknown setting of method hsr"),
+        ({"method": "hsr-a", "score": "snip"}, r"score\s+unknown setting of method hsr-a"),
+        ({"method": "gain", "q": 0.1}, r"q\s+unknown setting of method gain"),
+        ({"method": "gain", "top_heads": 3}, r"top_heads\s+unknown setting of method gain"),
+        ({"method": "random", "top_heads": 3}, r"top_heads\s+unknown setting of method random"),
+        (
+            {"method": "set-difference", "draw_seed": 4},
+            r"draw_seed\s+unknown setting of method set",
+        ),
     ],
 )
 def test_variants_that_ask_for_what_does_nothing(fields: dict[str, Any], message: str) -> None:
@@ -437,9 +440,9 @@ def test_a_folder_here_is_not_one_beside_the_recipe(
         ),
         ("evaluate: {keywords: [sorry], judge: gcg-1}", "take the place of the judge gcg-1"),
         ("heads: {window: 3}\nrealign: {method: hsr}", "heads: `window` changes nothing where"),
-        ("defend: {method: adashield, strength: 2}", "no such setting of method adashield"),
-        ("defend: {strength: 2}", "no such setting of method adashield"),
-        ("defend: {method: refusal-direction, prompt: x}", "no such setting of method refusal-"),
+        ("defend: {method: adashield, strength: 2}", "unknown setting of method adashield"),
+        ("defend: {strength: 2}", "unknown setting of method adashield"),
+        ("defend: {method: refusal-direction, prompt: x}", "unknown setting of method refusal-"),
         (
             "defend: {method: refusal-direction, strength: 2, strengths: [1]}",
             "`strengths` change nothing where a `strength` is given",

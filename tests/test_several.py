@@ -177,7 +177,7 @@ def test_each_model_has_its_prunings_and_their_ways() -> None:
         ({"models": ["a/b"], "model": "c/d"}, "take the place of `model`"),
         ({"models": ["a/b", "c/b"]}, "two of `models` are called 'b'"),
         ({"models": [{"model": "a/b", "prunings": ["x"]}]}, "'b' is for the pruning 'x'"),
-        ({"models": [{"model": "a/b", "name": "x y"}]}, "'x y' must be letters"),
+        ({"models": [{"model": "a/b", "name": "x y"}]}, "'x y' must consist of letters"),
         ({"published": "x.yaml"}, "for the table over `models`"),
     ],
 )

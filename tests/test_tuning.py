@@ -140,15 +140,15 @@ def test_a_trial_finished_while_another_worker_reaches_for_it_is_left(
     a, b, held = _trials(tmp_path), _trials(tmp_path), ExitStack()
     first = held.enter_context(a.take(2))
     assert first is not None
-    hold = b._hold
+    lock = b._lock
 
     def finished_before(*words: Any) -> None:
         if not a.finished():
             a.finish(first, 1.0, {}, 1.0)
             held.close()
-        hold(*words)
+        lock(*words)
 
-    monkeypatch.setattr(b, "_hold", finished_before)
+    monkeypatch.setattr(b, "_lock", finished_before)
     with b.take(2) as second:
         assert second is not None
         assert second.number == 1

@@ -62,7 +62,7 @@ def judge(
             stages.judge_answers(evaluation, one, file, compute, progress, images)
             for one, file in files.items()
         ]
-        _show_judged(progress.console, [stages.own(evaluation), *judged])
+        _show_judged(progress.console, [stages.own_judge(evaluation), *judged])
         found = stages.agreement(evaluation, [*files.values()], folder / "agreement.json")
         _show_agreement(progress.console, found)
         progress.note(f"Verdicts with reasons: {folder}")

@@ -1,1 +1,1 @@
-"""A whole run as a YAML file: what it lists, how it is read, what its settings mean."""
+"""Recipes: YAML files that describe a whole run."""

@@ -1,4 +1,4 @@
-"""A recipe as YAML: read, with paths relative to its file, written and explained."""
+"""Read recipes from YAML, write them, and write the commented template of all settings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_recipe(path: Path) -> Recipe:
     """Read a recipe from YAML; relative paths in it are relative to the file.
 
     Raises:
-        RegraftError: the file is missing or a field is wrong; the message names each.
+        RegraftError: the file is missing or fields are wrong; the message names each.
     """
     content = read_yaml(path, "A recipe is needed.")
     try:
@@ -51,13 +51,13 @@ def write_recipe(recipe: Recipe) -> str:
 
 
 def _anchored(value: Any, folder: Path, field: str = "") -> Any:
-    """Settings with the paths in them, however deep, relative to a folder; fields by their type.
+    """Resolve all paths in settings, nested ones too, against a folder.
 
-    Text is a path where it names a model, and only if it is not the id of one on the hub.
+    Paths are recognised by their type; text is one where it names a model that is not on the hub.
     """
     if isinstance(value, Settings):
         found = {name: _anchored(one, folder, name) for name, one in value}
-        # what stays is not set, so that a sweep still knows what the recipe says
+        # unchanged fields stay unset, so that a sweep still knows which ones the recipe sets
         return value.model_copy(update={k: v for k, v in found.items() if v != getattr(value, k)})
     if isinstance(value, tuple):
         return tuple(_anchored(one, folder, field) for one in value)
@@ -70,21 +70,21 @@ def _anchored(value: Any, folder: Path, field: str = "") -> Any:
 
 
 def _model(name: str, folder: Path) -> str:
-    """A model's folder beside the recipe, or a hub id as it is."""
+    """Resolve a model's folder against the recipe's; a hub id is returned as it is."""
     on_hub = name[0] not in "./~" and name.partition("@")[0].count("/") == 1
-    beside = folder / at_home(Path(name))
-    if name != "demo" and (not on_hub or beside.is_dir()):
-        return str(beside)
-    if on_hub and Path(name).is_dir() and Path(name).resolve() != beside.resolve():
+    local = folder / at_home(Path(name))
+    if name != "demo" and (not on_hub or local.is_dir()):
+        return str(local)
+    if on_hub and Path(name).is_dir() and Path(name).resolve() != local.resolve():
         raise RegraftError(
-            f"{name} is a folder of the current one, but paths of a recipe are relative to "
-            f"its file: there is no {beside}. Write {Path(name).absolute()}."
+            f"{name} is a folder in the current directory, but paths in a recipe are relative to "
+            f"the recipe's file, and there is no {local}. Write {Path(name).absolute()}."
         )
     return name
 
 
 def explained_recipe() -> str:
-    """The default recipe; blocks that it does not have are there as comments."""
+    """The default recipe as YAML, with every setting explained and unused blocks as comments."""
     return "\n".join(_block(Recipe(), "")) + "\n"
 
 
@@ -103,11 +103,11 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
         if isinstance(value, Settings):
             yield f"{pad}{name}:"
             yield from _block(value, f"{pad}  ")
-        elif isinstance(written, dict):  # a list of one that is written without a list
+        elif isinstance(written, dict):  # a list of one block, which is written without the list
             yield f"{pad}{name}:"
             yield from _block(value[0], f"{pad}  ")
             if isinstance(value[0], PruneSettings):
-                yield from _of_other_pruners(value[0], f"{pad}  ")
+                yield from _other_pruners(value[0], f"{pad}  ")
         elif written and isinstance(written, list) and isinstance(value[0], Settings):
             yield f"{pad}{name}:"
             yield from _items(value, pad)
@@ -124,17 +124,17 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
             yield from _example(["defend:", *_items(ways, "")], pad)
 
 
-def _of_other_pruners(settings: PruneSettings, pad: str) -> Iterator[str]:
-    """Settings of pruners other than that of `settings`, as comments."""
+def _other_pruners(settings: PruneSettings, pad: str) -> Iterator[str]:
+    """The settings that only other pruners have, as comments."""
     for method, other in all_settings().items():
         for name, field in other.model_fields.items():
             if name not in type(settings).model_fields:
-                yield from _comment(f"Of {method}: {_meaning(field, None)}", pad)
+                yield from _comment(f"For {method}: {_meaning(field, None)}", pad)
                 yield from (f"{pad}# {line}" for line in _entry(name, field.default, ""))
 
 
 def _other_methods(ways: Sequence[MethodSettings]) -> list[MethodSettings]:
-    """The settings of all methods that a recipe does not have, without names."""
+    """Default settings, without names, of all methods that a recipe does not use."""
     shown = {one.method for one in ways}
     names = [name for name in METHODS.working() if name not in shown]
     return [METHODS.get(name).settings_type(method=name) for name in names]
@@ -152,8 +152,8 @@ def _entry(name: str, written: Any, pad: str) -> Iterator[str]:
 
 
 def _example(lines: list[str], pad: str) -> Iterator[str]:
-    """What takes the place of the line before, as a comment."""
-    yield f"{pad}# such as:"
+    """An alternative to the line before, as a comment."""
+    yield f"{pad}# for example:"
     yield from (f"{pad}# {line}" for line in lines)
 
 
@@ -163,7 +163,7 @@ def _comment(text: str, pad: str) -> Iterator[str]:
 
 
 def _meaning(field: FieldInfo, value: Any) -> str:
-    """A setting's description, or a block's, with the choices that it does not name."""
+    """Description of a setting or a block, with the choices if it does not name them all."""
     helps = [one.help for one in field.metadata if isinstance(one, Parameter) and one.help]
     text = field.description or " ".join(helps)
     if not text and isinstance(value, Settings):
@@ -179,7 +179,7 @@ def _first_line(settings: type[Settings]) -> str:
 
 
 def _choices(annotation: Any) -> list[str]:
-    """Of a literal, or of one that may be left out."""
+    """The values of a Literal type, optional or not; none of other types."""
     if get_origin(annotation) is Literal:
         return [str(one) for one in get_args(annotation)]
     return next((found for one in get_args(annotation) if (found := _choices(one))), [])
@@ -192,18 +192,18 @@ def recipe_item(
     calibration: CalibrationSettings,
     max_new_tokens: int,
 ) -> str:
-    """The best trial as an item of a recipe's `realign`, YAML.
+    """The best trial as YAML, an item of a recipe's `realign`.
 
-    Where its point is a prefix of the ranking, `count` says how many weights are restored.
+    If it restores only a prefix of its ranking, `count` gives the number of weights.
     """
     content: dict[str, Any] = {"name": f"{method.method}-tuned", "method": method.method}
     content |= method.model_dump(mode="json", exclude_defaults=True) | dict(best.settings)
-    content.pop("r_max", None)  # which a recipe says once, of the scoring of heads
+    content.pop("r_max", None)  # a recipe sets it once, in `heads`
     whole = method.how_many(tuned.pruned)
     if whole is not None and best.point.restored < whole:
         content |= {"budget": None, "count": best.point.restored}
     content = {name: value for name, value in content.items() if value is not None}
-    variant(**content)  # which sees that it is one
+    variant(**content)  # raises if the item is not valid
     r_max = best.settings.get("r_max")
     lines = [
         f"Trial {best.number}, the best of {len(tuned.trials)}: an item of a recipe's `realign`.",

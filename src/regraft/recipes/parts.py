@@ -1,4 +1,4 @@
-"""What a recipe lists: models, prunings, ways of realigning, defences, what is evaluated."""
+"""Blocks of a recipe: models, prunings, ways to realign and defend them, evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Named = TypeVar("Named", bound=Settings)
 
 
 @cache
-def _both(settings: type[Settings], named: type[Named]) -> type[Named]:
+def _combined(settings: type[Settings], named: type[Named]) -> type[Named]:
     bases: Any = (settings, named)
     made: Any = create_model(settings.__name__, __base__=bases)
     return cast("type[Named]", made)
@@ -30,11 +30,11 @@ def _both(settings: type[Settings], named: type[Named]) -> type[Named]:
 
 @dataclass(frozen=True)
 class Choice(Generic[Named]):
-    """Blocks of a recipe with the settings of one of several methods, which `method` names.
+    """A kind of recipe block whose fields depend on the `method` that it names.
 
     Args:
-        find: The class of a method's settings. Raises RegraftError if there is no such method.
-        named: The fields of a block beside the method's own.
+        find: Returns a method's settings class. Raises RegraftError if there is no such method.
+        named: Class with the fields that blocks of this kind have for any method.
         default: The method of a block that names none.
     """
 
@@ -43,15 +43,15 @@ class Choice(Generic[Named]):
     default: str
 
     def block(self, method: str) -> type[Named]:
-        """A class with the fields of a method's settings, whose rules come first, and of `named`.
+        """The class of a method's blocks: its settings, whose validators run first, and `named`.
 
         Raises:
             RegraftError: there is no such method.
         """
-        return _both(self.find(method), self.named)
+        return _combined(self.find(method), self.named)
 
     def parse(self, given: Any) -> Named:
-        """A block as it is written, or settings of a method.
+        """Validate a block of a recipe, or convert settings of a method to one.
 
         Raises:
             ValidationError: see `by_method`.
@@ -63,27 +63,26 @@ class Choice(Generic[Named]):
 
 
 def one_or_more(parse: Callable[[Any], Any] = lambda given: given) -> BeforeValidator:
-    """One block, or a list of them; errors in the only one name its fields alone."""
+    """Validator that also takes one block for a list; its errors then name no list index."""
 
     def listed(value: Any) -> Any:
         if value is None:
-            raise ValueError("nothing is given; leave the name out, or write [] for none")
+            raise ValueError("no value is given; leave the setting out, or write [] for none")
         return value if isinstance(value, list | tuple) else [parse(value)]
 
     return BeforeValidator(listed)
 
 
 class ModelSettings(Settings):
-    """One model of a run of several; its folder or hub id alone is enough."""
+    """One of several models of a run; its folder or hub id alone is enough."""
 
     model: str = Field(min_length=1, description="A folder, a hub id, or 'demo'.")
     name: str = Field(
         "",
-        description="What to call it in tables and folders; if not given, the last part of its "
-        "folder or hub id.",
+        description="Name in tables and folders; by default the last part of `model`.",
     )
     prunings: tuple[str, ...] = Field(
-        (), description="Names of the prunings that it is run with; all if not given."
+        (), description="Names of the prunings to run it with; by default all."
     )
 
     @model_validator(mode="before")
@@ -103,12 +102,12 @@ class ModelSettings(Settings):
 
 
 class PruningSettings(PruneSettings):
-    """One pruned model of a run; `pruning_settings` makes those of a pruner."""
+    """One pruned model of a run; made by `pruning_settings`, with the fields of its pruner."""
 
     name: str = Field(
         "",
-        description="What to call it in tables and folders; if not given: pruned, or of several "
-        "prunings method and sparsity, such as wanda-60 or wanda-2-4.",
+        description="Name in tables and folders; by default `pruned`, or with several prunings "
+        "method and sparsity, such as wanda-60 or wanda-2-4.",
     )
     realign: bool = Field(
         True, description="Realign and defend it too; if not, it is only evaluated."
@@ -124,7 +123,7 @@ class PruningSettings(PruneSettings):
         return self.narrowed(PRUNERS.get(self.method).settings_type)
 
     def derived_name(self) -> str:
-        """The name among several prunings where none is given."""
+        """The default name where there are several prunings."""
         amount = self.n_m.replace(":", "-") if self.n_m else f"{round(100 * self.sparsity, 6):g}"
         return f"{self.method}-{amount}"
 
@@ -138,14 +137,14 @@ def pruning_settings(**given: Any) -> PruningSettings:
 
 
 class Way(Settings):
-    """What to call one of the ways of making pruned models safer, and which prunings it is for."""
+    """A way to make pruned models safer: base class of the items of `realign` and `defend`."""
 
     name: str = Field(
         "",
-        description="What to call it in tables and folders; if not given, as the method is called.",
+        description="Name in tables and folders; by default the method's.",
     )
     prunings: tuple[str, ...] = Field(
-        (), description="Names of the prunings that it is done to; all if not given."
+        (), description="Names of the prunings to apply it to; by default all."
     )
 
     @model_validator(mode="before")
@@ -163,9 +162,9 @@ class Way(Settings):
 
 
 class VariantSettings(Way, MethodSettings):
-    """One realigned model of a run: what to call and keep of it, beside the method's settings.
+    """One realigned model of a run.
 
-    Every method has a class of its own, with these fields and the method's; see `variant`.
+    Every method has its own subclass, with these fields and the method's; see `variant`.
     """
 
     search: SearchSettings | None = Field(
@@ -175,29 +174,29 @@ class VariantSettings(Way, MethodSettings):
     repeats: int = Field(
         1,
         ge=1,
-        description="Of a random control: R draws NAME-1 to NAME-R, with seeds that no two "
-        "calibration seeds share.",
+        description="For random controls: number R of draws, NAME-1 to NAME-R; every calibration "
+        "seed has its own.",
     )
 
     @model_validator(mode="after")
-    def _check_variant(self) -> VariantSettings:  # a method's own class may have a `_check`
+    def _check_variant(self) -> VariantSettings:  # a method's own class may define `_check`
         if self.search is not None and not self.searchable:
             if issubclass(METHODS.get(self.method).settings_type, Budgeted):
                 raise ValueError(
-                    f"{self.name!r} searches a number of weights: give it a `budget` too"
+                    f"{self.name!r} searches for a number of weights: give it a `budget` too"
                 )
             raise ValueError(
-                f"{self.name!r} has no number of weights to search; leave `search` out"
+                f"{self.name!r} has no number of weights to search for; leave `search` out"
             )
         if self.repeats > 1 and not self.drawn:
             raise ValueError(
-                f"{self.name!r} has {self.repeats} repeats and nothing random in it, so that they "
-                "would all be the same; only random controls can be repeated"
+                f"{self.name!r} has {self.repeats} repeats but nothing random, so all would be the "
+                "same; only random controls can be repeated"
             )
         return self
 
     def draws(self, seed: int) -> tuple[VariantSettings, ...]:
-        """The repeats as variants of their own, for runs calibrated by `seed`; one is itself."""
+        """One variant per repeat, with random seeds that depend on the calibration `seed`."""
         if self.repeats == 1:
             return (self,)
         return tuple(
@@ -217,7 +216,7 @@ def variant(**given: Any) -> VariantSettings:
 
 
 class NamedDefenceSettings(Way, DefenceSettings):
-    """One defended model of a run; every method has a class of its own, see `DEFENCE`."""
+    """One defended model of a run; every method has its own subclass, see `DEFENCE`."""
 
     def only(self) -> AnyDefenceSettings:
         """These settings without the name."""
@@ -228,19 +227,19 @@ DEFENCE = Choice(defence_type, NamedDefenceSettings, "adashield")
 
 
 class EvaluateSettings(EvalSettings):
-    """What a run evaluates every model on: one suite, or a list of suites taken together."""
+    """What every model of a run is evaluated on: one suite, or several taken together."""
 
     suite: Annotated[tuple[DataSource, ...], one_or_more()] = Field(
         (DataSource(name="demo", split="test"),),
         min_length=1,
-        description="What the models are asked: demo:test, a .jsonl file, or NAME:PATH as for "
-        "`regraft eval`; one, or a list of them.",
+        description="Test prompts: demo:test, a .jsonl file, or NAME:PATH as for `regraft eval`; "
+        "one suite, or a list of them.",
     )
 
     text: Path | None = Field(
         None,
-        description="A text file, documents with blank lines between them: measure perplexity on "
-        "it, and KL to the dense model.",
+        description="A text file with blank lines between documents: measure perplexity on it, and "
+        "KL to the dense model.",
     )
 
     def only(self) -> EvalSettings:

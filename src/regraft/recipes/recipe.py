@@ -1,4 +1,4 @@
-"""A whole run in one YAML file: the settings of its stages, and which of them make which model."""
+"""A recipe: all settings of a run, and the checks across its blocks."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ from regraft.settings.searching import Choosing, validation_of, with_validation
 AnyWay = TypeVar("AnyWay", bound=Way)
 
 
-def _named(prunings: tuple[PruningSettings, ...]) -> tuple[PruningSettings, ...]:
+def _name_prunings(prunings: tuple[PruningSettings, ...]) -> tuple[PruningSettings, ...]:
     if not prunings:
         raise ValueError("the list is empty; give at least one pruning")
     names = [
         one.name or (one.derived_name() if len(prunings) > 1 else "pruned") for one in prunings
     ]
-    if twice := _twice(names):
+    if twice := _duplicate(names):
         raise ValueError(
             f"{names.count(twice)} prunings are called {twice!r}; give each a `name` of its own"
         )
@@ -59,8 +59,8 @@ def _named(prunings: tuple[PruningSettings, ...]) -> tuple[PruningSettings, ...]
     )
 
 
-def _twice(names: Iterable[str]) -> str | None:
-    """A name that is there more than once."""
+def _duplicate(names: Iterable[str]) -> str | None:
+    """A name that occurs more than once, if any."""
     return next((name for name, uses in Counter(names).items() if uses > 1), None)
 
 
@@ -73,13 +73,12 @@ class Recipe(Settings):
     )
     models: tuple[ModelSettings, ...] = Field(
         (),
-        description="Several models, in place of `model`: one run each, in the folders model-NAME, "
-        "and one table over them.",
+        description="Several models, in place of `model`: one run each, in folders model-NAME, and "
+        "one table over all.",
     )
     published: Path | None = Field(
         None,
-        description="With models: a YAML file of published figures that the table sets beside its "
-        "own.",
+        description="With models: a YAML file of published figures to show in the table.",
     )
     pruned: str | None = Field(
         None,
@@ -89,18 +88,18 @@ class Recipe(Settings):
     calibration: CalibrationSettings = CalibrationSettings()
     seeds: tuple[int, ...] = Field(
         (),
-        description="Calibration seeds, in place of calibration.seed: one run each, in the folders "
-        "seed-N, and a comparison over them.",
+        description="Calibration seeds, in place of calibration.seed: one run each, in folders "
+        "seed-N, and a comparison over all.",
     )
     against: Annotated[tuple[str, ...], one_or_more()] = Field(
         (),
-        description="With seeds: names of `realign` or `defend` that the comparison tests every "
+        description="With seeds: names from `realign` or `defend` that the comparison tests every "
         "method against, besides the pruned model.",
     )
     prune: Annotated[
         tuple[Annotated[PruningSettings, BeforeValidator(PRUNING.parse)], ...],
         one_or_more(PRUNING.parse),
-        AfterValidator(_named),
+        AfterValidator(_name_prunings),
     ] = Field(
         default_factory=lambda: (pruning_settings(name="pruned"),),
         description="One pruning, or a list of them, each evaluated and realigned.",
@@ -122,11 +121,11 @@ class Recipe(Settings):
 
     @field_validator("realign")
     @classmethod
-    def _complete(
+    def _expand(
         cls, realign: tuple[VariantSettings, ...], info: ValidationInfo
     ) -> tuple[VariantSettings, ...]:
-        """Repeats as variants of their own, and searches with the prompts that they choose on."""
-        if "calibration" in info.data and not info.data.get("seeds"):  # else each run draws its own
+        """Expand repeats into variants, and give searches their validation prompts."""
+        if "calibration" in info.data and not info.data.get("seeds"):  # else for each seed's run
             seed = info.data["calibration"].seed
             realign = tuple(draw for one in realign for draw in one.draws(seed))
         return tuple(
@@ -138,44 +137,44 @@ class Recipe(Settings):
 
     @field_validator("defend")
     @classmethod
-    def _choose_on(
+    def _add_validation(
         cls, defend: tuple[NamedDefenceSettings, ...], info: ValidationInfo
     ) -> tuple[NamedDefenceSettings, ...]:
-        """Defences with the prompts that they choose on."""
+        """Give defences their validation prompts."""
         return tuple(
             _choosing(cast("Any", one), one.name, info) if one.searches else one for one in defend
         )
 
     @model_validator(mode="after")
     def _check_runs(self) -> Recipe:
-        """`seeds`, `against`, `models` and `published`: several runs in place of one."""
+        """Check `seeds`, `against`, `models` and `published`, which concern several runs."""
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"`seeds` must differ, not {list(self.seeds)}")
         if self.seeds and self.calibration.seed:
             raise ValueError("`seeds` take the place of `calibration.seed`; leave one of them out")
         if self.against and not self.seeds:
-            raise ValueError("`against` is for the comparison over `seeds`; give some, or leave it")
+            raise ValueError("`against` is for the comparison over `seeds`; add some, or drop it")
         if self.published is not None and not self.models:
-            raise ValueError("`published` is for the table over `models`; give some, or leave it")
+            raise ValueError("`published` is for the table over `models`; add some, or drop it")
         if not self.models:
             return self
         if other := [one for one in ("pruned", "seeds") if getattr(self, one)]:
             raise ValueError(f"`models` and `{other[0]}` cannot be combined; leave one of them out")
         if self.first_set("model"):
             raise ValueError("`models` take the place of `model`; leave one of them out")
-        if twice := _twice(one.name for one in self.models):
+        if twice := _duplicate(one.name for one in self.models):
             raise ValueError(f"two of `models` are called {twice!r}; give each its own `name`")
         return self
 
     @model_validator(mode="after")
     def _check_names(self) -> Recipe:
-        """Names are there once, and those that are referred to are there."""
+        """Check that names are unique, and that all names referred to exist."""
         ways: list[Way] = [*self.realign, *self.defend]
         names = [one.name for one in ways]
         both = "`realign` and `defend`" if self.defend else "`realign`"
         if odd := [name for name in self.against if name not in names]:
             raise ValueError(f"`against` names {odd[0]!r}; expected some of {', '.join(names)}")
-        if _twice(names):
+        if _duplicate(names):
             raise ValueError(f"the names of {both} must differ, not {names}")
         if clash := [one.name for one in self.prune if one.name in names]:
             raise ValueError(f"`prune` and one of {both} are both called {clash[0]!r}")
@@ -198,7 +197,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _check_positions(self) -> Recipe:
-        """Positions by name are those of a ranking made before, without swaps."""
+        """Check that positions by name are those of an earlier ranking without swaps."""
         before: list[str] = []
         for one in self.realign:
             source = self.positions_of(one)
@@ -233,10 +232,7 @@ class Recipe(Settings):
         return self
 
     def for_model(self, model: ModelSettings) -> Recipe:
-        """The recipe of one of the runs that `models` asks for.
-
-        With the model's own prunings, and the ways of realigning and defending that these have.
-        """
+        """The recipe of one model's run, with only its prunings and what applies to them."""
         prune = [one for one in self.prune if not model.prunings or one.name in model.prunings]
         realigned = [one.name for one in prune if one.realign]
         content = dict(self) | {
@@ -251,10 +247,10 @@ class Recipe(Settings):
         return Recipe.model_validate(content)
 
     def for_seed(self, seed: int) -> Recipe:
-        """The recipe of one of the runs that `seeds` asks for.
+        """The recipe of one seed's run.
 
-        Random controls draw other heads in every run: of R repeats as their `repeats` says, of one
-        by its `draw_seed` + `seed`.
+        Random controls draw anew in every run: repeated ones as `draws` says, others by their
+        `draw_seed` + `seed`.
         """
         realign = [
             one.reseeded(seed) if one.drawn and one.repeats == 1 else one for one in self.realign
@@ -268,27 +264,27 @@ class Recipe(Settings):
         return Recipe.model_validate(content)
 
     def variants_of(self, pruning: PruningSettings) -> tuple[VariantSettings, ...]:
-        """How a pruning is realigned."""
+        """The items of `realign` that apply to a pruning."""
         return tuple(one for one in self.realign if _is_for(pruning, one.prunings))
 
     def defences_of(self, pruning: PruningSettings) -> tuple[NamedDefenceSettings, ...]:
-        """How a pruning is defended at inference."""
+        """The items of `defend` that apply to a pruning."""
         return tuple(one for one in self.defend if _is_for(pruning, one.prunings))
 
     def ranking_name(self, variant: VariantSettings) -> str:
-        """Variants that differ in what they take of a ranking share it."""
+        """Name of a variant's ranking, shared by those that only take different amounts of it."""
         settings = own_settings(variant).without_amount()
         return f"{variant.method}-{digest(settings.model_dump_json())[:8]}"
 
     def positions_of(self, variant: VariantSettings) -> VariantSettings | None:
-        """The method before it whose ranking `variant` needs, if it names one."""
+        """The earlier variant, if any, from whose ranking `variant` takes its positions."""
         name = needs_of(variant).positions
         return next((one for one in self.realign if one.name == name), None)
 
     def on_disk(self, variant: VariantSettings) -> bool:
-        """Whether its checkpoint is written, wanted or not.
+        """Whether the variant's checkpoint is written: if wanted, and always of streamed models.
 
-        Weights of streamed models that wait on disk take no patch in memory.
+        Weights of these that are offloaded to disk cannot be patched in memory.
         """
         return variant.checkpoint or self.compute.placement == "streamed"
 
@@ -299,8 +295,9 @@ class Recipe(Settings):
 
 
 def _choosing(settings: Choosing, name: str, info: ValidationInfo) -> Choosing:
+    """Fill in bundled validation prompts, and raise where there are none at all."""
     if not {"model", "models", "calibration"} <= info.data.keys():
-        return settings  # they have errors of their own
+        return settings  # fields that are missing here have errors of their own
     models, calibration = info.data["models"], info.data["calibration"]
     model = models[0].model if models else info.data["model"]
     found = with_validation(settings, model, calibration)
@@ -312,7 +309,7 @@ def _choosing(settings: Choosing, name: str, info: ValidationInfo) -> Choosing:
 
 
 def _for_prunings(ways: Sequence[AnyWay], known: Sequence[str]) -> list[AnyWay]:
-    """The ways of realigning or defending that are for some of the prunings, and these alone."""
+    """The ways that apply to any of the prunings `known`, with only these as their prunings."""
     kept = [(one, tuple(name for name in one.prunings if name in known)) for one in ways]
     return [
         one.model_copy(update={"prunings": prunings})

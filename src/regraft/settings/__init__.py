@@ -1,4 +1,4 @@
-"""Every setting of every stage, typed, validated and explained once, a module a subject.
+"""Settings of every stage: typed, validated and described once, one module per subject.
 
-The same models make the command line's flags, are a recipe's blocks and are written into artifacts.
+The same models define command-line flags and recipe blocks and are written into artifacts.
 """

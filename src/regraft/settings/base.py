@@ -1,4 +1,4 @@
-"""What all settings have in common, and errors in them said in one line a field."""
+"""Base class of all settings, and validation errors explained in one line per field."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ EXPERT = Parameter(group=Group("Expert settings", sort_key=9))  # the last headi
 NAMED = Parameter(show_choices=False)  # the description names every choice
 
 S = TypeVar("S", bound="Settings")
-_LONGEST_NAME = 100  # of 255 bytes that files' names have, which add to it
-_OURS = "regraft"  # the type of an error whose message is a whole one
-_NO_BLOCK = "settings are needed, each a name and a value"
+_LONGEST_NAME = 100  # file names add suffixes to it, and have at most 255 bytes
+_OURS = "regraft"  # type of our own errors, whose messages need nothing added
+_NO_BLOCK = "expected settings, each a name and a value"
 
 
 class Settings(BaseModel):
@@ -29,39 +29,39 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_as_a_number(cls, given: Any, info: ValidationInfo) -> Any:
-        """True is no 1, as which pydantic takes it."""
-        kinds = set(_kinds(cls.model_fields[info.field_name or ""].annotation))
+    def _reject_bool_as_number(cls, given: Any, info: ValidationInfo) -> Any:
+        """Refuse booleans where a number is expected; pydantic would take True as 1."""
+        kinds = set(_types_in(cls.model_fields[info.field_name or ""].annotation))
         items = given if isinstance(given, list | tuple) else [given]
         if kinds & {int, float} and bool not in kinds and any(isinstance(x, bool) for x in items):
-            raise ValueError(f"a number is needed (got {given!r})")
+            raise ValueError(f"expected a number (got {given!r})")
         return given
 
     def first_set(self, *names: str) -> str | None:
-        """The first of these settings that is not as it is if not given."""
+        """The first of these settings that differs from its default, or None."""
         fields = type(self).model_fields
         return next((one for one in names if getattr(self, one) != fields[one].default), None)
 
     def narrowed(self, block: type[S]) -> S:
-        """These settings without those that another block does not have."""
+        """These settings as a `block`, without the fields that it does not have."""
         return block(**self.model_dump(include=set(block.model_fields)))
 
 
-def _kinds(annotation: Any) -> Iterator[Any]:
-    """All types in an annotation: of `tuple[int, ...] | None` int is one."""
+def _types_in(annotation: Any) -> Iterator[Any]:
+    """All types in an annotation, nested ones too, such as int in `tuple[int, ...] | None`."""
     yield annotation
     for inner in get_args(annotation):
-        yield from _kinds(inner)
+        yield from _types_in(inner)
 
 
 def by_method(given: Any, find: Callable[[str], type[S]], default: str) -> S:
-    """The settings of one of several methods: of the one that they name, else of the default.
+    """Validate settings of the method that they name, or of the default one.
 
-    Which methods there are is only known when one is asked for: packages may bring their own.
+    Methods are only looked up here, since installed packages may add their own.
 
     Args:
-        given: Settings by name.
-        find: The class of a method's settings. Raises RegraftError if there is no such method.
+        given: Values by setting name.
+        find: Returns a method's settings class. Raises RegraftError if there is no such method.
         default: The method of settings that name none.
 
     Raises:
@@ -82,32 +82,34 @@ def by_method(given: Any, find: Callable[[str], type[S]], default: str) -> S:
 
 
 def _error(message: str, given: Any, *where: str) -> ValidationError:
-    """An error in settings with a message of our own."""
-    # braces in a message would be taken for fields of its context
-    said = PydanticCustomError(_OURS, "{said}", {"said": message})
+    """A validation error with our own message."""
+    # passed as context, since braces in a template are placeholders
+    kind = PydanticCustomError(_OURS, "{message}", {"message": message})
     return ValidationError.from_exception_data(
-        "settings", [InitErrorDetails(type=said, loc=where, input=given)]
+        "settings", [InitErrorDetails(type=kind, loc=where, input=given)]
     )
 
 
 def _unknown(name: str, known: Iterable[str], of: str = "") -> str:
     near = get_close_matches(name, [one for one in known if one != name], 1)
-    return f"there is no such setting{of}" + (f"; is it {near[0]}?" if near else "")
+    return f"unknown setting{of}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def checked_name(name: str, *taken: str) -> str:
-    """The name, which stands in paths and tables.
+    """Return the name if it can be used in paths and tables.
 
     Raises:
-        ValueError: it has other characters than letters, digits, '.', '_' and '-', or more than a
-            hundred, or is taken.
+        ValueError: it has characters other than letters, digits, '.', '_' and '-', starts with one
+            of the last three, is longer than 100 characters, or is taken.
     """
     if len(name) > _LONGEST_NAME:
         raise ValueError(f"{name[:20]!r}... must have at most {_LONGEST_NAME} characters")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in taken:
-        but = f", and neither {' nor '.join(map(repr, taken))}" if len(taken) > 1 else ""
-        but = but or (f", and not {taken[0]!r}" if taken else "")
-        raise ValueError(f"{name!r} must be letters, digits, '.', '_' and '-'{but}")
+        reserved = f", and not be {' or '.join(map(repr, taken))}" if taken else ""
+        raise ValueError(
+            f"{name!r} must consist of letters, digits, '.', '_' and '-', start with a letter or "
+            f"digit{reserved}"
+        )
     return name
 
 
@@ -116,20 +118,20 @@ def _all_settings(of: type[BaseModel] = Settings) -> set[type[BaseModel]]:
 
 
 def _names_in(block: str, *, nested: bool) -> list[str]:
-    """Of the settings in a block, by the name of its class; of all that there are if `nested`."""
+    """Setting names of the class named `block`, or of all settings classes if `nested`."""
     blocks = [one for one in _all_settings() if nested or one.__name__ == block]
     return sorted({name for one in blocks for name in one.model_fields})
 
 
 def _is_percent(problem: Mapping[str, Any]) -> bool:
-    """Whether a share of at most 1 was given in per cent."""
+    """Whether a share of at most 1 looks as if it was given in per cent."""
     given = problem["input"]
     most = problem["ctx"].get("lt", problem["ctx"].get("le"))
     return most == 1 and isinstance(given, int | float) and 1 < given <= 100
 
 
 def explain(error: ValidationError, *, flags: bool = False) -> str:
-    """A pydantic error in one line a field, named as in a recipe or as a command line's flag."""
+    """A pydantic error in one line per field, named as in a recipe, or as a flag if `flags`."""
     lines = []
     for problem in error.errors():
         where = ".".join(str(one) or "''" for one in problem["loc"])
@@ -145,7 +147,7 @@ def explain(error: ValidationError, *, flags: bool = False) -> str:
             names = _names_in(error.title, nested=len(problem["loc"]) > 1)
             message, given = _unknown(str(problem["loc"][-1]), names), ""
         elif kind == "tuple_type":
-            message = "a list is needed, as in [0, 1]"
+            message = "expected a list, such as [0, 1]"
         elif kind in ("model_type", "dict_type"):
             message = _NO_BLOCK
         elif kind in ("less_than", "less_than_equal") and _is_percent(problem):

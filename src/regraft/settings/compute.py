@@ -14,17 +14,17 @@ from regraft.settings.base import EXPERT, NAMED, Settings
 class ComputeSettings(Settings):
     """Where and how to run the model."""
 
-    device: str = Field("auto", description="cpu, cuda or cuda:1; auto finds one.")
+    device: str = Field("auto", description="cpu, cuda or cuda:1; auto picks one.")
     dtype: DTypeName = Field(
         "auto",
-        description="auto: float32 on a CPU, else the checkpoint's own. CPUs with AMX or AMD's "
-        "with AVX-512 BF16 are faster in bfloat16.",
+        description="auto: float32 on a CPU, otherwise the checkpoint's own. CPUs with AMX, or "
+        "from AMD with AVX-512 BF16, are faster in bfloat16.",
     )
     batch_size: int = Field(8, ge=1, description="Examples in one forward pass.")
     placement: Annotated[Placement, NAMED] = Field(
         "resident",
-        description="resident: the whole model on the device. streamed, for one that does not fit: "
-        "a layer at a time, or spread over host memory.",
+        description="resident: the whole model on the device. streamed, if it does not fit: one "
+        "layer at a time, or spread over host memory.",
     )
     trust_remote_code: Annotated[bool, EXPERT, Parameter(show_default=False)] = Field(
         False, description="Run the checkpoint's own Python code."

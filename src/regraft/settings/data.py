@@ -1,4 +1,4 @@
-"""Data sets as flags and recipes name them, and what is calibrated on."""
+"""Data sets as flags and recipes name them, and calibration settings."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from regraft.data.sources import DataSource, words_of_first
 from regraft.settings.base import EXPERT, NAMED, Settings
 
 
-def _words(_type: Any, tokens: Sequence[Any]) -> DataSource:
+def _data_source(_type: Any, tokens: Sequence[Any]) -> DataSource:
     return DataSource.model_validate([token.value for token in tokens])
 
 
-def _several(_type: Any, tokens: Sequence[Any]) -> tuple[DataSource, ...]:
-    """Words of several data sets in a row."""
+def _data_sources(_type: Any, tokens: Sequence[Any]) -> tuple[DataSource, ...]:
+    """Several data sets, of one or two words each."""
     words, found = [str(token.value) for token in tokens], []
     while words:
         count = words_of_first(words)
@@ -30,16 +30,17 @@ def _several(_type: Any, tokens: Sequence[Any]) -> tuple[DataSource, ...]:
 
 _NAMES = ", ".join(one for one in DATASETS.built_in() if one not in ("demo", "jsonl"))
 _ONE_OR_TWO_WORDS = Parameter(
-    converter=_words, n_tokens=-1, consume_multiple=True, accepts_keys=False
+    converter=_data_source, n_tokens=-1, consume_multiple=True, accepts_keys=False
 )
-_ONE_WORD = Parameter(n_tokens=1, accepts_keys=False)  # no converter is asked inside of settings
+# no converter: cyclopts does not call those of a settings class's fields
+_ONE_WORD = Parameter(n_tokens=1, accepts_keys=False)
 
 Data = Annotated[
     DataSource,
     _ONE_WORD,
     Parameter(
-        help="A .jsonl file ({seed} in its name is --seed) or vlguard PATH; needed unless the "
-        "model is demo.",
+        help="A .jsonl file ({seed} in its name stands for --seed) or vlguard PATH; required "
+        "unless the model is demo.",
         show_default=False,
     ),
 ]
@@ -47,8 +48,8 @@ TextPrompts = Annotated[
     DataSource,
     _ONE_OR_TWO_WORDS,
     Parameter(
-        help="Prompts without images: prompts FILE (harmful; AdvBench and its like, or a line "
-        "each), benign FILE (harmless), xstest PATH or a .jsonl file."
+        help="Prompts without images: prompts FILE (harmful; AdvBench and the like, or one per "
+        "line), benign FILE (harmless), xstest PATH or a .jsonl file."
     ),
 ]
 Prompts = Annotated[
@@ -56,16 +57,16 @@ Prompts = Annotated[
     _ONE_OR_TWO_WORDS,
     Parameter(
         help="A .jsonl file, demo:calibration, vlguard PATH, prompts FILE (harmful; AdvBench and "
-        "its like) or benign FILE (harmless). Responses in it are not read."
+        "the like) or benign FILE (harmless). Its responses are not read."
     ),
 ]
 Suites = Annotated[
     tuple[DataSource, ...],
-    Parameter(converter=_several, n_tokens=-1, consume_multiple=True, accepts_keys=False),
+    Parameter(converter=_data_sources, n_tokens=-1, consume_multiple=True, accepts_keys=False),
     Parameter(
-        help="One or, the flag repeated, several: demo:test, a .jsonl file, or NAME PATH with one "
-        f"of {_NAMES} (prompts: AdvBench and its like), or the name that an installed package "
-        "registers. With #harmful or #harmless behind it these prompts alone."
+        help="demo:test, a .jsonl file, or NAME PATH, where NAME is one of "
+        f"{_NAMES} (prompts: AdvBench and the like), or registered by an installed package. Append "
+        "#harmful or #harmless for these prompts alone; repeat the flag for several suites."
     ),
 ]
 Validation = Annotated[DataSource | None, _ONE_WORD]
@@ -75,19 +76,19 @@ class PromptSettings(Settings):
     """Harmful prompts (D^s) and harmless ones (D^u)."""
 
     data: Data = DataSource(name="demo", split="calibration")  # `source` is what is read
-    samples: int = Field(128, ge=1, description="Prompts of each kind at most.")
-    seed: int = Field(0, description="Seed of the draw of prompts.")
+    samples: int = Field(128, ge=1, description="Maximum number of prompts of each kind.")
+    seed: int = Field(0, description="Seed for drawing prompts.")
 
     @property
     def source(self) -> DataSource:
-        """`data`, with the seed in place of `{seed}` in its path: a file for each seed."""
+        """`data`, with `{seed}` in its path replaced by the seed, for data in a file per seed."""
         if self.data.path is None:
             return self.data
         path = Path(str(self.data.path).replace("{seed}", str(self.seed)))
         return self.data.model_copy(update={"path": path})
 
     def with_responses(self) -> CalibrationSettings:
-        """With the defaults of what is said of responses."""
+        """As calibration settings, with the defaults for responses."""
         return CalibrationSettings(**self.model_dump(exclude_unset=True))
 
 
@@ -96,11 +97,11 @@ class CalibrationSettings(PromptSettings):
 
     responses: Annotated[Literal["auto", "given", "self"], NAMED] = Field(
         "auto",
-        description="given: the data set's. self: the dense model's own, if they refuse what "
-        "is harmful and nothing else. auto: given if any, else self.",
+        description="given: the data set's. self: the dense model's own, of which refusals of "
+        "harmful prompts and answers to harmless ones are kept. auto: given if any, else self.",
     )
     max_response_tokens: Annotated[int, EXPERT] = Field(
-        64, ge=1, description="Length of the model's responses."
+        64, ge=1, description="Maximum tokens of a response of the model."
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Defences at inference, the baselines that leave the weights alone: a class a method."""
+"""Settings of defences at inference, baselines that change no weights: one class per method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OF_SEARCH = ("strengths", "validation", "validation_limit", "max_over_refusal",
 
 
 class DefenceSettings(Settings):
-    """A defence at inference, which leaves the weights as pruning left them."""
+    """Base class of the settings of a defence at inference."""
 
     method: str
 
@@ -27,9 +27,9 @@ class DefenceSettings(Settings):
 
 
 class DefencePromptSettings(DefenceSettings):
-    """A prompt that goes with the user's text."""
+    """A prompt that is added to the user's text."""
 
-    before: ClassVar[bool]  # whether it stands before the text, or between two copies of it
+    before: ClassVar[bool]  # before the text, else between two copies of it
     prompt: str
 
 
@@ -41,7 +41,7 @@ class AdaShieldSettings(DefencePromptSettings):
     prompt: str = Field(
         DEFENCE_PROMPT,
         min_length=1,
-        description="The text; if not given, AdaShield-S's scheme in our own words.",
+        description="The prompt; by default AdaShield-S's scheme in our own words.",
     )
 
 
@@ -53,8 +53,8 @@ class SafetyPromptSettings(DefencePromptSettings):
     prompt: str = Field(
         SAFETY_PROMPT,
         min_length=1,
-        description="The text; if not given, what `regraft prune --method safety-potential` "
-        "calibrates with.",
+        description="The prompt; by default the one that `regraft prune --method "
+        "safety-potential` calibrates with.",
     )
 
 
@@ -65,37 +65,35 @@ class RefusalDirectionSettings(DefenceSettings):
     layer: int | None = Field(
         None,
         ge=0,
-        description="The decoder layer behind which it is taken and added; if not given, chosen on "
-        "the validation prompts from the middle layers.",
+        description="Decoder layer after which the direction is taken and added; by default chosen "
+        "from the middle layers on the validation prompts.",
     )
     strength: float | None = Field(
         None,
         gt=0,
-        description="How many differences of means are added; if not given, chosen on the "
+        description="Factor by which the difference is multiplied; by default chosen on the "
         "validation prompts.",
     )
     strengths: tuple[float, ...] = Field(
         (0.25, 0.5, 1.0, 1.5, 2.0),
         min_length=1,
-        description="Those to choose from; repeat the flag for more.",
+        description="Strengths to choose from; repeat the flag for several.",
     )
     validation: Validation = Field(
         None,
-        description="Harmful and harmless prompts on which layer and strength are chosen, none of "
-        "which should be evaluated on. The bundled model or data come with some; any other needs "
-        "its own.",
+        description="Harmful and harmless prompts for choosing layer and strength; do not evaluate "
+        "on them. Required, unless the model or the data are the bundled ones.",
     )
     validation_limit: int | None = Field(
-        None, ge=1, description="Use only the first of these prompts, of each kind."
+        None, ge=1, description="Use only the first N of these prompts of each kind."
     )
     max_over_refusal: float = Field(
         5.0,
         ge=0,
         le=100,
-        description="How many percentage points more over-refusal than without it the choice may "
-        "cost.",
+        description="Most percentage points of over-refusal that the direction may add.",
     )
-    max_new_tokens: int = Field(64, ge=1, description="Length of an answer to a validation prompt.")
+    max_new_tokens: int = Field(64, ge=1, description="Maximum tokens of a validation answer.")
 
     @field_validator("strengths")
     @classmethod
@@ -126,7 +124,7 @@ DEFENCES: dict[str, type[DefenceSettings]] = {
 
 
 def defence_type(method: str) -> type[DefenceSettings]:
-    """The settings of a method.
+    """The settings class of a method.
 
     Raises:
         RegraftError: there is no such method.

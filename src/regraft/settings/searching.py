@@ -1,4 +1,4 @@
-"""How many weights are restored, which settings are tuned, and on which prompts they are chosen."""
+"""Search for a number of weights, tuning, and the validation prompts that both choose on."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class SearchSettings(Settings):
 
     validation: Validation = Field(
         None,
-        description="Prompts to choose on; report no rates on them. If not given, a quarter of "
-        "--data is held out.",
+        description="Prompts to choose on; report no rates on them. By default a quarter of --data "
+        "is held out.",
     )
     validation_limit: Annotated[int | None, EXPERT] = Field(
-        None, ge=1, description="Validate on the first of each kind only."
+        None, ge=1, description="Use only the first N validation prompts of each kind."
     )
-    points: int = Field(8, ge=1, description="Numbers of weights to try.")
-    most: float | None = Field(None, gt=0, description="Try at most so many per 10,000.")
+    points: int = Field(8, ge=1, description="How many numbers of weights to try.")
+    most: float | None = Field(None, gt=0, description="Try at most this many per 10,000.")
     target_asr: float | None = Field(
         None, ge=0, le=100, description="Take the fewest weights with an ASR (%) this low."
     )
@@ -56,25 +56,22 @@ class SearchSettings(Settings):
 
 
 class TuneSettings(Settings):
-    """Which settings of a method are tried, and how many times.
-
-    What is tried, and in which range, every method says itself; gain has nothing to tune.
-    """
+    """How a method's settings are tuned; the method says which, and in which ranges."""
 
     trials: int = Field(
-        40, ge=1, description="Finished trials in all; the same command goes on to more."
+        40, ge=1, description="Finished trials in total; to add more, raise it and run again."
     )
     sampler_seed: int = Field(
-        0, ge=0, description="With one worker and the same seed the same trials come again."
+        0, ge=0, description="Seed of the sampler; one worker repeats the same trials with it."
     )
     random_trials: int = Field(
-        10, ge=1, description="Trials at random before TPE learns from them."
+        10, ge=1, description="Random trials before TPE starts to learn from them."
     )
     workers: int = Field(1, ge=1, description="Processes that share the trials.")
     devices: tuple[str, ...] = Field(
-        (), description="Those of the workers, in turn; if not given, the one device."
+        (), description="Devices of the workers, in turn; by default --device."
     )
-    keep: tuple[str, ...] = Field((), description="Settings that stay as given, such as scope.")
+    keep: tuple[str, ...] = Field((), description="Settings not to tune, such as scope.")
 
 
 Choosing = TypeVar("Choosing", bound=SearchSettings | RefusalDirectionSettings)
@@ -83,10 +80,7 @@ Choosing = TypeVar("Choosing", bound=SearchSettings | RefusalDirectionSettings)
 def with_validation(
     settings: Choosing, model: str | Path, calibration: CalibrationSettings
 ) -> Choosing:
-    """The settings, with the bundled validation prompts where none are named and these will do.
-
-    They will for the bundled model, and for data that are bundled too.
-    """
+    """Fill in the bundled validation prompts if none are named and model or data are bundled."""
     if settings.validation is not None:
         return settings
     if calibration.data.name != "demo" and not is_demo(model):
@@ -98,31 +92,30 @@ def with_validation(
 def with_held_out(
     choice: SearchSettings, model: str | Path, calibration: CalibrationSettings
 ) -> tuple[SearchSettings, CalibrationSettings]:
-    """A search with prompts to choose on, and what is left to learn from.
+    """A search with validation prompts, and the calibration data without them.
 
-    Where no prompts are named and the bundled ones will not do (`with_validation`), it chooses on
-    a quarter of the calibration data, and nothing is learnt from these.
+    If none are named or bundled (`with_validation`), a quarter of the calibration data is held out.
     """
-    found = with_validation(choice, model, calibration)
-    if found.validation is not None:
-        return found, calibration
+    choice = with_validation(choice, model, calibration)
+    if choice.validation is not None:
+        return choice, calibration
     rest, held_out = split_off(calibration.data)
     return (
-        found.model_copy(update={"validation": held_out}),
+        choice.model_copy(update={"validation": held_out}),
         calibration.model_copy(update={"data": rest}),
     )
 
 
 def validation_of(settings: SearchSettings | RefusalDirectionSettings) -> DataSource:
-    """The prompts to choose on.
+    """The validation prompts.
 
     Raises:
         RegraftError: none are named.
     """
     if settings.validation is None:
         raise RegraftError(
-            "No validation prompts are named to choose on, and the bundled ones say nothing about "
-            "another model and other data. Give harmful and harmless ones with --validation (in a "
-            "recipe `validation`)."
+            "No validation prompts are named to choose on, and the bundled ones are only for the "
+            "bundled model or data. Give harmful and harmless ones with --validation (in a recipe "
+            "`validation`)."
         )
     return settings.validation

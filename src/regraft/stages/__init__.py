@@ -1,9 +1,9 @@
 """The stages: each a function from settings and inputs to one artifact on disk.
 
-An artifact carries the key of all that made it (settings, contents of the inputs, versions). A
-stage whose artifact is there with the same key is done and returns at once; an artifact with
-another key is never overwritten. Unfinished work waits in a hidden folder beside the artifact,
-under its key, and is taken up again after a kill.
+An artifact carries a key that covers everything it was made from (settings, contents of the inputs,
+versions). A stage that finds its artifact with the same key returns at once; an artifact with
+another key is never overwritten. Unfinished work is kept in a hidden folder next to the artifact,
+under its key, and continued after a kill.
 """
 
 from regraft.disk.artifact import ABOUT_FILE
@@ -21,7 +21,7 @@ from regraft.stages.judging import (
     judge_answers,
     measure_judges,
     opinions,
-    own,
+    own_judge,
 )
 from regraft.stages.patching import Preview, Tool, export_patches, patch_checkpoint, preview
 from regraft.stages.pruning import prune_checkpoint, spilled_bytes
@@ -60,7 +60,7 @@ __all__ = [
     "open_side",
     "open_target",
     "opinions",
-    "own",
+    "own_judge",
     "patch_checkpoint",
     "preview",
     "prune_checkpoint",

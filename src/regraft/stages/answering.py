@@ -1,4 +1,4 @@
-"""The dense model's answers: as calibration data, and as a data set of one's own."""
+"""The dense model's answers, as calibration data and as a data set."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Loader = Callable[[], tuple[nn.Module, Any]]
 
 @dataclass(frozen=True)
 class Response:
-    """One answer of the dense model to a prompt, and why it was not kept, "" if it was."""
+    """An answer of the dense model to a prompt, and why it is not kept ("" if it is)."""
 
     id: str
     answer: str
@@ -54,8 +54,8 @@ class Response:
     why: str = ""
 
 
-def beside(out: Path) -> Path:
-    """Where a stage keeps the responses for its artifact `out` if nobody says where."""
+def responses_folder(out: Path) -> Path:
+    """Default folder for the responses that a stage needs for its artifact `out`."""
     out = out.absolute()  # "." has no name
     return out.with_name(f"{out.name}.responses")
 
@@ -63,74 +63,72 @@ def beside(out: Path) -> Path:
 def calibration_data(setup: Setup, folder: Path, *, harmful: bool) -> Reading:
     """D^s or D^u, each example with a response.
 
-    Where `responses_are_given` these are the data set's. Otherwise the dense model answers
-    the prompts greedily, batch by batch in the drawn order, until as many answers are kept as
-    samples are wanted: refusals of harmful prompts, and what refuses nothing of harmless ones. The
-    first prompts are those that would be drawn anyhow. Answers are the file `harmful.jsonl` or
-    `harmless.jsonl` in `folder`, which stages with the same settings share; finished batches
-    survive a kill.
+    If `responses_are_given`, these are the data set's. Otherwise the dense model answers prompts
+    greedily, in the order in which they are drawn, until `samples` answers are kept: refusals of
+    harmful prompts, and answers to harmless ones that do not refuse. They are written to
+    `harmful.jsonl` or `harmless.jsonl` in `folder`, which stages with the same settings share;
+    finished batches survive a kill.
 
     Raises:
         RegraftError: see the data readers; no answer can be kept.
     """
     dense, calibration = setup.dense, setup.calibration
-    if not harmful:  # once for both kinds
+    if not harmful:  # warn once, not for each kind
         warn_of_bundled(dense, calibration.source, setup.progress.note)
     if responses_are_given(calibration, harmful=harmful):
         return draw_calibration(dense, calibration, harmful=harmful)
     prompts = order_calibration(dense, calibration, harmful=harmful)
-    wanted = _Wanted(
+    request = _Request(
         prompts,
         calibration.samples,
         calibration.max_response_tokens,
         judged,
         {"judge": DEFAULT_JUDGE.name},
-        _none_of_use(len(prompts.examples), harmful=harmful),
+        _none_usable(len(prompts.examples), harmful=harmful),
     )
-    return _answered(setup, _loader(setup), wanted, folder / f"{_kind(harmful)}.jsonl")
+    return _answer_prompts(setup, _loader(setup), request, folder / f"{_kind(harmful)}.jsonl")
 
 
 def imitation_data(setup: Setup, folder: Path) -> dict[str, Reading]:
-    """The prompts drawn, each with the start of what the dense model answers.
+    """Drawn prompts of both kinds, each with the start of the dense model's answer.
 
-    Whether it refuses or not: a model that is to refuse as often as the dense one must learn from
-    the harmful prompts that the dense model answers, and the harmless ones that it refuses, too.
-    The data set's responses are not read. An answer is cut after one token more than `DecisionLoss`
-    reads, since text is not always cut into tokens again as it was written. Files as for
-    `calibration_data`.
+    Refusals and other answers are kept alike: to refuse as often as the dense model, a model must
+    also learn from harmful prompts that the dense one answers and harmless ones that it refuses.
+    The data set's responses are not read. Answers have one token more than `DecisionLoss` reads,
+    since text may be tokenised differently than it was generated. Files as in `calibration_data`.
 
     Returns:
         "safety" -> harmful prompts, "utility" -> harmless ones.
 
     Raises:
-        RegraftError: see the data readers; the dense model answers nothing at all.
+        RegraftError: see the data readers; all of the dense model's answers are blank.
     """
     warn_of_bundled(setup.dense, setup.calibration.source, setup.progress.note)
     readings, loader = {}, _loader(setup)
     for kind, harmful in (("safety", True), ("utility", False)):
         prompts = draw_prompts(setup.dense, setup.calibration, harmful=harmful)
         count = len(prompts.examples)
-        nothing = (
+        none_kept = (
             f"the dense model's answer to each of the {count} {_kind(harmful)} prompts is empty, "
             "so there is nothing to imitate. Give other prompts."
         )
-        wanted = _Wanted(prompts, count, len(TOKEN_WEIGHTS) + 1, _unless_blank, {}, nothing)
+        request = _Request(prompts, count, len(TOKEN_WEIGHTS) + 1, _unless_blank, {}, none_kept)
         out = folder / f"{_kind(harmful)}-starts.jsonl"
-        readings[kind] = _answered(setup, loader, wanted, out)
+        readings[kind] = _answer_prompts(setup, loader, request, out)
     return readings
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """Which answers are to be written.
+class _Request:
+    """Which prompts to answer, and which answers to keep.
 
     Attributes:
-        prompts: In the order in which they are asked.
-        kept: How many are to be kept.
-        tokens: Most tokens of an answer.
-        judge: Says of an answer whether it is kept.
+        prompts: In the order in which they are answered.
+        kept: How many answers to keep.
+        tokens: Maximum tokens of an answer.
+        judge: Decides whether an answer is kept.
         about: Settings of `judge`, for the provenance.
-        nothing: What is wrong where none is kept.
+        none_kept: Error message if no answer is kept.
     """
 
     prompts: Reading
@@ -138,11 +136,11 @@ class _Wanted:
     tokens: int
     judge: Callable[[Example, str], Response]
     about: Mapping[str, Any]
-    nothing: str
+    none_kept: str
 
 
 def _loader(setup: Setup) -> Loader:
-    """Loads the dense model and its processor when the first answer is asked of them, once."""
+    """A function that loads the dense model and its processor on the first call only."""
     return cache(lambda: load(setup.dense, setup.compute, setup.progress))
 
 
@@ -150,58 +148,58 @@ def _kind(harmful: bool) -> str:
     return "harmful" if harmful else "harmless"
 
 
-def _answered(setup: Setup, loader: Loader, wanted: _Wanted, out: Path) -> Reading:
-    """The prompts whose answer is kept, with it; answers are in the file `out`."""
+def _answer_prompts(setup: Setup, loader: Loader, request: _Request, out: Path) -> Reading:
+    """Prompts with their kept answers; all answers are written to the file `out`."""
     inputs = fingerprints(dense=setup.dense)
-    about = describe("responses", inputs, None, setup.compute, {"prompts": wanted.prompts})
+    about = describe("responses", inputs, None, setup.compute, {"prompts": request.prompts})
     about["settings"] = {
-        "samples": wanted.kept,
-        "max_response_tokens": wanted.tokens,
-        **wanted.about,
+        "samples": request.kept,
+        "max_response_tokens": request.tokens,
+        **request.about,
     }
     if not is_done(out, out, about, lambda: _read(out)[0]):
         with working(out, about) as work:
-            answers = _answer(setup, loader, wanted, work)
+            answers = _answer_enough(setup, loader, request, work)
             if not any(one.kept for one in answers):
-                raise RegraftError(f"{wanted.prompts.source}: {wanted.nothing}")
+                raise RegraftError(f"{request.prompts.source}: {request.none_kept}")
             if distributed.first():
                 rows = [{"about": about}, *map(asdict, answers)]
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 write_text(out, "".join(lines))
-    return _kept(wanted.prompts, _read(out)[1])
+    return _kept(request.prompts, _read(out)[1])
 
 
-def _answer(setup: Setup, loader: Loader, wanted: _Wanted, work: Path) -> list[Response]:
-    """The answers up to the one with which there are enough."""
+def _answer_enough(setup: Setup, loader: Loader, request: _Request, work: Path) -> list[Response]:
+    """Answer prompts in order until as many answers are kept as requested."""
     model, processor = loader()
     kept, answers = 0, list[Response]()
-    examples, batch_size = wanted.prompts.examples, setup.compute.batch_size
+    examples, batch_size = request.prompts.examples, setup.compute.batch_size
     size = batch_size * distributed.world()
-    asked, expected = 0, min(wanted.kept, len(examples))
+    asked, expected = 0, min(request.kept, len(examples))
     with setup.progress.task("Writing responses", expected, "prompts") as done:
         for i, chunk in enumerate(batches(examples, size)):
-            there: list[int] = []  # of a run that was stopped
+            resumed: list[int] = []  # not empty if a stopped run has answers of this chunk
             texts = generate(
                 model,
                 processor,
                 chunk,
                 work / f"part_{i:05d}_of_{size}",  # another number of processes cuts other parts
-                max_new_tokens=wanted.tokens,
+                max_new_tokens=request.tokens,
                 batch_size=batch_size,
-                advance=Task(lambda _: None, there.append),
+                advance=Task(lambda _: None, resumed.append),
             )
             for example, text in zip(chunk, texts, strict=True):
-                answers.append(wanted.judge(example, text))
+                answers.append(request.judge(example, text))
                 kept += answers[-1].kept
-                if kept == wanted.kept:
+                if kept == request.kept:
                     return answers
             asked += len(chunk)
             left = len(examples) - asked
-            if kept:  # as many more prompts as it takes if as many of them are kept as so far
-                left = min(left, math.ceil((wanted.kept - kept) * asked / kept))
+            if kept:  # an estimate, by the share of answers that was kept so far
+                left = min(left, math.ceil((request.kept - kept) * asked / kept))
             expect(done, asked + left - expected)
             expected = asked + left
-            if there:
+            if resumed:
                 expect(done, -len(chunk))
             else:
                 done(len(chunk))
@@ -214,7 +212,7 @@ def _unless_blank(example: Example, text: str) -> Response:
 
 
 def judged(example: Example, text: str) -> Response:
-    """Whether an answer of the dense model is of use: it refuses exactly what is harmful."""
+    """A response, which is kept if the answer refuses exactly when the prompt is harmful."""
     why: str = "blank" if not text.strip() else degeneration(text) or ""
     if not why:
         refused = DEFAULT_JUDGE.refuses(text)
@@ -223,7 +221,7 @@ def judged(example: Example, text: str) -> Response:
 
 
 def _kept(prompts: Reading, answers: tuple[Response, ...]) -> Reading:
-    """The prompts whose answer was kept, with it; all others are counted in `skipped`."""
+    """The prompts with their kept answers; all others are counted in `skipped`."""
     by_id = {example.id: example for example in prompts.examples}
     examples = tuple(replace(by_id[one.id], response=one.answer) for one in answers if one.kept)
     skipped = Counter(prompts.skipped)
@@ -233,7 +231,7 @@ def _kept(prompts: Reading, answers: tuple[Response, ...]) -> Reading:
     return Reading(f"{prompts.source}, answered by the dense model", examples, dict(skipped))
 
 
-def _none_of_use(count: int, *, harmful: bool) -> str:
+def _none_usable(count: int, *, harmful: bool) -> str:
     found = f"refuses none of the {count} harmful prompts"
     if not harmful:
         found = f"refuses all of the {count} harmless prompts or answers degenerately"
@@ -272,36 +270,35 @@ def write_responses(
     compute: ComputeSettings,
     progress: Progress = SILENT,
 ) -> Reading:
-    """Answer every prompt greedily; writes the answers that are kept to the JSONL file `out`.
+    """Answer every prompt greedily; writes kept answers as a data set, the JSONL file `out`.
 
-    Which answers are kept is that of `calibration_data` with the dense model's responses: refusals
-    of harmful prompts, and what refuses nothing of harmless ones. All answers are in the folder
-    `OUT.responses`, where finished ones survive a kill. A line has `id`, `instruction`, `response`,
-    `harmful`, `category` and, where there is one, `image`, relative to the file; lines are in the
-    order of the data.
+    As in `calibration_data`, refusals of harmful prompts are kept, and answers to harmless ones
+    that do not refuse. All answers are in the folder `OUT.responses`, where finished ones survive a
+    kill. A line has `id`, `instruction`, `response`, `harmful`, `category` and, if there is one,
+    `image`, relative to the file; lines are in the order of the data.
 
     Returns:
-        The prompts with their answers, and an account of all others.
+        The prompts with their kept answers, and counts of all others.
 
     Raises:
         RegraftError: `out` holds something else, an image does not lie below its folder, or see
             `calibration_data`.
     """
     prompts = read(of_split(data, "train"))
-    for example in prompts.examples:  # before long work: could the file be written?
+    for example in prompts.examples:  # before long work: can the file name all images?
         _image(example, out)
-    if out.exists() and not beside(out).exists():
+    if out.exists() and not responses_folder(out).exists():
         raise _other(out)
     answered: dict[str, Example] = {}
     skipped = Counter(prompts.skipped)
-    wanted = CalibrationSettings(
+    calibration = CalibrationSettings(
         data=data, responses="self", max_response_tokens=max_response_tokens
     )
     counts = Counter(one.harmful for one in prompts.examples)
     for harmful, count in sorted(counts.items(), reverse=True):  # harmful ones first
-        settings = wanted.model_copy(update={"samples": count})
+        settings = calibration.model_copy(update={"samples": count})
         setup = Setup(dense, settings, compute, progress)
-        reading = calibration_data(setup, beside(out), harmful=harmful)
+        reading = calibration_data(setup, responses_folder(out), harmful=harmful)
         answered |= {one.id: one for one in reading.examples}
         left = reading.skipped.items()
         skipped.update({why: n for why, n in left if why.startswith("answered and not kept")})
@@ -328,20 +325,19 @@ def _line(example: Example, out: Path) -> str:
 
 
 def _image(example: Example, out: Path) -> str | None:
-    """Its path from the folder of `out`, below which data sets of one's own have their images."""
+    """Path of an example's image relative to the folder of `out`, which must be above it."""
     if example.image is None:
         return None
     image, folder = example.image.resolve(), out.resolve().parent
     if not image.is_relative_to(folder):
         raise RegraftError(
-            f"The image {example.image} of example {example.id!r} does not lie below {folder}, "
-            "where the file to be written could name it. Choose an --out in a folder above the "
-            "images."
+            f"The image {example.image} of example {example.id!r} does not lie below {folder}, so "
+            f"that {out.name} could not name it. Choose an --out in a folder above the images."
         )
     return str(image.relative_to(folder))
 
 
 def _other(out: Path) -> RegraftError:
     return RegraftError(
-        f"{out} holds something else than these answers. Remove it or choose another --out."
+        f"{out} holds something other than these answers. Remove it or choose another --out."
     )

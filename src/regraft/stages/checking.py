@@ -1,4 +1,4 @@
-"""Whether a compressed model is still as safe and as useful as the dense one: `regraft check`."""
+"""Check whether a compressed model is as safe and useful as the dense one: `regraft check`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from regraft.stages.endpoint import Evaluable, open_target
 from regraft.stages.evaluating import Evaluation, evaluate_target, read_evaluation
 from regraft.stages.provenance import but_for_rounding, differing
 
-Side = Evaluable | Path  # what is evaluated, or the folder of its finished evaluation
+Side = Evaluable | Path  # a model to evaluate, or the folder of a finished evaluation
 DENSE, COMPRESSED = "dense", "compressed"
 _FILES = ("check.json", "junit.xml", "summary.md")
 _SAME = ("judge", "keywords", "window", "max_new_tokens", "full_answers")
@@ -44,10 +44,10 @@ def open_side(
     patch: Path | None = None,
     progress: Progress = SILENT,
 ) -> Side:
-    """What is named: the folder of a finished evaluation, or what `open_target` takes.
+    """Open the folder of a finished evaluation, or else what `open_target` takes.
 
     Raises:
-        RegraftError: see `open_target`; there is a patch for an evaluation.
+        RegraftError: see `open_target`; a finished evaluation is given a patch.
     """
     if not isinstance(named, Source):
         folder = Path(named)
@@ -67,29 +67,29 @@ def check_compressed(
     settings: EvalSettings = EvalSettings(),
     margins: Margins = Margins(),
 ) -> Check:
-    """Compare two models, evaluating those that are not; writes check.json, junit.xml, summary.md.
+    """Compare two models; writes check.json, junit.xml and summary.md to the folder `out`.
 
-    Models are evaluated on `suites` into `dense` and `compressed` below `out`; called again, it
-    takes them as they are and decides anew.
+    Models are first evaluated on `suites` into the folders `dense` and `compressed` in `out`. A
+    second call uses these evaluations and makes a new verdict.
 
     Raises:
-        RegraftError: the two answered other prompts or are judged otherwise, or are one model.
+        RegraftError: the two answered different prompts, are judged differently or are one model.
     """
     sides = {DENSE: dense, COMPRESSED: compressed}
     clear_check(out)
     _check_asked(sides, suites, settings)
     if all(points >= 100 for points in margins.points().values()):
         raise RegraftError(
-            "Every metric is left out by a margin of 100, so that nothing is checked: give at "
-            "least one of them a smaller margin."
+            "A margin of 100 leaves out every metric, so nothing would be checked: give at least "
+            "one a smaller margin."
         )
-    there = {name: _read(side) for name, side in sides.items() if isinstance(side, Path)}
+    evaluations = {name: _read(side) for name, side in sides.items() if isinstance(side, Path)}
     names = {n: str(side) if isinstance(side, Path) else n for n, side in sides.items()}
-    _check_before(sides, there, names, suites, settings)
+    _check_comparable(sides, evaluations, names, suites, settings)
     for name, side in sides.items():
         if not isinstance(side, Path):
-            there[name] = evaluate_target(side, out / name, suites, settings)
-    found = _decided(there, names, margins)
+            evaluations[name] = evaluate_target(side, out / name, suites, settings)
+    found = _verdict(evaluations, names, margins)
     if distributed.first():
         write_text(out / "junit.xml", junit(found))
         write_text(out / "summary.md", markdown(found))
@@ -98,20 +98,20 @@ def check_compressed(
 
 
 def check_compute(sides: Sequence[Side], compute: ComputeSettings) -> None:
-    """Refuse how a model is run where none is run here.
+    """Refuse compute settings if no model is run here.
 
     Raises:
-        RegraftError: both are evaluations or behind servers, and something of it was set.
+        RegraftError: both are evaluations or behind servers, and a compute setting was given.
     """
     if all(isinstance(one, Path) or one.compute is None for one in sides):
         refuse_compute(compute, "Neither of the two models is run here")
 
 
 def clear_check(out: Path) -> None:
-    """Remove the verdict that is there, so that none outlives a check that fails.
+    """Remove an old verdict, so that none remains if the new check fails.
 
     Raises:
-        RegraftError: a check would be put among other files.
+        RegraftError: the folder holds other files.
     """
     if out.is_file():
         raise RegraftError(f"The output {out} is a file; a folder is needed.")
@@ -121,7 +121,7 @@ def clear_check(out: Path) -> None:
     odd += [name for name in _FILES if (out / name).is_dir()]
     if odd:
         raise RegraftError(
-            f"The output folder {out} holds something else than a check ({odd[0]}). Choose a new "
+            f"The output folder {out} holds something other than a check ({odd[0]}). Choose a new "
             "folder."
         )
     if distributed.first():
@@ -132,65 +132,65 @@ def clear_check(out: Path) -> None:
 def _check_asked(
     sides: Mapping[str, Side], suites: Sequence[DataSource], settings: EvalSettings
 ) -> None:
-    """Raise where prompts or settings are wanting or would change nothing."""
+    """Raise if prompts are missing, or if prompts or settings would change nothing."""
     models = any(not isinstance(side, Path) for side in sides.values())
     if models and not suites:
         raise RegraftError(
-            "A model is to be evaluated: name the prompts with --suite, harmful and harmless ones "
-            "(utility needs a response beside these)."
+            "There is a model to evaluate: name harmful and harmless prompts with --suite (utility "
+            "needs responses to the harmless ones)."
         )
     if not models and (suites or settings != EvalSettings()):
         raise RegraftError(
-            "Both are finished evaluations, whose prompts and settings are what they are: leave "
-            "out --suite and settings of an evaluation."
+            "Both are finished evaluations, with prompts and settings of their own: leave out "
+            "--suite and settings of an evaluation."
         )
 
 
 def _read(folder: Path) -> Evaluation:
-    """An evaluation that tells what it was made of.
+    """Read an evaluation that says how it was made.
 
     Raises:
-        RegraftError: see `read_evaluation`; it does not tell, or has two answers with one id.
+        RegraftError: see `read_evaluation`; it does not say so, or two answers have the same id.
     """
     found = read_evaluation(folder)
     for name in ("inputs", "settings", "versions"):
         if not (isinstance(one := found.about.get(name), Mapping) and one):
             raise RegraftError(
                 f"{folder / 'results.json'}: field 'about.{name}' is no JSON object, or empty, so "
-                "it is not known how the model was evaluated. Evaluate it again."
+                "how the model was evaluated is not known. Evaluate it again."
             )
     ids = Counter(answer.id for answer in found.result.answers)
     if twice := [one for one, count in ids.items() if count > 1]:
         raise RegraftError(
-            f"{folder / 'answers.jsonl'}: the id {twice[0]!r} is there more than once."
+            f"{folder / 'answers.jsonl'}: the id {twice[0]!r} occurs more than once."
         )
     return found
 
 
-def _check_before(
+def _check_comparable(
     sides: Mapping[str, Side],
-    there: Mapping[str, Evaluation],
+    evaluations: Mapping[str, Evaluation],
     names: Mapping[str, str],
     suites: Sequence[DataSource],
     settings: EvalSettings,
 ) -> None:
-    """Find before anything is answered what would keep the two from being compared."""
-    made_of = {name: one.about["inputs"] for name, one in there.items()}
+    """Raise, before any prompt is answered, if the two could not be compared."""
+    inputs = {name: one.about["inputs"] for name, one in evaluations.items()}
     for name, side in sides.items():
         if not isinstance(side, Path):
             side.check(settings)
             side.reading(suites, settings.limit)
-            made_of[name] = side.inputs()
-            for other, evaluation in there.items():
+            inputs[name] = side.inputs()
+            for other, evaluation in evaluations.items():
                 _check_same_way(
                     names,
                     {other: evaluation.about["settings"], name: settings.model_dump(mode="json")},
                 )
                 asked = _unanswered(side, suites, settings)
                 on_the_same(names[other], evaluation.result, f"--suite ({asked.suite})", asked)
-    if "model" in made_of[DENSE] and made_of[DENSE] == made_of[COMPRESSED]:
-        model = made_of[DENSE]["model"]
-        if _served(made_of[DENSE]):
+    if "model" in inputs[DENSE] and inputs[DENSE] == inputs[COMPRESSED]:
+        model = inputs[DENSE]["model"]
+        if _served(inputs[DENSE]):
             raise RegraftError(
                 f"{DENSE} and {COMPRESSED} are both {model}, and one name cannot tell two models "
                 "apart: serve them under different names (vLLM: --served-model-name)."
@@ -202,7 +202,7 @@ def _check_before(
 
 
 def _served(inputs: Mapping[str, str]) -> bool:
-    """Whether these are of a model behind a server."""
+    """Whether these are the inputs of a model behind a server."""
     return inputs.get("model", "").startswith(ENDPOINT)
 
 
@@ -223,35 +223,38 @@ def _unanswered(
 
 
 def _check_same_way(names: Mapping[str, str], settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise unless both are judged alike, on answers of the same length."""
+    """Raise unless both are judged in the same way, on answers of the same length."""
     (one, ours), (other, theirs) = settings.items()
     for setting in _SAME:
         if ours.get(setting) != theirs.get(setting):
             raise RegraftError(
                 f"{names[one]} and {names[other]} cannot be compared: {setting} is "
-                f"{ours.get(setting)!r} in the one and {theirs.get(setting)!r} in the other. "
+                f"{ours.get(setting)!r} in the first and {theirs.get(setting)!r} in the second. "
                 f"Evaluate both with the same --{setting.replace('_', '-')}."
             )
 
 
-def _decided(there: Mapping[str, Evaluation], names: Mapping[str, str], margins: Margins) -> Check:
-    dense, compressed = there[DENSE], there[COMPRESSED]
-    _check_same_way(names, {name: there[name].about["settings"] for name in (DENSE, COMPRESSED)})
+def _verdict(
+    evaluations: Mapping[str, Evaluation], names: Mapping[str, str], margins: Margins
+) -> Check:
+    dense, compressed = evaluations[DENSE], evaluations[COMPRESSED]
+    settings = {name: evaluations[name].about["settings"] for name in (DENSE, COMPRESSED)}
+    _check_same_way(names, settings)
     other = on_the_same(names[DENSE], dense.result, names[COMPRESSED], compressed.result)
     fractions = {name: points / 100 for name, points in margins.points().items()}
     return Check(
         compared(dense.result, other, fractions),
-        _made_of(dense, compressed),
+        _provenance(dense, compressed),
         (
-            *_differences(dense.about, compressed.about),
-            *_replies(DENSE, dense),
-            *_replies(COMPRESSED, compressed),
+            *_difference_notes(dense.about, compressed.about),
+            *_reply_notes(DENSE, dense),
+            *_reply_notes(COMPRESSED, compressed),
         ),
     )
 
 
-def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
-    """What the verdict is bound to; no place and nothing that changes rounding alone."""
+def _provenance(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
+    """What the verdict depends on, without paths and what changes results by rounding only."""
     answers = dense.result.answers
     rows = [[asdict(answer)[name] for name in _PROMPT] for answer in answers]
     settings = dense.about["settings"]
@@ -263,7 +266,7 @@ def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
         "prompts": {"count": len(answers), "digest": digest(json.dumps(rows, sort_keys=True))},
         "models": {
             name: {
-                # all digests of a model here; those of one behind a server have its address
+                # digests for a model that ran here; a server's contain its address, so hash them
                 "inputs": {
                     role: digest(value) if _served(one.about["inputs"]) else value
                     for role, value in one.about["inputs"].items()
@@ -277,27 +280,27 @@ def _made_of(dense: Evaluation, compressed: Evaluation) -> dict[str, Any]:
     }
 
 
-def _replies(name: str, evaluation: Evaluation) -> Iterator[str]:
-    """What a server gave beside answers as asked for."""
+def _reply_notes(name: str, evaluation: Evaluation) -> Iterator[str]:
+    """Sentences on replies of a server that are not plain answers."""
     counted = evaluation.about.get("replies", {})
     yield from (f"The {name} model: {sentence}" for sentence in explained(counted))
     empty = sum(one.harmful and not one.answer for one in evaluation.result.answers)
     if counted.get("filtered") and empty:
         yield (
             f"The {name} model: harmful prompts without any answer: {empty:,}. ASR counts them as "
-            "not answered, though it may be the server's filter that withheld them."
+            "not answered, although the server's filter may have withheld the answers."
         )
 
 
-def _differences(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
-    """What was not the same in both evaluations and may be."""
+def _difference_notes(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences on what differs between the evaluations, but does not prevent a verdict."""
     if ("compute" in dense) != ("compute" in compressed):
         yield "Only one of the two ran here: how a server runs a model is not known."
-        return  # and versions of what runs models here mean nothing there
+        return  # versions of software here say nothing about the server's
     if "compute" not in dense:
         return
     for way, name, ours, theirs in differing(dense, compressed, "compute", "versions"):
         yield (
-            f"The two were evaluated with different {way}: {name} is {ours} of the dense model "
-            f"and {theirs} of the compressed one."
+            f"The two were evaluated with different {way}: {name} is {ours} for the dense model "
+            f"and {theirs} for the compressed one."
         )

@@ -52,9 +52,9 @@ def write_defence(
     calibration: CalibrationSettings,
     judge: TextJudge = DEFAULT_JUDGE,
 ) -> Defence:
-    """Make a defence for a pruned model, to evaluate it under; writes the file `out`.
+    """Make a defence for a pruned model; writes the file `out`.
 
-    A refusal direction is the difference of means of this very model on D^s and D^u prompts.
+    A refusal direction is the difference between this model's mean states on D^s and D^u prompts.
 
     Args:
         calibration: Prompts for the direction; their responses are not used.
@@ -64,8 +64,8 @@ def write_defence(
     """
     if target.patch is not None or target.defence is not None:
         raise RegraftError(
-            "A defence is made for a checkpoint as it is: apply the patch first, and leave another "
-            "defence out."
+            "A defence is made for a checkpoint as it is: apply the patch first, and leave out "
+            "another defence."
         )
     inputs = fingerprints(model=target.model)
     if isinstance(settings, DefencePromptSettings):
@@ -75,7 +75,7 @@ def write_defence(
         if settings.searches:
             settings = with_validation(settings, target.model.folder, calibration)
         check_direction_layer(target.model, settings)
-        data = _data(target.model, settings, calibration)
+        data = _read_data(target.model, settings, calibration)
         about = describe("defend", inputs, settings, target.compute, data)
         about["judge"] = judge.name
     if not is_done(out, out, about, lambda: load_defence(out).about):
@@ -89,18 +89,18 @@ def write_defence(
                 made = _direction(target, settings, data, judge, work, about)
                 if not made.strength:
                     target.progress.note(
-                        f"{out.name}: no layer and strength lowers ASR at so little over-refusal; "
-                        "nothing is added."
+                        f"{out.name}: no layer and strength lowers ASR within the limit on "
+                        "over-refusal; nothing is added."
                     )
             if distributed.first():
                 save_defence(out, made)
     return load_defence(out)
 
 
-def _data(
+def _read_data(
     model: Source, settings: RefusalDirectionSettings, calibration: CalibrationSettings
 ) -> dict[str, Reading]:
-    """D^s, D^u and, where layer and strength are chosen, the prompts to choose on."""
+    """D^s, D^u and, if layer and strength are to be chosen, the validation prompts."""
     data = {
         "safety": draw_calibration(model, calibration, harmful=True),
         "utility": draw_calibration(model, calibration, harmful=False),
@@ -128,7 +128,7 @@ def _direction(
 def _differences(
     target: Target, model: nn.Module, processor: Any, data: Mapping[str, Reading]
 ) -> Tensor:
-    """Of every layer, `[layers, d]` float32; NaN for one that did not run on every prompt."""
+    """Difference of mean states by layer, `[layers, d]` float32; NaN if one skipped a prompt."""
     architecture = target.model.architecture
     sets = [
         collate(processor, prompt_batch, data[role].examples, target.compute)
@@ -157,7 +157,7 @@ class _Search:
     about: Mapping[str, Any]
 
     def run(self, validation: Reading | None) -> Direction:
-        """The direction as it is given or as it does best."""
+        """The direction at the given layer and strength, or at the best ones."""
         layers, given = self._layers(), self.settings.strength
         strengths = sorted(set(self.settings.strengths)) if given is None else [given]
         if validation is None:
@@ -219,7 +219,7 @@ class _Search:
 
 
 def check_direction_layer(source: Source, settings: RefusalDirectionSettings) -> None:
-    """Raise unless the model has the layer that a refusal direction is to be added at."""
+    """Raise unless the model has the layer at which a refusal direction is to be added."""
     count = len(source.architecture.layers)
     if settings.layer is not None and settings.layer >= count:
         raise RegraftError(f"layer is {settings.layer}; the model has layers 0 to {count - 1}.")

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible server as what is evaluated; and targets by their names."""
+"""Evaluation target behind an OpenAI-compatible server; opens any target by its name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from regraft.settings.evaluating import EndpointSettings, EvalSettings
 from regraft.stages.evaluation_cache import Prompts
 from regraft.stages.targets import Answered, AnyTarget, OnText, Target
 
-_PATIENCE = 600.0  # seconds for a reply, which may wait for others on the server
+_PATIENCE = 600.0  # seconds to wait for a reply, which may be queued on the server
 
 
 def open_target(
@@ -34,19 +34,20 @@ def open_target(
     defence: Path | None = None,
     text: OnText | None = None,
 ) -> Target | EndpointTarget:
-    """What a command line names to be evaluated; no weight is loaded and nothing is sent.
+    """Open a target by its name; no weight is loaded and no request is sent.
 
     Args:
-        named: A folder, a hub id, "demo" for the bundled model, a model that is opened, or
+        named: A folder, a hub id, "demo" for the bundled model, an opened model, or
             endpoint:URL#MODEL.
-        compute: How a checkpoint is run; an endpoint runs as its server does.
-        endpoint: How an endpoint is asked.
-        patch: Put on a checkpoint in memory.
-        defence: Around the prompts, or inside of a checkpoint.
-        text: Ordinary text, for a checkpoint.
+        compute: How a checkpoint is run; not used for endpoints.
+        endpoint: How an endpoint is queried.
+        patch: Patch to apply to a checkpoint in memory.
+        defence: File of a defence at inference.
+        text: Ordinary text to measure a checkpoint on.
 
     Raises:
-        RegraftError: see `open_answering` and `ChatServer.parse`; an endpoint cannot do it.
+        RegraftError: see `open_answering` and `ChatServer.parse`; an endpoint is given a patch or a
+            text.
     """
     if not isinstance(named, str) or not named.startswith(ENDPOINT):
         if not isinstance(named, Source):
@@ -58,18 +59,18 @@ def open_target(
             "start the server with it, and evaluate without --patch."
         )
     if text is not None:
-        raise RegraftError("An endpoint gives answers and no likelihoods of text: leave --text.")
+        raise RegraftError("An endpoint gives answers and no likelihoods of text: drop --text.")
     server = replace(ChatServer.parse(named.removeprefix(ENDPOINT)), timeout=_PATIENCE)
     return EndpointTarget(server, endpoint.concurrency, defence=defence, progress=progress)
 
 
 @dataclass(frozen=True)
 class EndpointTarget(AnyTarget):
-    """A model behind a server that is to be evaluated; of it nothing is known but its answers.
+    """A model behind a server, of which only answers are known.
 
     Args:
-        server: Of the model.
-        concurrency: Requests at a time; answers do not depend on it.
+        server: The server and the model's name.
+        concurrency: Parallel requests; answers do not depend on it.
     """
 
     compute: ClassVar[None] = None  # it runs elsewhere
@@ -80,16 +81,16 @@ class EndpointTarget(AnyTarget):
         """Refuse what a server cannot do.
 
         Raises:
-            RegraftError: it is perplexity, answers that a verdict ends, or a direction.
+            RegraftError: perplexity, answers that stop early or a refusal direction are asked for.
         """
         if settings.perplexity:
             raise RegraftError(
-                "An endpoint gives answers and no likelihoods of references: leave --perplexity."
+                "An endpoint gives answers and no likelihoods of references: drop --perplexity."
             )
         if not settings.full_answers:
             raise RegraftError(
-                "An endpoint always gives full answers, which no verdict ends: leave "
-                "--no-full-answers (in a recipe full_answers: false)."
+                "An endpoint always gives full answers: drop --no-full-answers (in a recipe "
+                "full_answers: false)."
             )
         if isinstance(self.loaded_defence, Direction):
             raise RegraftError(
@@ -102,16 +103,16 @@ class EndpointTarget(AnyTarget):
         return self.cache.reading(None, suites, limit)
 
     def warn(self, suites: Sequence[DataSource]) -> None:
-        """Say where prompts were made for the bundled model, which this one may be or not."""
+        """Note if prompts were made for the bundled model; the server's may be another."""
         for suite in suites:
             if suite.name == "demo":
                 self.progress.note(
-                    f"{suite} are the bundled images, made for the bundled model: measured on "
-                    "another they say little of it."
+                    f"{suite} are the bundled images, made for the bundled model; what is measured "
+                    "on them says little about another."
                 )
 
     def inputs(self) -> dict[str, str]:
-        """The address and the model's name, what the server says of it, the defence's digest.
+        """Address and model name, what the server says about it, and the defence's digest.
 
         Raises:
             PassingError: the server cannot be reached.
@@ -124,11 +125,11 @@ class EndpointTarget(AnyTarget):
         return found
 
     def sizes(self) -> dict[str, int]:
-        """Nothing is known."""
+        """Empty, since the weights are not known."""
         return {}
 
     def answered(self, prompts: Prompts, settings: EvalSettings, work: Path) -> Answered:
-        """One answer a prompt; finished answers are kept in the folder `work`."""
+        """Answer every prompt; finished answers are kept in the folder `work`."""
         what = f"Answering {prompts.name}", len(prompts.examples), "prompts"
         with self.progress.task(*what) as done:
             replies = served_answers(

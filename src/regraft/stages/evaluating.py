@@ -32,7 +32,7 @@ from regraft.stages.targets import STATES, Answered
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on its suites: the result and what it was made of."""
+    """A finished evaluation: its result, and what it was made from."""
 
     result: EvalResult
     about: Mapping[str, Any]
@@ -41,7 +41,7 @@ class Evaluation:
 def evaluate_target(
     target: Evaluable, out: Path, suites: Sequence[DataSource], settings: EvalSettings
 ) -> Evaluation:
-    """Answer and judge suites, one result over all; writes answers.jsonl and results.json in `out`.
+    """Evaluate on all suites as one; writes answers.jsonl and results.json in the folder `out`.
 
     Raises:
         RegraftError: see the data readers, `predict`, and `check` and `inputs` of the target.
@@ -58,10 +58,10 @@ def evaluate_target(
             found = target.answered(prompts, settings, work)
             answers = list(_judged(reading.examples, found, settings))
             result = replace(summarise(name, settings.text_judge(), answers), text=found.text)
-            made_of = {"about": {**about, **found.more}, "sizes": target.sizes()}
+            provenance = {"about": {**about, **found.more}, "sizes": target.sizes()}
             if distributed.first():
-                _write(out, made_of, result, found.teacher)
-    if not target.cache.keeps:  # nobody shares the model; a target outlives its evaluation
+                _write(out, provenance, result, found.teacher)
+    if not target.cache.keeps:  # nothing else uses the model, but the target may live on
         target.cache.unload()
     return read_evaluation(out)
 
@@ -84,7 +84,7 @@ def _judged(
 
 
 def _write(
-    out: Path, made_of: Mapping[str, Any], result: EvalResult, teacher: Teacher | None
+    out: Path, provenance: Mapping[str, Any], result: EvalResult, teacher: Teacher | None
 ) -> None:
     with atomic_folder(out) as folder:
         answers = folder / "answers.jsonl"
@@ -92,21 +92,21 @@ def _write(
         if teacher is not None:
             save_teacher(folder / STATES, teacher)
         own = {"result": result_to_json(result), "answers": file_digest(answers)}
-        write_json(folder / "results.json", {**made_of, **own})
+        write_json(folder / "results.json", {**provenance, **own})
 
 
 def read_evaluation(folder: Path) -> Evaluation:
     """Read what `evaluate_target` wrote.
 
     Raises:
-        RegraftError: the folder holds no evaluation, or answers that its results are not of.
+        RegraftError: the folder holds no evaluation, or its results are of other answers.
     """
     content = _read_results(folder)
     path = folder / "answers.jsonl"
     result = result_from_json(content["result"], read_answers(path), str(folder / "results.json"))
     if content["answers"] != file_digest(path):
         raise RegraftError(
-            f"{path} does not hold the answers that {folder / 'results.json'} was made of: it was "
+            f"{path} does not hold the answers that {folder / 'results.json'} is about: it was "
             "changed, cut short or copied from another evaluation. Put the right file there, or "
             "remove the folder and evaluate again."
         )
@@ -120,8 +120,8 @@ def _read_results(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     if folder.is_dir() and not path.exists():
         below = sorted(str(one.parent) for one in folder.glob("**/results.json"))[:5]
-        there = f" Those in it: {', '.join(below)}." if below else ""
-        raise RegraftError(f"{folder} is no evaluation: it holds no results.json.{there}")
+        hint = f" Evaluations in it: {', '.join(below)}." if below else ""
+        raise RegraftError(f"{folder} is no evaluation: it holds no results.json.{hint}")
     content = fields_of(path, "evaluation", "about", "sizes", "result", "answers")
     parts = {name: described(content[name], f"{path}: {name}") for name in ("about", "sizes")}
     return {**content, **parts}

@@ -1,4 +1,4 @@
-"""What the checks and evaluations of one run share."""
+"""The cache that checks and evaluations of a run share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from regraft.stages.reading import read_suites
 
 @dataclass(frozen=True)
 class Prompts:
-    """What an evaluation asks, as the model gets it; `digest` covers the bytes of images too."""
+    """Prompts of an evaluation as the model gets them; `digest` also covers images' bytes."""
 
     name: str
     examples: Sequence[Example]
@@ -34,17 +34,17 @@ class Prompts:
 
 
 T = TypeVar("T")
-_LOOKED_AT = 4  # prompts whose length tells that of all
+_SAMPLED = 4  # prompts by which the mean length of all is estimated
 
 
 class EvaluationCache:
-    """Data sets, encoded prompts, what images became, and the model that was loaded last.
+    """Data sets, encoded prompts, image features, and the model that was loaded last.
 
-    Nothing in it decides a result: an evaluation without a cache, or with that of other
-    evaluations, writes the same files.
+    No result depends on it: an evaluation without a cache, or with one shared by others, writes the
+    same files.
 
     Args:
-        memo_bytes: Host memory for prompts and images; none are kept with 0.
+        memo_bytes: Host memory for prompts and images; 0 keeps none.
     """
 
     def __init__(self, memo_bytes: int = MEMO_BYTES) -> None:
@@ -54,7 +54,7 @@ class EvaluationCache:
         self._loaded: tuple[Hashable, tuple[nn.Module, Any]] | None = None
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` gives, made the first time that it is asked for under this key."""
+        """What `make` returns, which is called only the first time for this key."""
         if key not in self._known:
             self._known[key] = make()
         found: T = self._known[key]
@@ -63,7 +63,7 @@ class EvaluationCache:
     def reading(
         self, model: Source | None, suites: Sequence[DataSource], limit: int | None
     ) -> Reading:
-        """`read_suites`, and every image of them is decoded once only."""
+        """As `read_suites`, once for the same suites, so that images are decoded only once."""
         key = "suites", tuple(suites), limit, model is None or model.has_vision
         return self.once(key, lambda: read_suites(model, suites, limit))
 
@@ -73,25 +73,25 @@ class EvaluationCache:
         return self.once(key, lambda: zeros(model.checkpoint, architecture))
 
     def surveyed(self, dense: Source, pruned: Source, progress: Progress) -> Survey:
-        """`survey`, for which all weights are read, once for all methods that rank them."""
+        """As `survey`, which reads all weights, once for the same pair of checkpoints."""
         state = ((one.folder, *one.checkpoint.stamps()) for one in (dense, pruned))
         return self.once(("survey", *state), lambda: survey(dense, pruned, progress))
 
     def check_lengths_once(
         self, model: Source, processor: Source, examples: Sequence[Example], max_new_tokens: int
     ) -> None:
-        """`check_lengths`, once for all models that read the same prompts alike."""
-        made_of = model.config.to_json_string(), processor.checkpoint.fingerprint
+        """As `check_lengths`, once for all models with the same config and processor."""
+        key = model.config.to_json_string(), processor.checkpoint.fingerprint
         self.once(
-            ("lengths", *made_of, tuple(examples), max_new_tokens),
+            ("lengths", *key, tuple(examples), max_new_tokens),
             lambda: check_lengths(
                 model.config, load_processor(processor), examples, max_new_tokens
             ),
         )
 
     def prompt_tokens(self, model: Source, examples: Sequence[Example]) -> float:
-        """How long prompts are on average, going by the first few."""
-        some = tuple(examples[:_LOOKED_AT])
+        """Mean length of prompts in tokens, estimated by the first few."""
+        some = tuple(examples[:_SAMPLED])
 
         def mean() -> float:
             processor = load_processor(model)
@@ -107,7 +107,7 @@ class EvaluationCache:
         progress: Progress,
         processor_from: Source | None = None,
     ) -> tuple[nn.Module, Any]:
-        """The model, which must be left as it is, and its processor."""
+        """The model, which callers must leave unchanged, and its processor."""
         key = (
             model.checkpoint.fingerprint,
             None if processor_from is None else processor_from.folder,
@@ -127,11 +127,11 @@ class EvaluationCache:
         return self._memo_bytes > 0
 
     def unload(self) -> None:
-        """Give back the memory of the model, for work that loads one itself."""
+        """Free the cached model, before work that loads a model of its own."""
         self._loaded = None
 
     def forget_prompts(self) -> None:
-        """Give back the encoded prompts and the model, for runs of another; what was read stays."""
+        """Free encoded prompts and the model before a run of another one; data sets stay."""
         self._answerers.clear()
         self.unload()
 
@@ -143,11 +143,11 @@ class EvaluationCache:
         batch_size: int,
         judge: TextJudge | None,
     ) -> Answerer:
-        """The prompts, encoded by the processor; see `Answerer`.
+        """An `Answerer` for the prompts, encoded by the processor.
 
-        Models share them where config, tokenizer, processor, chat template and the layout of
-        weights are the same, in the checkpoints of the model and of the processor; `Answerer` sees
-        to it that their vision parts are.
+        Models share it if config, tokenizer, processor, chat template and the layout of weights are
+        the same in `checkpoints`, those of the model and of the processor; `Answerer` checks that
+        their vision parts are the same, too.
         """
         outlines = (
             one.checkpoint.outline({*one.checkpoint.tensors, ABOUT_FILE}) for one in checkpoints

@@ -1,4 +1,4 @@
-"""What restoration ranks weights by, of the dense model: scores of heads, statistics of weights."""
+"""Head scores and importance statistics of the dense model, by which weights are ranked."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from regraft.pruning.statistics import (
 )
 from regraft.restoration.base import Needs
 from regraft.restoration.selection import all_heads
-from regraft.stages.answering import beside, calibration_data
+from regraft.stages.answering import calibration_data, responses_folder
 from regraft.stages.provenance import describe, fingerprints, is_done, working
 from regraft.stages.reading import draw_calibration, warn_of_bundled
 from regraft.stages.setup import Setup
@@ -42,8 +42,8 @@ def write_head_scores(
 ) -> HeadScores:
     """Score every attention head by Ships and KL on D^s prompts; writes the file `out`.
 
-    In the folder `states` the states of ablated models are kept, so that scores for another `r_max`
-    or other `candidates` need no new ablation.
+    If given, the folder `states` keeps the states of ablated models, so that scores for another
+    `r_max` or other `candidates` need no new ablation.
 
     Raises:
         RegraftError: see `score_heads` and the data readers.
@@ -55,7 +55,7 @@ def write_head_scores(
     about = describe("heads", inputs, settings, compute, {"safety": data})
     if headless := dense.architecture.headless:
         about = {**about, "skipped": headless}
-        progress.note(f"Without scores, as they have no heads to tell apart: {headless}")
+        progress.note(f"Not scored, since they have no heads that can be told apart: {headless}")
     if not is_done(out, out, about, lambda: load_heads(out, dense.architecture).about):
         check_r_max(dense, settings, data)
         warn_of_bundled(dense, setup.calibration.source, progress.note)
@@ -71,7 +71,7 @@ def write_head_scores(
                     model,
                     dense.architecture,
                     prompts,
-                    work if states is None else states / _ablated(about),
+                    work if states is None else states / _states_key(about),
                     settings,
                     about=about,
                     advance=done,
@@ -81,10 +81,10 @@ def write_head_scores(
     return load_heads(out, dense.architecture)
 
 
-def _ablated(about: Mapping[str, Any]) -> str:
-    """The key of states: all that decides them, which these settings do not but for rounding."""
-    others = ("r_max", "candidates", "tokens_per_pass")
-    settings = {k: v for k, v in about["settings"].items() if k not in others}
+def _states_key(about: Mapping[str, Any]) -> str:
+    """Key of the states of ablated models, without what changes nothing in them but rounding."""
+    ignored = ("r_max", "candidates", "tokens_per_pass")
+    settings = {k: v for k, v in about["settings"].items() if k not in ignored}
     data = {k: v for k, v in about["data"]["safety"].items() if k != "source"}
     parts = {**about, "settings": settings, "data": data}
     return digest(json.dumps(parts, sort_keys=True))[:16]
@@ -103,9 +103,9 @@ def check_r_max(dense: Source, settings: HeadSettings, prompts: Reading) -> None
 
 
 def check_heads(dense: Source, needs: Needs, scoring: HeadSettings | None) -> None:
-    """Raise unless the model has as many heads as are to be chosen, and they will be scored.
+    """Raise unless the model has enough heads to choose from, and they will be scored.
 
-    `scoring` is None where scores are given.
+    `scoring` is None if scores are given.
     """
     count = len(all_heads(dense.architecture))
     wanted = max(needs.some_heads, needs.heads.count if needs.heads else 0)
@@ -130,9 +130,9 @@ def check_heads(dense: Source, needs: Needs, scoring: HeadSettings | None) -> No
 
 
 def check_scoring(dense: Source, scoring: HeadSettings) -> None:
-    """Raise unless the model has heads that can be scored so.
+    """Raise unless the model's heads can be scored with these settings.
 
-    Screening follows an ablation through every layer's keys and values.
+    Screening follows an ablation through the keys and values of every layer.
     """
     if not all_heads(dense.architecture):
         raise _no_heads(dense)
@@ -158,13 +158,13 @@ def write_statistics(
 ) -> tuple[ImportanceStatistics, ImportanceStatistics]:
     """Gather statistics of the dense model on D^s and D^u; writes the file `out`.
 
-    `responses` is the folder for those that the dense model writes, by default one beside `out`.
+    `responses` is the folder for responses of the dense model, by default one next to `out`.
 
     Returns:
         (safety, utility).
     """
     readings = {
-        kind: calibration_data(setup, responses or beside(out), harmful=kind == "safety")
+        kind: calibration_data(setup, responses or responses_folder(out), harmful=kind == "safety")
         for kind in ("safety", "utility")
     }
     inputs = fingerprints(dense=setup.dense)
@@ -182,7 +182,7 @@ def write_statistics(
 
 
 def gathering_passes(pruner: Pruner) -> int:
-    """What statistics for a pruner take, in forward passes over the prompts."""
+    """Cost of a pruner's statistics, in forward passes over the prompts."""
     return BOTH_WAYS if pruner.by_gradients else 1
 
 
@@ -203,7 +203,7 @@ def _gather(
         for kind, chunks in shares.items():
             encoded = (response_batch(processor, chunk) for chunk in chunks)
             layerwise = LayerwisePass(model, encoded, again=False)
-            if pruner.by_gradients:  # both sets' gradients twice, in parts and in the file
+            if pruner.by_gradients:  # gradients of both kinds, each as a part and in the file
                 kept = [linear for linear in architecture.linears if pruner.keeps(linear)]
                 gradients = 4 * 4 * sum(math.prod(linear.shape) for linear in kept)
                 needed = gradients + hidden_state_bytes(dense, layerwise)

@@ -1,4 +1,4 @@
-"""Judge saved answers again, by other judges; the model that wrote them is not needed."""
+"""Judge saved answers by other judges, without the model that wrote them."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from regraft.settings.compute import ComputeSettings
 from regraft.stages.evaluating import read_evaluation
 from regraft.stages.provenance import describe, is_done, working
 
-VERDICTS = "judges"  # the folder of other judges' verdicts in that of an evaluation
-_CHUNK = 64  # exchanges after which verdicts are on disk
+VERDICTS = "judges"  # folder of other judges' verdicts, inside that of an evaluation
+_CHUNK = 64  # exchanges whose verdicts are saved together
 _ENOUGH = 256  # tokens, as VLGuard evaluates
 
 
@@ -46,8 +46,8 @@ def load_judge(text: str, compute: ComputeSettings) -> Judge:
     """
     if compute.trust_remote_code or compute.placement == "streamed":
         raise RegraftError(
-            "Judges run whole on the device and no code of theirs: leave out --trust-remote-code "
-            "and --placement streamed."
+            "Judges run whole on the device, and their checkpoints' code is never run: leave out "
+            "--trust-remote-code and --placement streamed."
         )
     kind, argument = find(text)
     return kind.load(argument, compute)
@@ -62,10 +62,10 @@ class _Judging:
     progress: Progress
 
     def about(self, stage: str, inputs: Mapping[str, str]) -> dict[str, Any]:
-        """What decides the verdicts on `inputs`; see `describe`."""
+        """Everything that determines the verdicts on `inputs`; see `describe`."""
         kind, argument = find(self.by)
         inputs = {**inputs, "judge": self.by, **kind.inputs(argument)}
-        # words and endpoints give the same verdicts on any device
+        # keywords and endpoints give the same verdicts on any device
         return describe(stage, inputs, compute=self.compute if kind.is_local_model else None)
 
     def verdicts(
@@ -80,7 +80,7 @@ class _Judging:
         def made(missing: Sequence[Sequence[Exchange]]) -> Iterator[tuple[int, Any]]:
             for place, chunk in enumerate(missing):
                 found = judge.verdicts(chunk, done)
-                if chunk is chunks[0]:  # later ones are not worth those that are there
+                if chunk is chunks[0]:  # a later failure must not cost the verdicts before it
                     _check_read(judge.name, found)
                 yield place, [asdict(one) for one in found]
 
@@ -98,14 +98,15 @@ class _Judging:
         exchanges: Mapping[str, Exchange],
         result: Callable[[str, Sequence[Verdict]], dict[str, Any]],
     ) -> tuple[str, list[Verdict]]:
-        """The verdicts on exchanges by their ids, from the file `out` if it has them.
+        """The judge's name and verdicts, from the file `out`, which is written if need be.
 
-        `result` makes what else is written, from the judge's name and its verdicts.
+        `exchanges` are keyed by id. `result` makes a summary, which is written too, from the
+        judge's name and its verdicts.
         """
         if not is_done(out, out, about, lambda: about_of(out)):
             with working(out, about) as work:
                 name, found = self.verdicts([*exchanges.values()], work)
-                by_id = {one: asdict(said) for one, said in zip(exchanges, found, strict=True)}
+                by_id = {i: asdict(verdict) for i, verdict in zip(exchanges, found, strict=True)}
                 if distributed.first():
                     content = {"about": about, "result": result(name, found), "verdicts": by_id}
                     write_json(out, content)
@@ -129,8 +130,8 @@ def judge_answers(
         images: Show the judge the prompts' images, which lie in this folder (see `Pictures`).
 
     Raises:
-        RegraftError: no such judge, no answers, answers cut short by the keyword judge, an image
-            is missing or another one.
+        RegraftError: no such judge, no answers, answers cut short by the keyword judge, or an
+            image is missing or differs.
     """
     evaluation = read_evaluation(folder)
     answers, settings = evaluation.result.answers, evaluation.about["settings"]
@@ -158,19 +159,19 @@ def judge_answers(
 def _note_gaps(
     text: str, answers: Sequence[Answer], length: int, progress: Progress, *, seen: bool
 ) -> None:
-    """Note where a judge would read the end of answers or an image, and gets neither."""
+    """Note if a judge would read the end of answers or an image, but does not get it."""
     kind, _ = find(text)
     words = kind if isinstance(kind, TextJudge) else None
     if length < _ENOUGH and not (words and words.window):
         progress.note(
-            f"Answers end after {length} tokens at most, and {text} reads the whole of them: what "
-            f"comes later is not judged. Evaluate with --max-new-tokens {_ENOUGH} for it."
+            f"Answers have at most {length} tokens, and {text} reads all of an answer: what would "
+            f"come later is not judged. Evaluate with --max-new-tokens {_ENOUGH} to have it."
         )
     unasked = sum(bool(a.image) and not a.request for a in answers)
     if unasked and not (seen or words):
         progress.note(
-            f"{unasked} answers do not say what their image asks: the judge gets only the "
-            "words beside it. Give --images to judges that see, or evaluate anew."
+            f"{unasked} answers do not record what their image asks: the judge gets only the "
+            "prompt's text. Give --images to judges that see images, or evaluate again."
         )
 
 
@@ -183,8 +184,8 @@ def _check_read(name: str, found: Sequence[Verdict]) -> None:
         )
 
 
-def own(folder: Path) -> Judged:
-    """The evaluation's own judge, as one among others."""
+def own_judge(folder: Path) -> Judged:
+    """Verdicts of the evaluation's own judge, in the form of other judges'."""
     result = read_evaluation(folder).result
     name, verdicts = own_verdicts(result)
     return judged(name, result.answers, verdicts)
@@ -206,12 +207,12 @@ def agreement(folder: Path, files: Sequence[Path], out: Path) -> tuple[Agreement
 
 
 def opinions(folder: Path) -> tuple[tuple[Judged, tuple[Agreement, ...]], ...]:
-    """The verdicts of other judges on an evaluation, each with how far its own judge agrees.
+    """Verdicts of other judges on an evaluation, and their agreement with its own judge.
 
-    Read from the folder in which `regraft judge` leaves verdicts where no other is named.
+    They are read from the default output folder of `regraft judge`.
 
     Raises:
-        RegraftError: see `read_verdicts`; the answers are others now.
+        RegraftError: see `read_verdicts`; the answers have changed since.
     """
     result = read_evaluation(folder).result
     answers, judged_now = result.answers, file_digest(folder / "answers.jsonl")
@@ -225,7 +226,7 @@ def opinions(folder: Path) -> tuple[tuple[Judged, tuple[Agreement, ...]], ...]:
         if about_of(file)["inputs"]["answers"] != judged_now:
             raise RegraftError(
                 f"{file} judges other answers than {folder} holds now. Remove it, or judge "
-                "anew with `regraft judge`."
+                "again with `regraft judge`."
             )
         other = read_verdicts(file, [answer.id for answer in answers])
         pair = agreements(answers, [own_verdicts(result), other])
@@ -241,18 +242,18 @@ def measure_judges(
     progress: Progress,
     out: Path | None = None,
 ) -> dict[str, Bench]:
-    """Every judge against the labels of every file, and of all together if there are several.
+    """Compare judges with the labels of every file, and of all together if there are several.
 
-    Verdicts are kept in a folder beside `out`, one file a judge, and a stopped run goes on.
+    Verdicts are kept in a folder next to `out`, one file per judge, so a stopped run can go on.
 
     Args:
         files: See `read_labelled`.
         judges: By name, see `judges.find`.
         labels: Which rows, and what their labels say.
-        out: The figures as JSON; judges of words, which are quick, need none.
+        out: JSON file for the figures; may be left out if all judges are keyword judges.
 
     Returns:
-        File -> its labels, and one quality a judge; "all" over several.
+        File -> its labels and the quality of each judge; "all" for several files together.
 
     Raises:
         RegraftError: bad input; a judge is a model and `out` is missing.
@@ -263,12 +264,12 @@ def measure_judges(
     models = [text for text in judges if not isinstance(find(text)[0], TextJudge)]
     if models and out is None:
         raise RegraftError(
-            f"Name a file for the figures with --out: the verdicts of {models[0]} are kept beside "
-            "it, and are not lost where something fails."
+            f"Name a file for the figures with --out: the verdicts of {models[0]} are kept next to "
+            "it, so that none is lost if something fails."
         )
     exchanges = list(dict.fromkeys(one.exchange for rows in read.values() for one in rows))
     inputs = {"answers": digest(*map(file_digest, files)), "ids": labels.ids}
-    said = [
+    judged_by = [
         _bench_verdicts(_Judging(text, compute, progress), exchanges, inputs, out)
         for text in dict.fromkeys(judges)
     ]
@@ -276,7 +277,7 @@ def measure_judges(
     found = {}
     for file, rows in read.items():
         places = [place[one.exchange] for one in rows]
-        by_judge = [(name, [verdicts[i] for i in places]) for name, verdicts in said]
+        by_judge = [(name, [verdicts[i] for i in places]) for name, verdicts in judged_by]
         found[file] = bench(rows, by_judge, labels.question)
     if out is not None and distributed.first():
         _write_bench(out, labels, found)
@@ -286,7 +287,7 @@ def measure_judges(
 def _bench_verdicts(
     judging: _Judging, exchanges: Sequence[Exchange], inputs: Mapping[str, str], out: Path | None
 ) -> tuple[str, list[Verdict]]:
-    """The judge's name and a verdict an exchange, kept in a file beside `out`."""
+    """The judge's name and one verdict per exchange, kept in a file next to `out`."""
     if out is None:
         return judging.verdicts(exchanges, None)
     kept = out.with_name(f"{out.name}.verdicts") / f"{slug(judging.by)}.json"
@@ -306,7 +307,7 @@ def _write_bench(out: Path, labels: Labels, found: Mapping[str, Bench]) -> None:
 
 
 def _read_labelled(files: Sequence[Path], labels: Labels) -> dict[str, tuple[Labelled, ...]]:
-    """The rows by file, and under "all" those of several."""
+    """Rows by file, and if there are several all of them as "all"."""
     if not files:
         raise RegraftError("Name at least one CSV with labelled answers.")
     read = {str(path): read_labelled(path, labels) for path in files}

@@ -1,4 +1,4 @@
-"""Patches put on a checkpoint or taken off, into a new folder, or in the form of another tool."""
+"""Apply patches to a checkpoint or revert them, into a new folder; export them to other tools."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from regraft.patch.format import Patch, load_patch
 from regraft.progress import SILENT, Progress
 from regraft.stages.provenance import describe, holds, is_done, working
 
-PATCH_FILE = "patch.safetensors"  # on the hub, where a repository has one
+PATCH_FILE = "patch.safetensors"  # name of the patch in a repository on the hub
 Tool = Literal["peft", "vllm"]
 README = "README.md"
 _ABOUT_PEFT = """\
@@ -85,9 +85,9 @@ llm.apply_model(load)
 
 @dataclass(frozen=True)
 class Preview:
-    """What a command would do: change what `plan` says, and write `bytes` bytes.
+    """What `patch_checkpoint` would do: make the changes of `plan` and write `bytes` bytes.
 
-    `done` means that the output is there already and nothing is left to do.
+    `done` means that the output exists already and nothing is left to do.
     """
 
     plan: Plan
@@ -102,12 +102,12 @@ def patch_checkpoint(
     out: Path,
     progress: Progress = SILENT,
 ) -> Path:
-    """Put one or several patches on a checkpoint, or take them off; writes the new folder `out`.
+    """Apply one or several patches to a checkpoint, or revert them; writes the new folder `out`.
 
-    An output that is there already is taken for this one if it was made by the same operation,
-    patches and versions from a checkpoint with the same past and outline (see
-    `Checkpoint.outline`). The tensors that the patches touch are checked to be the patches' base
-    every time; of the others only the layout and the first bytes are compared.
+    An existing output is done if it was made by the same operation, patches and versions from a
+    checkpoint with the same history and outline (see `Checkpoint.outline`). The tensors that the
+    patches touch are compared with the patches' base every time, of the others only the layout and
+    the first bytes.
 
     Raises:
         RegraftError: a patch is for another base, patches disagree, or `out` is not empty.
@@ -138,9 +138,9 @@ def preview(
     out: Path,
     progress: Progress = SILENT,
 ) -> Preview:
-    """Check what `patch_checkpoint` checks and tell what it would do; writes nothing.
+    """Check what `patch_checkpoint` checks and return what it would do; writes nothing.
 
-    Only weights that the patches touch are read; the others are checked as they are copied.
+    Only tensors that the patches touch are read; the others are checked when they are copied.
     """
     job = PatchJob.read(operation, open_checkpoint(folder), patch_files)
     done = holds(out, out / ABOUT_FILE, _about(job))
@@ -150,9 +150,9 @@ def preview(
 
 
 def patch_file(named: Path) -> Path:
-    """The file of a patch: a path as it is, or for OWNER/NAME[@REVISION] its download.
+    """The file of a patch: a path as it is; OWNER/NAME[@REVISION] is downloaded from the hub.
 
-    Nothing but the patch is downloaded. What ends in .safetensors is a path.
+    Only the patch is downloaded. A name that ends in .safetensors is always a path.
     """
     text = named.as_posix()
     if named.exists() or named.suffix == ".safetensors" or not MODEL_ID.fullmatch(text):
@@ -169,7 +169,7 @@ def patch_file(named: Path) -> Path:
 
 @dataclass(frozen=True)
 class PatchJob:
-    """An operation, its checkpoint and its patches, read as far as no weight is needed."""
+    """An operation with its checkpoint and patches, before any weight is read."""
 
     operation: Operation
     checkpoint: Checkpoint
@@ -180,7 +180,7 @@ class PatchJob:
     def read(
         cls, operation: Operation, checkpoint: Checkpoint, patch_files: Path | Sequence[Path]
     ) -> PatchJob:
-        """Read the patches, of the hub too.
+        """Read the patches, if need be from the hub.
 
         Raises:
             RegraftError: none is named, or a file is no patch.
@@ -195,7 +195,7 @@ class PatchJob:
 
     @property
     def tensors(self) -> set[str]:
-        """The names of those that the patches touch."""
+        """Names of the tensors that the patches touch."""
         return {name for patch in self.patches for name in patch.tensors}
 
     def plan(self, progress: Progress) -> Plan:
@@ -213,7 +213,7 @@ class PatchJob:
 
 
 def _about(job: PatchJob) -> dict[str, Any]:
-    """The description of the output; `before` in it is that of the checkpoint itself."""
+    """The description of the output; its field `before` is the checkpoint's own."""
     path = job.checkpoint.folder / ABOUT_FILE
     before = described(read_json(path), str(path)) if path.exists() else None
     return describe(job.operation, job.inputs()) | {"before": before}
@@ -221,7 +221,7 @@ def _about(job: PatchJob) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Content:
-    """What a folder is to hold: text files, and a safetensors file `weights`."""
+    """Content of an exported folder: text files, and tensors in a safetensors file `weights`."""
 
     texts: Mapping[str, str]
     weights: str
@@ -238,19 +238,19 @@ def export_patches(
     *,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write what `apply` would change in the checkpoint `pruned` to the folder `out`.
+    """Export what `apply` would change in the checkpoint `pruned`; writes the folder `out`.
 
     For `peft` that is a SHiRA adapter (see `regraft.patch.peft`), for `vllm` a file of weight
-    patches (see `regraft.patch.vllm`). Either has a README with the lines that load it.
+    patches (see `regraft.patch.vllm`). Both have a README with the code that loads them.
 
     Raises:
         RegraftError: a patch is for another base, patches disagree, nothing is left to change, the
-            tool cannot have these weights, or `out` is not empty.
+            tool cannot take these weights, or `out` is not empty.
     """
     job = PatchJob.read("apply", open_checkpoint(resolve(pruned)), patch_files)
     about = describe("export", job.inputs()) | {"to": to}
     done = is_done(out, out / ABOUT_FILE, about)
-    plan = _plan(job, progress)
+    plan = _export_plan(job, progress)
     if done:
         return out
     content = _for_vllm(plan) if to == "vllm" else _for_peft(plan, trust_remote_code)
@@ -262,7 +262,7 @@ def export_patches(
     return out
 
 
-def _plan(job: PatchJob, progress: Progress) -> Plan:
+def _export_plan(job: PatchJob, progress: Progress) -> Plan:
     checkpoint = job.checkpoint
     for name in sorted(job.tensors & checkpoint.tensors.keys()):
         if (dtype := checkpoint.tensors[name].dtype) not in FLOATS:
@@ -273,8 +273,8 @@ def _plan(job: PatchJob, progress: Progress) -> Plan:
     plan = job.plan(progress)
     if not plan.changes:
         raise RegraftError(
-            f"{checkpoint.folder} has the patch on already, so that nothing is left to export. "
-            "Name the pruned checkpoint without it."
+            f"{checkpoint.folder} already has the patch, so nothing is left to export. Name the "
+            "pruned checkpoint without it."
         )
     return plan
 
@@ -287,14 +287,14 @@ def _for_peft(plan: Plan, trust_remote_code: bool) -> _Content:
     modules = {
         linear.tensor: linear.module
         for linear in source.architecture.linears
-        # a part of a linear, or of a tensor, has other rows than an adapter's
+        # not parts of a linear or of a tensor, whose rows are not an adapter's
         if linear.module in layers and linear.held is None and linear.stored is None
     }
-    held = [
+    values = [
         plan.checkpoint.read(change.record.name).reshape(-1)[change.positions]
         for change in plan.changes
     ]
-    adapter = peft.shira(plan.changes, held, modules)
+    adapter = peft.shira(plan.changes, values, modules)
     readme = _ABOUT_PEFT.format(
         weights=plan.weights,
         tensors=len(plan.changes),

@@ -1,8 +1,8 @@
-"""What an artifact was made of, whether it is done, and where its unfinished work waits.
+"""Provenance: what an artifact is made from, whether it is done, and its unfinished work.
 
-An artifact carries a description of all that decides its content: settings, digests of its inputs,
-versions. The digest of that description is its key. The same key means done; another key means
-another artifact, which is never overwritten.
+An artifact carries a description of everything that determines its content: settings, digests of
+its inputs, versions. The digest of that description is its key. An artifact with the same key is
+done; one with another key is a different artifact and is never overwritten.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from regraft.models.load import Source, pick_device
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 
-_ONLY_ROUNDING = ("batch_size", "tokens_per_pass")  # settings that change nothing more
-_PIECES = "by size of image"  # how work is cut; another cut begins unfinished work again
-# told in descriptions, but deciding nothing
+_ONLY_ROUNDING = ("batch_size", "tokens_per_pass")  # settings that change results by rounding only
+_PIECES = "by size of image"  # how unfinished work is split; if that changes, it starts again
+# fields of descriptions that are results and no part of the key
 _OUTCOMES = {"violated_groups", "heads", "start", "steps", "end", "values", "passes", "replies"}
 
 
 @cache
 def _transformers_version() -> str:
-    """The installed one, looked up once: transformers need not be imported for it."""
+    """The installed version, looked up once and without importing transformers."""
     return version("transformers")
 
 
@@ -58,10 +58,10 @@ def describe(
     compute: ComputeSettings | None = None,
     data: Mapping[str, Reading] | None = None,
 ) -> dict[str, Any]:
-    """Everything that decides what an artifact will be, as JSON values.
+    """Describe everything that determines an artifact's content, as JSON values.
 
     Args:
-        inputs: Digests of the files it is made from.
+        inputs: Role -> digest of a file that it is made from.
         data: Role -> the examples used.
     """
     about: dict[str, Any] = {
@@ -79,7 +79,7 @@ def describe(
         device = pick_device(compute.device).type
         about["compute"] = compute.model_dump(mode="json") | {"device": device}
     if data is not None:
-        about["data"] = {role: _account(reading) for role, reading in data.items()}
+        about["data"] = {role: _describe_data(reading) for role, reading in data.items()}
     plain: dict[str, Any] = json.loads(to_json(about))
     return plain
 
@@ -95,16 +95,16 @@ def is_done(
     about: Mapping[str, Any],
     read_about: Callable[[], Mapping[str, Any]] | None = None,
 ) -> bool:
-    """True if `out` was made by the same inputs and settings, False if there is nothing.
+    """Whether `out` exists and was made from the same inputs and settings.
 
-    Settings that change rounding alone may differ, so that a run which was out of memory goes on
-    with smaller batches. Work that is not finished begins again with them.
+    Settings that only change rounding may differ, so that a run that was out of memory can go on
+    with smaller batches; unfinished work starts again with them.
 
     Args:
         out: The artifact, a file or a folder.
         marker: The file that holds its description: `out` itself or one in it.
-        about: The description wanted.
-        read_about: Reads the description there is; JSON in `marker` by default.
+        about: The wanted description.
+        read_about: Reads the existing description; by default the JSON in `marker`.
 
     Raises:
         RegraftError: `out` holds something else.
@@ -114,7 +114,7 @@ def is_done(
         if not holds(out, marker, about, read_about):
             return False
         discard_leftover(out)
-        shutil.rmtree(_work_folder(out), ignore_errors=True)  # of a run killed right at its end
+        shutil.rmtree(_work_folder(out), ignore_errors=True)  # of a run killed at its very end
         return True
 
     return distributed.decided(done)
@@ -126,7 +126,7 @@ def holds(
     about: Mapping[str, Any],
     read_about: Callable[[], Mapping[str, Any]] | None = None,
 ) -> bool:
-    """`is_done`, but it touches nothing."""
+    """As `is_done`, without removing anything."""
     if marker != out:
         if out.is_file() or not marker.exists():
             require_new(out)
@@ -138,11 +138,11 @@ def holds(
     return True
 
 
-def require_same(out: Path, there: Any, wanted: Any) -> None:
-    """Raise unless what `out` was made with is what is wanted."""
-    if there != wanted:
+def require_same(out: Path, existing: Any, wanted: Any) -> None:
+    """Raise unless the existing description of `out` is the wanted one."""
+    if existing != wanted:
         raise RegraftError(
-            f"{out} exists and was made with something else ({difference(there, wanted)}). "
+            f"{out} exists and was made with something else ({difference(existing, wanted)}). "
             "Choose another output or remove it."
         )
 
@@ -159,14 +159,14 @@ def difference(found: Any, wanted: Any, where: str = "") -> str:
 
 @contextmanager
 def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
-    """A folder for unfinished work on `out`, under its key; only one job may have it.
+    """Lock `out` for one job, and give the folder for its unfinished work, named by its key.
 
-    It goes when the block succeeds, and with bad input, which leaves nothing behind. Finished parts
-    stay where a run is stopped, or by a `PassingError` such as a full disk. Processes of one job
-    enter and leave together.
+    The folder is removed when the block succeeds, and on bad input, which leaves nothing behind.
+    Finished parts stay if the run is stopped or ends with a `PassingError` such as a full disk. All
+    processes of the job enter and leave together.
 
     Raises:
-        RegraftError: another job is at work on `out` or has just finished it, or this process does
+        RegraftError: another job is working on `out` or has just finished it, or this process does
             not see the folder.
     """
     folder = _work_folder(out)
@@ -175,7 +175,7 @@ def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
         distributed.barrier()
         if not (folder / "lock").exists():
             raise RegraftError(
-                f"Process {distributed.rank()} does not see {folder}, which process 0 has made. "
+                f"Process {distributed.rank()} does not see {folder}, which process 0 has created. "
                 "All processes need the same output folder, on a disk that every machine mounts."
             )
         yield work
@@ -202,13 +202,13 @@ def working(out: Path, about: Mapping[str, Any]) -> Iterator[Path]:
 def _require_unfinished(out: Path) -> None:
     try:
         require_empty(out)
-    except PassingError as error:  # it was, before the lock
+    except PassingError as error:  # it was empty before this process got the lock
         raise PassingError(
-            f"Another process has just finished {out}. The same command takes it as it is."
+            f"Another process has just finished {out}. Run the same command again to use it."
         ) from error
 
 
-def _account(reading: Reading) -> dict[str, Any]:
+def _describe_data(reading: Reading) -> dict[str, Any]:
     contents: list[bytes | str] = []
     for e in reading.examples:
         image = e.image.name if e.image else None
@@ -230,7 +230,7 @@ def _key(about: Mapping[str, Any]) -> str:
 
 
 def _identity(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides: the contents of the data, not where they lie."""
+    """The part of a description that forms its key: of data the contents, not the place."""
     data = {
         role: {name: value for name, value in account.items() if name != "source"}
         for role, account in about.get("data", {}).items()
@@ -240,7 +240,7 @@ def _identity(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def but_for_rounding(content: Any) -> Any:
-    """JSON values without the settings, however deep, by which results differ in rounding alone."""
+    """JSON values without the settings, nested ones too, that change results by rounding only."""
     if isinstance(content, Mapping):
         kept = {name: one for name, one in content.items() if name not in _ONLY_ROUNDING}
         return {name: but_for_rounding(one) for name, one in kept.items()}
@@ -250,7 +250,10 @@ def but_for_rounding(content: Any) -> Any:
 def differing(
     one: Mapping[str, Any], other: Mapping[str, Any], *parts: str
 ) -> Iterator[tuple[str, str, Any, Any]]:
-    """Of parts that two descriptions both have: (part, field, both values), but rounding."""
+    """Differences in parts that both descriptions have, as (part, field, both values).
+
+    Settings that change results by rounding only are ignored.
+    """
     for part in parts:
         if part in one and part in other:
             ours, theirs = (but_for_rounding(about[part]) for about in (one, other))
@@ -260,7 +263,7 @@ def differing(
 
 
 def unfinished_bytes(out: Path) -> int:
-    """What lies on the disk of unfinished work on `out`."""
+    """Disk space taken by unfinished work on `out`."""
     return leftover_bytes(out) + size_of(_work_folder(out))
 
 

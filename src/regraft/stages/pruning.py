@@ -30,22 +30,22 @@ from regraft.progress import Progress
 from regraft.pruning.base import PRUNERS, PruneSettings
 from regraft.pruning.prune import edits_without_data, passes, prune_layers
 from regraft.pruning.results import LayerResults
-from regraft.stages.answering import beside, calibration_data
+from regraft.stages.answering import calibration_data, responses_folder
 from regraft.stages.provenance import describe, fingerprints, is_done, unfinished_bytes, working
 from regraft.stages.reading import draw_calibration, warn_of_bundled
 from regraft.stages.setup import Setup
 
 CARD = "README.md"
-_PRUNED = 0.01  # share of zeros that nothing but pruning explains
-_ROWS, _BLOCK = 128, 32  # of a weight that are looked at; columns that share quantisation's scale
+_PRUNED = 0.01  # share of excess zeros above which a model has been pruned
+_ROWS, _BLOCK = 128, 32  # rows of a weight that are read; columns that share a quantisation scale
 
 
 def prune_checkpoint(
     setup: Setup, out: Path, settings: PruneSettings, responses: Path | None = None
 ) -> Source:
-    """Prune a checkpoint, calibrated on what its pruner reads; writes the folder `out`.
+    """Prune a checkpoint; writes the folder `out`.
 
-    `responses` is the folder for those that the dense model writes, by default one beside `out`.
+    `responses` is the folder for responses of the dense model, by default one next to `out`.
 
     Raises:
         RegraftError: see `prune_layers`, `assign_patterns`, the data readers and `write_edited`.
@@ -54,7 +54,7 @@ def prune_checkpoint(
     patterns = settings.patterns(dense.architecture.linears)
     if distributed.first() and not (out / ABOUT_FILE).exists():
         check_target(dense.checkpoint, out)
-    data = _data(setup, settings, responses or beside(out))
+    data = _read_data(setup, settings, responses or responses_folder(out))
     progress.note(f"Reading {dense.folder} ...")
     about = describe("prune", fingerprints(dense=dense), settings, setup.compute, data)
     if not is_done(out, out / ABOUT_FILE, about):
@@ -81,8 +81,8 @@ def prune_checkpoint(
     return replace(dense, checkpoint=open_checkpoint(out))
 
 
-def _data(setup: Setup, settings: PruneSettings, responses: Path) -> dict[str, Reading]:
-    """What a pruner is calibrated on, by kind; nothing if it reads none."""
+def _read_data(setup: Setup, settings: PruneSettings, responses: Path) -> dict[str, Reading]:
+    """A pruner's calibration data by kind; empty if it reads none."""
     dense, calibration = setup.dense, setup.calibration
     found = {}
     for kind in settings.kinds:
@@ -102,7 +102,7 @@ def _calibrated(
     data: Mapping[str, Reading],
     results: LayerResults,
 ) -> dict[str, Edit]:
-    """Prune layer by layer; returns what is to be written."""
+    """Prune layer by layer; returns the edits of the checkpoint."""
     dense, compute, progress = setup.dense, setup.compute, setup.progress
     examples = [example for reading in data.values() for example in reading.examples]
     check_shares(examples, compute)
@@ -128,7 +128,7 @@ def _calibrated(
 
 
 def _warn_of_pruned(dense: Source, progress: Progress) -> None:
-    """Say where a model is pruned already, going by its first layer."""
+    """Warn if the model seems to be pruned already, judging by its first layer."""
     weights = [dense.weight(linear) for linear in dense.architecture.layers[0].linears]
     if sum(map(excess_zeros, weights)) / len(weights) > _PRUNED:
         share = sum(int((one == 0).sum()) for one in weights) / sum(one.numel() for one in weights)
@@ -141,20 +141,20 @@ def _warn_of_pruned(dense: Source, progress: Progress) -> None:
 def excess_zeros(weight: Tensor) -> float:
     """Share of a weight `[out, in]` that is zero beyond what a quantisation grid explains.
 
-    In 32 columns of a row, which share a scale, dequantised weights have few values, of which zero
-    is one and about as frequent as its neighbours. Pruning makes zero more frequent than any other
-    value. Negative where another value is more frequent. The first rows stand for all.
+    Within 32 columns of a row, which share a scale, dequantised weights take few values, and zero
+    is about as frequent as its neighbours. Pruning makes zero more frequent than any other value.
+    The share is negative if another value is more frequent. Only the first 128 rows are read.
     """
     blocks = min(weight.shape[1], _BLOCK)
     rows = weight[:_ROWS, : weight.shape[1] // blocks * blocks].reshape(-1, blocks)  # [n, 32]
-    equal = (rows[:, :, None] == rows[:, None, :]).sum(2)  # [n, 32], how often each value is there
+    equal = (rows[:, :, None] == rows[:, None, :]).sum(2)  # [n, 32], count of each value
     zero = rows == 0
     others = equal.masked_fill(zero, 0).amax(1)
     return float((zero.sum(1) - others).sum()) / rows.numel()
 
 
 def _card(dense: Source, settings: PruneSettings) -> dict[str, str]:
-    """The dense model's card, if any, with a line on top that says what became of the model."""
+    """The dense model's card, if any, with a line on top that says how the model was pruned."""
     path = dense.folder / CARD
     if not path.is_file():
         return {}
@@ -170,7 +170,7 @@ def _card(dense: Source, settings: PruneSettings) -> dict[str, str]:
 
 
 def spilled_bytes(dense: Source, settings: PruneSettings) -> int:
-    """What a pruner keeps on disk of finished layers until the checkpoint is written."""
+    """Disk space for results of finished layers, which are kept until the checkpoint is written."""
     pruner = PRUNERS.get(settings.method)
     if not pruner.reads_data:
         return 0

@@ -1,4 +1,4 @@
-"""A method's ranking of the weights that could be restored, and the patch of the first of it."""
+"""A method's ranking of the restorable weights, and the patch of its first weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from regraft.restoration.base import (
     own_settings,
 )
 from regraft.restoration.ranking import KEPT, Ranking, load_ranking, patch_of, save_ranking
-from regraft.stages.answering import beside, imitation_data
+from regraft.stages.answering import imitation_data, responses_folder
 from regraft.stages.provenance import (
     describe,
     difference,
@@ -41,8 +41,8 @@ from regraft.stages.provenance import (
 )
 from regraft.stages.setup import Inputs, Setup
 
-# of the ranking, in its patches; the last three are the path of gain
-_TOLD = ("heads", "pruned", "kind", "n_m", "groups", "values", "passes", "start", "steps", "end")
+# fields of a ranking's `about` that its patches repeat; the last three describe gain's path
+_COPIED = ("heads", "pruned", "kind", "n_m", "groups", "values", "passes", "start", "steps", "end")
 
 
 def write_ranking(
@@ -52,7 +52,7 @@ def write_ranking(
     settings: MethodSettings,
     inputs: Inputs | None = None,
 ) -> Ranking:
-    """Rank the weights that could be restored; writes the file `out`.
+    """Rank the restorable weights; writes the file `out`.
 
     Args:
         settings: The method and, by its budget, how many weights to rank.
@@ -64,23 +64,23 @@ def write_ranking(
     method, wanted, needs = method_of(settings), settings.without_amount(), needs_of(settings)
     check_pair(dense, pruned)
     digests, loaded = read_inputs(dense, pruned, settings, needs, inputs)
-    looked = setup.cache.surveyed(dense, pruned, setup.progress)
-    check_restorable(settings, looked)
+    survey = setup.cache.surveyed(dense, pruned, setup.progress)
+    check_restorable(settings, survey)
     answered: dict[str, Reading] | None = None
     if needs.answers:
-        answered = imitation_data(setup, inputs.responses or beside(out))
-        # Again, of what is left: prompts whose answer was blank are gone.
+        answered = imitation_data(setup, inputs.responses or responses_folder(out))
+        # again, since prompts with blank answers were dropped
         method.check(settings, dense, seed, setup.compute, answered)
     pair = fingerprints(dense=dense, pruned=pruned)
     compute = setup.compute if answered else None
     about = describe("rank", {**pair, **digests}, wanted, compute, answered)
-    about |= {"algorithm": method.algorithm, "seed": seed, **taken(looked)}
+    about |= {"algorithm": method.algorithm, "seed": seed, **_compression(survey)}
     if not is_done(out, out, about, lambda: load_ranking(out).about):
-        _announce(setup.progress, looked, answered)
-        count = wanted.how_many(looked.restorable)
+        _announce(setup.progress, survey, answered)
+        count = wanted.how_many(survey.restorable)
         with working(out, about) as work:
             common = seed, setup.compute, setup.progress, work
-            context = Context(dense, pruned, looked, count, *common, answered=answered, **loaded)
+            context = Context(dense, pruned, survey, count, *common, answered=answered, **loaded)
             found = method.rank(wanted, context)
             _remark(setup.progress, out, found, count)
             if distributed.first():
@@ -91,13 +91,13 @@ def write_ranking(
 def read_inputs(
     dense: Source, pruned: Source, settings: MethodSettings, needs: Needs, inputs: Inputs
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """Read the files that a method needs and see that they are of these checkpoints.
+    """Read the files that a method needs and check that they are of these checkpoints.
 
     Returns:
         Digests of the files, and fields of `Context`.
 
     Raises:
-        RegraftError: one is missing, was made from something else, or has not what is needed.
+        RegraftError: one is missing, was made from something else, or lacks what is needed.
     """
     digests, loaded = dict[str, str](), dict[str, Any]()
     if needs.heads is not None:
@@ -149,7 +149,7 @@ def require_made_of(ranking: Ranking, path: Path, dense: Source, pruned: Source)
 
 
 def _require_positions(settings: MethodSettings, ranking: Ranking, path: Path) -> None:
-    """Raise unless another ranking has the positions that a method takes of it."""
+    """Raise unless a ranking has the positions that a method takes from it."""
     if (ranking.removed != KEPT).any():
         raise RegraftError(
             f"{path} has swaps, which prune a kept weight for each; give a ranking made without "
@@ -163,31 +163,31 @@ def _require_positions(settings: MethodSettings, ranking: Ranking, path: Path) -
         )
 
 
-def taken(looked: Survey) -> dict[str, Any]:
-    """What compression did, as artifacts tell it.
+def _compression(survey: Survey) -> dict[str, Any]:
+    """What compression did, as fields of a ranking's description.
 
-    `kind` is there where every weight changed, `n_m` and `groups` where there are N:M patterns.
+    Changed pairs have a `kind`, N:M patterns `n_m` and `groups`.
     """
-    described: dict[str, Any] = {"pruned": looked.restorable}
-    if looked.kind == "changed":
-        described["kind"] = looked.kind
-    if looked.grouping is not None:
-        described |= {"n_m": looked.grouping.n_m, "groups": looked.grouping.groups}
-    return described
+    fields: dict[str, Any] = {"pruned": survey.restorable}
+    if survey.kind == "changed":
+        fields["kind"] = survey.kind
+    if survey.grouping is not None:
+        fields |= {"n_m": survey.grouping.n_m, "groups": survey.grouping.groups}
+    return fields
 
 
 def _require_made_from(dense: Source, path: Path, about: Mapping[str, Any]) -> None:
     if about["inputs"]["dense"] != dense.checkpoint.fingerprint:
         raise RegraftError(
             f"{path} was made from another checkpoint than {dense.folder}. Make it again with "
-            f"`regraft {about['stage']}` from this one."
+            f"`regraft analyse {about['stage']}` from this one."
         )
 
 
-def _announce(progress: Progress, looked: Survey, answered: Mapping[str, Reading] | None) -> None:
-    progress.note(f"The model is {looked.described}.")
-    if looked.doubt:
-        progress.note(looked.doubt)
+def _announce(progress: Progress, survey: Survey, answered: Mapping[str, Reading] | None) -> None:
+    progress.note(f"The model is {survey.described}.")
+    if survey.doubt:
+        progress.note(survey.doubt)
     roles = ("Harmful prompts", "Harmless prompts")
     for role, reading in zip(roles, (answered or {}).values(), strict=False):
         progress.note(reading.describe(role))
@@ -195,38 +195,38 @@ def _announce(progress: Progress, looked: Survey, answered: Mapping[str, Reading
 
 def _remark(progress: Progress, out: Path, found: Ranking, count: int | None) -> None:
     if not len(found):
-        progress.note(f"{out.name}: no weight fits; nothing will be restored.")
+        progress.note(f"{out.name}: no weight qualifies; nothing will be restored.")
     elif count is not None and len(found) < count:
         progress.note(
-            f"{out.name}: {len(found):,} weights are all that fit, fewer than the {count:,} of the "
+            f"{out.name}: only {len(found):,} weights qualify, fewer than the {count:,} of the "
             "budget."
         )
 
 
 def check_budget(dense: Source, settings: MethodSettings) -> None:
-    """Raise where a budget is less than one weight even if all had been pruned."""
+    """Raise if a budget would be less than one weight even if all weights were pruned."""
     if settings.how_many(dense.architecture.prunable) == 0:
         raise _less_than_one(settings, f"{dense.architecture.prunable:,} prunable")
 
 
-def check_restorable(settings: MethodSettings, looked: Survey) -> None:
-    """Raise where none of the weights that compression took or changed would be restored."""
-    if not looked.restorable:
+def check_restorable(settings: MethodSettings, survey: Survey) -> None:
+    """Raise if no weight can be restored, or none by this method and budget."""
+    if not survey.restorable:
         raise RegraftError(
-            "No weight is zero now that was not before, and none differs that could be restored. "
-            "Give the dense checkpoint first and the pruned one second."
+            "No weight can be restored: none is zero in the second checkpoint alone, and none "
+            "differs otherwise. Give the dense checkpoint first and the pruned one second."
         )
-    if looked.kind == "changed" and (why := settings.only_pruned):
+    if survey.kind == "changed" and (why := settings.only_pruned):
         raise RegraftError(
-            f"{settings.method} needs a pruned model, and of this {looked.restorable:,} weights "
-            f"are changed, not pruned: {why}."
+            f"{settings.method} needs a pruned model, but {survey.restorable:,} weights of this "
+            f"one are changed, not pruned: {why}."
         )
-    if settings.how_many(looked.restorable) == 0:
-        raise _less_than_one(settings, f"{looked.restorable:,} {looked.kind}")
+    if settings.how_many(survey.restorable) == 0:
+        raise _less_than_one(settings, f"{survey.restorable:,} {survey.kind}")
 
 
 def _less_than_one(settings: MethodSettings, weights: str) -> RegraftError:
-    """Make the error for a budget by which none of so many weights is restored."""
+    """The error for a budget by which none of so many weights is restored."""
     budget = getattr(settings, "budget", None)
     return RegraftError(
         f"A budget of {budget} per 10,000 of {weights} weights is less than one weight. "
@@ -245,8 +245,8 @@ def write_patch(
     """Restore the first weights of a ranking; writes the patch `out`.
 
     Args:
-        settings: The method that made the ranking; its budget says how many.
-        count: So many instead.
+        settings: The method that made the ranking; its budget gives the number of weights.
+        count: Number of weights, in place of the budget's.
 
     Raises:
         RegraftError: the ranking is of other checkpoints or settings.
@@ -257,11 +257,11 @@ def write_patch(
     if ranking.about["settings"] != wanted:
         raise RegraftError(
             f"{ranking_file} was made with other settings "
-            f"({difference(ranking.about['settings'], wanted)}). Rank again, or give its own."
+            f"({difference(ranking.about['settings'], wanted)}). Rank again, or use its settings."
         )
     inputs = fingerprints(dense=dense, pruned=pruned) | {"ranking": file_digest(ranking_file)}
     about = describe("realign", inputs, own_settings(settings)) | {"count": count}
-    about |= {name: ranking.about[name] for name in _TOLD if name in ranking.about}
+    about |= {name: ranking.about[name] for name in _COPIED if name in ranking.about}
     if not is_done(out, out, about, lambda: load_patch(out).about):
         with working(out, about):
             if distributed.first():
@@ -275,7 +275,7 @@ def write_patch(
 def check_made_by(
     out: Path, dense: Source, pruned: Source, settings: MethodSettings, *, searched: bool
 ) -> None:
-    """See, before long work, that a file in the place of a patch is one that these make.
+    """Check, before long work, that the existing patch `out` was made in the same way.
 
     Raises:
         RegraftError: it is no patch, or was made from other checkpoints or with other settings.
@@ -286,17 +286,17 @@ def check_made_by(
             f"{out} exists and was made {'without' if searched else 'by'} a search. Choose another "
             "output or remove it."
         )
-    there = {"inputs": found["inputs"], "settings": found["settings"]}
+    existing = {"inputs": found["inputs"], "settings": found["settings"]}
     inputs = fingerprints(dense=dense, pruned=pruned)
     wanted = {
-        "inputs": {**there["inputs"], **inputs},
+        "inputs": {**existing["inputs"], **inputs},
         "settings": own_settings(settings).model_dump(mode="json"),
     }
-    require_same(out, there, wanted)
+    require_same(out, existing, wanted)
 
 
 def _with_violations(patch: Patch, pruned: Source) -> Patch:
-    """A patch that says how many N:M groups it breaks, where the pruned model has a pattern."""
+    """Note in a patch how many N:M groups it breaks, if the pruned model has a pattern."""
     if "n_m" not in patch.about:
         return patch
     n, m = map(int, patch.about["n_m"].split(":"))

@@ -1,6 +1,6 @@
-"""Data sets read for a model: calibration prompts, suites, prompts to choose on.
+"""Read data sets for a model: calibration prompts, test suites, validation prompts.
 
-Each function checks that the model can read every prompt, before long work starts.
+Every function checks that the model can read all prompts, before long work starts.
 """
 
 from __future__ import annotations
@@ -28,26 +28,24 @@ from regraft.settings.searching import validation_of
 def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
     """Draw D^s or D^u and check that this model can read it.
 
-    Rows need a response unless the dense model is to write them. Those of the data set are what
-    the examples hold; a stage that learns from responses takes `stages.calibration_data`.
+    Rows need a response, unless the dense model is to write them. The examples have the data set's
+    responses; a stage that learns from responses calls `stages.calibration_data` instead.
 
     Raises:
         RegraftError: see the data readers and `draw`; an image is unreadable, or there are images
             and the model reads text only.
     """
     answered = responses_are_given(calibration, harmful=harmful)
-    return _taken(draw, source, calibration, harmful=harmful, answered=answered)
+    return _read_calibration(draw, source, calibration, harmful=harmful, answered=answered)
 
 
 def draw_prompts(source: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
-    """Draw prompts of one kind by the same seed, whether they have a response or not.
-
-    What they have of one is left out.
+    """Draw prompts of one kind by the same seed, with or without responses, which are dropped.
 
     Raises:
         RegraftError: see `draw_calibration`.
     """
-    reading = _taken(draw, source, calibration, harmful=harmful, answered=False)
+    reading = _read_calibration(draw, source, calibration, harmful=harmful, answered=False)
     bare = tuple(replace(one, response=None) for one in reading.examples)
     return replace(reading, examples=bare)
 
@@ -55,12 +53,14 @@ def draw_prompts(source: Source, calibration: CalibrationSettings, *, harmful: b
 def order_calibration(
     source: Source, calibration: CalibrationSettings, *, harmful: bool
 ) -> Reading:
-    """All prompts of one kind in the order in which they are drawn, as `draw_calibration`."""
+    """All prompts of one kind, in the order in which `draw_calibration` draws them."""
     answered = responses_are_given(calibration, harmful=harmful)
-    return _taken(in_drawn_order, source, calibration, harmful=harmful, answered=answered)
+    return _read_calibration(
+        in_drawn_order, source, calibration, harmful=harmful, answered=answered
+    )
 
 
-def _taken(
+def _read_calibration(
     take: Callable[..., Reading],
     source: Source,
     calibration: CalibrationSettings,
@@ -68,7 +68,7 @@ def _taken(
     harmful: bool,
     answered: bool,
 ) -> Reading:
-    """What `draw` or `in_drawn_order` takes of the calibration data."""
+    """Apply `take`, which is `draw` or `in_drawn_order`, to the calibration data."""
     if "data" not in calibration.model_fields_set and not _made_for_bundled(source):
         raise RegraftError(
             "No calibration prompts are named, and the bundled ones are for the bundled model: "
@@ -81,11 +81,11 @@ def _taken(
 
 
 def warn_of_bundled(source: Source, data: DataSource, note: Callable[[str], None]) -> None:
-    """Say where a model of one's own goes by prompts made for the bundled one."""
+    """Note if a model other than the bundled one is given prompts made for that one."""
     if data.name == "demo" and not _made_for_bundled(source):
         note(
             f"Warning: {data} are the bundled images, made for the bundled model; what is learnt "
-            "from them or measured on them says little about this one. Name data of your own."
+            "from them or measured on them says little about this one. Use your own data."
         )
 
 
@@ -94,7 +94,7 @@ def _made_for_bundled(source: Source) -> bool:
 
 
 def _made_from_demo(folder: Path) -> bool:
-    """Whether a checkpoint is the bundled model pruned by regraft, patched since or not."""
+    """Whether a checkpoint is the bundled model pruned by regraft, with or without patches."""
     path = folder / ABOUT_FILE
     about: Any = described(read_json(path), str(path)) if path.is_file() else None
     while isinstance(about, dict) and "before" in about:
@@ -107,7 +107,7 @@ def _made_from_demo(folder: Path) -> bool:
 
 
 def responses_are_given(calibration: CalibrationSettings, *, harmful: bool) -> bool:
-    """Whether the data set's responses to a kind are learned from, not the dense model's own."""
+    """Whether responses to a kind are the data set's, and not written by the dense model."""
     if calibration.responses != "auto":
         return calibration.responses == "given"
     whole = read(of_split(calibration.source, "train")).of_kind(harmful=harmful)
@@ -115,7 +115,7 @@ def responses_are_given(calibration: CalibrationSettings, *, harmful: bool) -> b
 
 
 def read_suites(source: Source | None, suites: Sequence[DataSource], limit: int | None) -> Reading:
-    """Read what is to be evaluated, see `join_suites`; None is a model of which nothing is known.
+    """Read the prompts of suites as `join_suites`, for a checkpoint or (None) a model on a server.
 
     Raises:
         RegraftError: as `draw_calibration`; there is nothing to evaluate.

@@ -1,7 +1,7 @@
-"""The chain from two checkpoints to a patch: what a method needs, ranking, search, patch.
+"""The steps from two checkpoints to a patch: inputs of the method, ranking, search, patch.
 
-Written once, for the command line, for runs of a recipe and for tuning, which say where each
-artifact lies and may measure or lock a step while it is at work.
+Shared by the command line, recipe runs and tuning, which choose the paths of the artifacts and may
+time or lock every step.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from regraft.stages.steps import PromptUse, Step, StepGuard, check_all, unguarde
 
 @dataclass(frozen=True)
 class Restoration(Setup):
-    """What every step needs, and the steps.
+    """The steps of restorations, and what they share.
 
     Attributes:
-        scoring: Of heads.
-        guard: Surrounds every step.
+        scoring: How heads are scored.
+        guard: Context in which every step is made.
     """
 
     scoring: HeadSettings = HeadSettings()
@@ -61,7 +61,7 @@ class Restoration(Setup):
         paths: ArtifactPaths,
         choice: SearchSettings | None = None,
     ) -> Patch:
-        """Make all that a method needs, its ranking and the patch.
+        """Make a method's inputs, its ranking and the patch.
 
         Raises:
             RegraftError: bad input of any step, found before any long work.
@@ -82,7 +82,7 @@ class Restoration(Setup):
         return load_patch(paths.patch)
 
     def make(self, steps: Iterable[Step]) -> None:
-        """Make steps in order, each under the guard."""
+        """Make steps in order, each in the context of the guard."""
         for step in steps:
             if step.title:
                 self.progress.note(step.title)
@@ -92,7 +92,7 @@ class Restoration(Setup):
                 step.make()
 
     def gathering(self, needs: Iterable[Needs], paths: ArtifactPaths) -> Iterator[Step]:
-        """All that any of the methods needs and that is not given: scores, answers, statistics."""
+        """Inputs of the methods that are not given: head scores, answers, statistics."""
         wanted = list(needs)
         by_heads = [one for one in wanted if one.heads]
         if by_heads and paths.given.heads is None:
@@ -111,10 +111,10 @@ class Restoration(Setup):
         choice: SearchSettings | None = None,
         name: str = "",
     ) -> Iterator[Step]:
-        """From what was gathered to the patch.
+        """From a method's inputs to its patch: ranking, search if there is a `choice`, patch.
 
         Args:
-            pruned: Gives the same network pruned, by whomever, once it is there.
+            pruned: Returns the pruned model; called when a step is made, not before.
         """
         own = own_settings(settings)
         yield self._rank(pruned, own, paths, name)
@@ -144,7 +144,7 @@ class Restoration(Setup):
     def search(
         self, pruned: Source, settings: MethodSettings, paths: ArtifactPaths, choice: SearchSettings
     ) -> None:
-        """Choose how much of the ranking is restored, and note what could not be had."""
+        """Choose how many weights to restore, and note what could not be achieved."""
         found = Search(self, choice).curve(pruned, settings, paths)
         for line in remarks(found):
             self.progress.note(f"{paths.curve.stem}: {line}")
@@ -185,7 +185,7 @@ class Restoration(Setup):
         def check() -> PromptUse:
             return PromptUse(learnt=self.learnt_from([True, False]))
 
-        def states() -> int:  # of one kind after the other
+        def states() -> int:  # the kinds are read one after the other
             kinds = [self.drawn(harmful=harmful) for harmful in (True, False)]
             return max(self.state_bytes([one]) for one in kinds) if by_gradients else 0
 
@@ -223,7 +223,7 @@ class Restoration(Setup):
             method.check(settings, self.dense, self.calibration.seed, self.compute, prompts)
             return PromptUse()
 
-        def states() -> int:  # of both kinds together
+        def states() -> int:  # both kinds are read together
             return self.state_bytes(self.imitated().values()) if needs.answers else 0
 
         return Step(
@@ -240,11 +240,11 @@ class Restoration(Setup):
 
 
 def _check_given(dense: Source, pruned: Source, settings: MethodSettings, given: Inputs) -> None:
-    """See that files made elsewhere are of these checkpoints and have what the method needs."""
+    """Check that given files are of these checkpoints and have what the method needs."""
     needs = needs_of(settings)
-    there = replace(
+    needed = replace(
         needs,
         heads=needs.heads if given.heads else None,
         statistics=needs.statistics if given.statistics else None,
     )
-    read_inputs(dense, pruned, settings, there, given)
+    read_inputs(dense, pruned, settings, needed, given)

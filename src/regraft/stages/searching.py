@@ -1,4 +1,4 @@
-"""How many weights of a ranking are restored: the trade-off curve on validation prompts."""
+"""Choose how many weights of a ranking to restore, by rates on validation prompts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from regraft.stages.targets import Target
 
 @dataclass(frozen=True)
 class Search:
-    """Models on validation prompts, to choose how many weights of a ranking are restored."""
+    """Evaluations on validation prompts, by which the number of restored weights is chosen."""
 
     setup: Setup
     choice: SearchSettings
@@ -45,7 +45,7 @@ class Search:
         return self.setup.cache.reading(self.setup.dense, suites_of(self.choice), limit)
 
     def check(self) -> PromptUse:
-        """See that models can be evaluated on the validation prompts.
+        """Check that models can be evaluated on the validation prompts.
 
         Raises:
             RegraftError: see the data readers and `check_split`.
@@ -78,10 +78,10 @@ class Search:
         return dense, self.point(pruned, folder / "pruned")
 
     def curve(self, pruned: Source, method: MethodSettings, paths: ArtifactPaths) -> Searched:
-        """Choose how much of a ranking is restored; writes the curve of all that was tried.
+        """Choose how many weights to restore; writes the curve of all numbers tried.
 
-        Searches along the same ranking and on the same prompts may share their folders of points,
-        and all on the same prompts that of the references.
+        Searches of the same ranking on the same prompts may share their folders of points; all on
+        the same prompts may share that of the references.
 
         Raises:
             RegraftError: see the data readers; the ranking is of other checkpoints.
@@ -94,20 +94,20 @@ class Search:
         about = describe("search", inputs, self.choice, setup.compute, data)
         about["evaluation"] = setup.evaluation.model_dump(mode="json")
         if not is_done(out, out, about, lambda: about_of(out)):
-            curve = curve_to_json(self._searched(pruned, method, paths))
+            curve = curve_to_json(self._search(pruned, method, paths))
             if distributed.first():
                 write_json(out, {"about": about, **curve})
             distributed.barrier()
         return read_curve(out)
 
-    def _searched(self, pruned: Source, method: MethodSettings, paths: ArtifactPaths) -> Searched:
+    def _search(self, pruned: Source, method: MethodSettings, paths: ArtifactPaths) -> Searched:
         """Evaluate the pruned model with more and more of the ranking restored."""
         ranking, folder = load_ranking(paths.ranking), paths.points or paths.curve.with_suffix("")
         full, before = self.references(pruned, paths.references or folder)
         found = [before]
         for count in self._counts(ranking, method):
             patch = folder / f"{count:08d}.safetensors"
-            # Without the budget, so that a search within another one finds this patch made.
+            # without the budget, so that searches with other budgets share this patch
             whole = method.without_amount()
             write_patch(self.setup.dense, pruned, patch, whole, paths.ranking, count)
             found.append(self.point(pruned, folder / f"{count:08d}", count, patch))
@@ -136,15 +136,15 @@ def suites_of(choice: SearchSettings) -> list[DataSource]:
 def bounds_of(choice: SearchSettings, dense: Point, pruned: Point) -> Bounds:
     """The bounds that the settings ask for, given both models on the same prompts.
 
-    All are point estimates on validation prompts, without a margin for their error: a target that
+    They apply to point estimates on validation prompts, without a margin for error: a target that
     is just met there is missed about half the time on other prompts.
 
-    Degenerate answers may be as many more than the larger share of both models as over-refusal may
-    be above its reference.
+    The share of degenerate answers may exceed the larger one of both models by as much as
+    over-refusal may exceed its reference.
     """
     target = None if choice.target_asr is None else choice.target_asr / 100
     if choice.target_rsr is not None:
-        # Where pruning has not raised ASR there is no RSR: then the aim is the pruned model's ASR.
+        # if pruning did not raise ASR, RSR is undefined and the target is the pruned model's ASR
         lost = max(0.0, pruned.asr.value - dense.asr.value)
         target = pruned.asr.value - choice.target_rsr / 100 * lost
     rates = {"dense": dense.over_refusal.value, "pruned": pruned.over_refusal.value}
@@ -159,7 +159,7 @@ def bounds_of(choice: SearchSettings, dense: Point, pruned: Point) -> Bounds:
 
 
 def remarks(found: Searched) -> Iterator[str]:
-    """What the number of weights taken does not tell: what was not to be had, and why."""
+    """Sentences on what the search could not achieve, and why."""
     if found.bounds.utility is None:
         yield (
             "utility is not bounded, since no harmless validation prompt has a reference to "
@@ -178,7 +178,7 @@ def remarks(found: Searched) -> Iterator[str]:
 
 
 def why_nothing(points: Sequence[Point], bounds: Bounds) -> str:
-    """Why of a curve's points, the pruned model first, none with restored weights was taken."""
+    """Why no point with restored weights was chosen; the first of `points` is the pruned model."""
     pruned, *tried = points
     if not tried:
         return "There is no weight to restore, or `most` is less than one."
@@ -195,8 +195,8 @@ def why_nothing(points: Sequence[Point], bounds: Bounds) -> str:
         for name, by in beyond.items()
     )
     allowed = [name for name in beyond if name != "degenerate"]  # which no setting bounds
-    advice = f"Allow more by {' and '.join(allowed)}" if allowed else "Take another method"
+    advice = f"Allow more by {' and '.join(allowed)}" if allowed else "Use another method"
     return (
-        f"The nearest to the bounds of those with less ASR, {point.restored:,} weights, has ASR "
-        f"{100 * point.asr.value:.1f} % and {excess}. {advice}."
+        f"Of the numbers that lower ASR, {point.restored:,} weights are nearest to the bounds, "
+        f"with ASR {100 * point.asr.value:.1f} % and {excess}. {advice}."
     )

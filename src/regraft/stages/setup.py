@@ -1,4 +1,4 @@
-"""What the stages of one experiment share, and where their artifacts lie."""
+"""What the stages of one experiment share, and the paths of their artifacts."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ from regraft.stages.reading import (
 
 @dataclass(frozen=True)
 class Inputs:
-    """Artifacts that a method may need; see `Needs`."""
+    """Files that a ranking is made from; which of them a method needs is in its `Needs`."""
 
-    heads: Path | None = None  # scores
+    heads: Path | None = None  # scores of heads
     statistics: Path | None = None
     positions: Path | None = None  # another ranking
-    responses: Path | None = None  # folder for the dense model's answers; one beside the ranking
+    responses: Path | None = None  # folder for the dense model's answers; by default beside it
 
 
 @dataclass(frozen=True)
 class ArtifactPaths:
-    """Where the artifacts of a restoration lie."""
+    """Paths of the artifacts of a restoration."""
 
     heads: Path
-    statistics: Callable[[str], Path]  # by the kind of importance
+    statistics: Callable[[str], Path]  # by kind of importance
     responses: Path  # folder for the dense model's answers to calibration prompts
-    ranking: Path  # methods that differ in what they take of it share one
+    ranking: Path  # shared by settings that only take different amounts of it
     patch: Path
     curve: Path  # results of a search
     references: Path | None = None  # evaluations of the dense and the pruned model, for searches
     points: Path | None = None  # patches and answers of a search
-    states: Path | None = None  # of ablated models, from which heads are scored for any r_max
-    given: Inputs = field(default_factory=Inputs)  # made elsewhere, and taken instead
+    states: Path | None = None  # of ablated models, to score heads for any r_max
+    given: Inputs = field(default_factory=Inputs)  # existing files to use instead
 
     @classmethod
     def beside(cls, out: Path, given: Inputs | None = None) -> ArtifactPaths:
-        """All beside the patch `out`, named after it."""
+        """All next to the patch `out`, named after it."""
         return cls(
             heads=_beside(out, "heads.safetensors"),
             statistics=lambda _: _beside(out, "statistics.safetensors"),
@@ -65,7 +65,7 @@ class ArtifactPaths:
         )
 
     def inputs(self, needs: Needs) -> Inputs:
-        """What a ranking is made from."""
+        """The files that a ranking with these needs is made from."""
         heads = self.heads if needs.heads else None
         statistics = self.statistics(needs.statistics) if needs.statistics else None
         return Inputs(
@@ -78,12 +78,12 @@ class ArtifactPaths:
 
 @dataclass(frozen=True)
 class Setup:
-    """The dense model, what is learnt from, and where and how work is done.
+    """Dense model, calibration data and compute settings that all stages share.
 
     Attributes:
-        calibration: Prompts of both kinds, with responses where a stage learns from these; its
-            seed is that of whatever is drawn.
-        cache: Data that was read already, and what evaluations share.
+        calibration: Prompts of both kinds, with responses for stages that learn from these; its
+            seed decides whatever is drawn at random.
+        cache: Data sets that were read, and what evaluations share.
         evaluation: How validation prompts are answered and judged.
     """
 
@@ -95,26 +95,26 @@ class Setup:
     evaluation: EvalSettings = EvalSettings(full_answers=False)
 
     def drawn(self, *, harmful: bool) -> Reading:
-        """D^s or D^u; see `draw_calibration`.
+        """Draw D^s or D^u, as `draw_calibration`.
 
         Raises:
-            RegraftError: see there; there are fewer batches than processes.
+            RegraftError: see `draw_calibration`; there are fewer batches than processes.
         """
         reading = self._once(draw_calibration, harmful=harmful)
         check_shares(reading.examples, self.compute)
         return reading
 
     def imitated(self) -> dict[str, Reading]:
-        """Prompts on which the dense model is imitated: "safety" (harmful ones) and "utility"."""
+        """Prompts on which methods imitate the dense model: "safety" (harmful) and "utility"."""
         return {
             "safety": self._once(draw_prompts, harmful=True),
             "utility": self._once(draw_prompts, harmful=False),
         }
 
     def learnt_from(self, kinds: Iterable[bool]) -> dict[str, Reading]:
-        """By role all calibration prompts of these kinds (harmful: True) that may be learnt from.
+        """Calibration prompts of these kinds (harmful: True) that may be learnt from, by role.
 
-        Where the dense model answers them itself any may be, until enough answers are kept.
+        These are all prompts if the dense model writes the responses until enough are kept.
 
         Raises:
             RegraftError: as `drawn`.
@@ -130,12 +130,12 @@ class Setup:
         return learnt
 
     def _once(self, read: Callable[..., Reading], *, harmful: bool) -> Reading:
-        """What a function of reading.py takes of the calibration data, read once."""
+        """Call a function of reading.py on the calibration data, only once for the same data."""
         key = read, self.calibration, harmful, self.dense.has_vision
         return self.cache.once(key, lambda: read(self.dense, self.calibration, harmful=harmful))
 
     def check_gradients(self, what: str) -> None:
-        """Raise where the model will be loaded in a dtype in which gradients vanish."""
+        """Raise if the model will be loaded in a dtype in which gradients vanish."""
         if self.compute.dtype_of(self.dense) == "float16":
             raise RegraftError(
                 f"{what} needs gradients, which vanish in float16, the dtype of "
@@ -144,9 +144,9 @@ class Setup:
             )
 
     def state_bytes(self, readings: Iterable[Reading]) -> int:
-        """About what the inputs of all layers take on disk, which backward passes keep.
+        """Estimate the disk space of all layers' inputs, which backward passes keep there.
 
-        Those of a 7B model and 128 prompts of each kind are as large as its checkpoint or larger.
+        For a 7B model and 128 prompts of each kind it is at least as much as for the checkpoint.
         """
         architecture = self.dense.architecture
         itemsize = getattr(torch, self.compute.dtype_of(self.dense)).itemsize
@@ -158,5 +158,5 @@ class Setup:
 
 
 def _beside(out: Path, what: str) -> Path:
-    """A file beside a patch, named after it: of x.safetensors and of x alone x.WHAT."""
+    """A path next to a patch, named after it: x.WHAT both for x.safetensors and for x."""
     return out.with_name(f"{out.name.removesuffix('.safetensors')}.{what}")

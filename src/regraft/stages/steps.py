@@ -1,4 +1,4 @@
-"""A run is a list of steps, each with its artifact: all are checked, then made in order."""
+"""The steps of a run, one artifact each: all are checked before the first is made."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from regraft.data.sources import seen_before
 from regraft.stages.provenance import unfinished_bytes
 
 StepGuard = Callable[[str, str], AbstractContextManager[None]]
-"""(stage, name of what it is for) -> what surrounds a step while it is made."""
+"""(stage, name of the model) -> context in which a step is made."""
 
 
 def unguarded(_step: str, _of: str) -> AbstractContextManager[None]:
-    """Nothing surrounds the step; a function with a name, which workers can be sent."""
+    """The default `StepGuard`, which does nothing; unlike a lambda it can be sent to workers."""
     return nullcontext()
 
 
 @dataclass(frozen=True)
 class PromptUse:
-    """What steps use prompts for; these by their role."""
+    """Which prompts a run learns from, makes choices on and is evaluated on, by role."""
 
     learnt: Mapping[str, Reading] = field(default_factory=dict)
     chosen_on: Mapping[str, Reading] = field(default_factory=dict)
-    evaluated: Reading | None = None  # what the reported rates are of
+    evaluated: Reading | None = None  # the reported rates are over these
 
     def __or__(self, other: PromptUse) -> PromptUse:
-        """Those of both."""
+        """The prompts of both."""
         return PromptUse(
             {**self.learnt, **other.learnt},
             {**self.chosen_on, **other.chosen_on},
@@ -37,7 +37,7 @@ class PromptUse:
         )
 
     def warnings(self) -> list[str]:
-        """Which prompts are read for two purposes, so that rates on them are too hopeful."""
+        """Prompts that serve two purposes, which makes rates on them optimistic; a line each."""
         found = []
         if self.evaluated is not None:
             found += seen_before(self.evaluated, {**self.learnt, **self.chosen_on})
@@ -51,27 +51,27 @@ class PromptUse:
 class Step:
     """One artifact of a run."""
 
-    stage: str  # what is done, as costs name it
-    of: str  # for which model; "" for all of the run
+    stage: str  # name of the work, also in the table of costs
+    of: str  # name of the model that it is for; "" if for the whole run
     out: Path
-    make: Callable[[], object]  # makes it, goes on with it, or finds that it is there and as wanted
-    check: Callable[[], PromptUse] = PromptUse  # finds bad input before any step is made
-    title: str = ""  # told when the step begins
-    answers: int = 0  # prompts that a model answers
-    learns: int = 0  # prompts that are learnt from
-    passes: float = 1  # what that takes, about, in forward passes of the model over these prompts
-    alone: bool = False  # loads a model itself: the one evaluated last must go from memory
-    bytes: int = 0  # of the artifact on disk, where it is large
-    bytes_beside: Callable[[], int] = lambda: 0  # what work on it keeps on disk meanwhile
+    make: Callable[[], object]  # makes or continues it; returns at once if it is done
+    check: Callable[[], PromptUse] = PromptUse  # raises on bad input, before any step is made
+    title: str = ""  # printed when the step begins
+    answers: int = 0  # number of prompts that a model answers
+    learns: int = 0  # number of prompts that are learnt from
+    passes: float = 1  # estimated cost of learning, in forward passes over these prompts
+    alone: bool = False  # loads a model itself, so the cached one must be freed first
+    bytes: int = 0  # size of the artifact on disk, if it is large
+    bytes_beside: Callable[[], int] = lambda: 0  # temporary disk space while it is made
 
     @property
     def done(self) -> bool:
-        """Whether its artifact is there; `make` sees whether it is the right one."""
+        """Whether its artifact exists; `make` checks that it is the right one."""
         return self.out.exists()
 
 
 def check_all(steps: Iterable[Step]) -> PromptUse:
-    """Find bad input of any step, before the first is made; returns the use of prompts."""
+    """Check the input of all steps, before the first is made; returns their use of prompts."""
     found = PromptUse()
     for step in steps:
         found |= step.check()
@@ -79,14 +79,14 @@ def check_all(steps: Iterable[Step]) -> PromptUse:
 
 
 def left_of(steps: Iterable[Step]) -> Sequence[Step]:
-    """The steps that are not done, one for each artifact, which some share."""
+    """The steps that are not done, one per artifact, since steps may share one."""
     return tuple({step.out: step for step in steps if not step.done}.values())
 
 
 def disk_bytes(steps: Iterable[Step]) -> tuple[int, int]:
-    """What all artifacts to be made take on disk, and the most at a time on the way there.
+    """Additional disk space for the artifacts still to be made: in the end, and at the peak.
 
-    Unfinished work of a killed run is there already, and goes when its step is done.
+    Unfinished work of a killed run counts as free, since its step removes it.
     """
     kept = most = 0
     for step in left_of(steps):

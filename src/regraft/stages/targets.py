@@ -1,6 +1,6 @@
-"""What can be evaluated: a checkpoint, which answers in memory; see endpoint.py for servers.
+"""Evaluation targets: a checkpoint, which is run in memory; see endpoint.py for servers.
 
-Only a model in memory says how likely it finds a text; of a server nothing is asked but answers.
+Only a model in memory gives likelihoods of text; a server is only asked for answers.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ STATES = "text-states.safetensors"  # in the folder of a dense model's evaluatio
 class OnText:
     """Ordinary text to measure on: a file of documents separated by blank lines.
 
-    `dense` is the folder of the dense model's evaluation on the same text, from which KL is
-    measured. An evaluation without it keeps the states by which others measure theirs.
+    `dense` is the folder of the dense model's evaluation on the same text, to which KL is measured.
+    Without it, the evaluation saves the states that others need to measure KL to this model.
     """
 
     file: Path
     dense: Path | None = None
 
     def digests(self) -> dict[str, str]:
-        """Of all that decides the result.
+        """Digests of everything that determines the result.
 
         Raises:
             RegraftError: the text is missing, or the dense model was not evaluated on one.
@@ -75,7 +75,7 @@ class OnText:
     def predicted(
         self, network: nn.Module, processor: Any, progress: Progress
     ) -> tuple[TextResult, Teacher | None]:
-        """See `predict`; the teacher is None where the text has one, which is the dense model."""
+        """As `predict`; the teacher is this model, or None if KL is measured to `dense`."""
         documents = read_documents(self.file)
         teacher = None if self.dense is None else load_teacher(self.dense / STATES, len(documents))
         with progress.task("Reading ordinary text", len(documents), "documents") as done:
@@ -85,22 +85,22 @@ class OnText:
 
 @dataclass(frozen=True)
 class Answered:
-    """What came of prompts."""
+    """What a target gives for prompts and text."""
 
     texts: Sequence[str]  # the answers, in order
-    references: Mapping[str, Nll] = field(default_factory=dict)  # of responses by id, if asked for
-    text: TextResult | None = None  # of ordinary text
-    teacher: Teacher | None = None  # from which others measure their KL to this model on that text
+    references: Mapping[str, Nll] = field(default_factory=dict)  # of reference responses, by id
+    text: TextResult | None = None  # on ordinary text
+    teacher: Teacher | None = None  # with which others measure their KL to this model on that text
     more: Mapping[str, Any] = field(default_factory=dict)  # for the evaluation's description
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnyTarget:
-    """What all have that can be evaluated.
+    """Base class of evaluation targets.
 
     Attributes:
-        defence: Answer under this defence at inference, from `write_defence`.
-        cache: Shared with the other evaluations of a run, which saves work and changes nothing.
+        defence: File of a defence at inference to use, from `write_defence`.
+        cache: Shared with other evaluations of a run, which saves work and changes no result.
     """
 
     defence: Path | None = None
@@ -109,23 +109,23 @@ class AnyTarget:
 
     @cached_property
     def loaded_defence(self) -> Defence | None:
-        """The defence in the file."""
+        """The defence, if there is one."""
         return None if self.defence is None else load_defence(self.defence)
 
     def defended(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """The examples as the model gets them."""
+        """The examples as the model gets them, with a defence's prompt."""
         return asked(self.loaded_defence, examples)
 
 
 @dataclass(frozen=True)
 class Target(AnyTarget):
-    """A checkpoint that is to be evaluated, and how it is run.
+    """A checkpoint to evaluate, and how to run it.
 
     Args:
         model: The checkpoint.
-        patch: Put this patch on the model in memory first.
-        text: Measure perplexity on ordinary text too, and KL to the dense model.
-        processor_from: Take the processor from there if the checkpoint comes without one.
+        patch: Patch to apply to the model in memory.
+        text: Ordinary text on which to measure perplexity, and KL to the dense model.
+        processor_from: Model whose processor is used if the checkpoint has none.
     """
 
     model: Source
@@ -135,19 +135,19 @@ class Target(AnyTarget):
     processor_from: Source | None = None
 
     def check(self, settings: EvalSettings) -> None:
-        """A model in memory does all that the settings can ask for."""
+        """Accept any settings: a model in memory can do all that they ask for."""
 
     def reading(self, suites: Sequence[DataSource], limit: int | None) -> Reading:
-        """The examples of the suites, which the model can read."""
+        """The examples of the suites, checked to be readable by the model."""
         return self.cache.reading(self.model, suites, limit)
 
     def warn(self, suites: Sequence[DataSource]) -> None:
-        """Say where another model goes by prompts made for the bundled one."""
-        for suite in suites if self.processor_from is None else ():  # a run says it once
+        """Note if a model other than the bundled one is given prompts made for that one."""
+        for suite in suites if self.processor_from is None else ():  # runs note it themselves
             warn_of_bundled(self.model, suite, self.progress.note)
 
     def inputs(self) -> dict[str, str]:
-        """Digests of the model, of all that is put on or around it and of the text.
+        """Digests of the model, patch, defence and text.
 
         Raises:
             RegraftError: a file is missing or is for another model.
@@ -162,9 +162,9 @@ class Target(AnyTarget):
         return found | (self.text.digests() if self.text else {})
 
     def sizes(self) -> dict[str, int]:
-        """How many prunable weights there are, how many are zero; empty of quantised weights.
+        """Numbers of prunable weights and of zeros among them; empty if weights are quantised.
 
-        With a patch also how many it restores, and of how many that were `pruned` or `changed`.
+        With a patch also how many it restores, and how many were `pruned` or `changed`.
         """
         if (architecture := self.model.readable_architecture) is None:
             return {}
@@ -183,15 +183,15 @@ class Target(AnyTarget):
             RegraftError: a prompt is too long for the model.
         """
         own = self.processor_from is None or has_processor(self.model)
-        made_of = self.model, self.model if own else self.processor_from or self.model
-        self.cache.check_lengths_once(*made_of, prompts.examples, settings.max_new_tokens)
+        sources = self.model, self.model if own else self.processor_from or self.model
+        self.cache.check_lengths_once(*sources, prompts.examples, settings.max_new_tokens)
         with self.running() as (network, processor):
-            wanted = _compared(prompts.examples) if settings.perplexity else []
-            references = self._references(network, processor, wanted, work) if wanted else {}
+            compared = _compared(prompts.examples) if settings.perplexity else []
+            references = self._references(network, processor, compared, work) if compared else {}
             on_text = self.text.predicted(network, processor, self.progress) if self.text else ()
             judge = None if settings.full_answers else settings.text_judge()
             answerer = self.cache.answerer(
-                made_of, processor, prompts, self.compute.batch_size, judge
+                sources, processor, prompts, self.compute.batch_size, judge
             )
             tokens = answering_tokens(prompts.examples, settings.max_new_tokens)
             what = f"Answering {len(prompts.examples)} prompts of {prompts.name}"
@@ -214,11 +214,11 @@ class Target(AnyTarget):
 
     @cached_property
     def _patch(self) -> Patch | None:
-        """The patch to be put on the model; another model's is refused."""
+        """The loaded patch, checked to be for this model."""
         if self.patch is None:
             return None
         found = load_patch(self.patch)
-        _ = self.model.architecture  # what keeps a model from being patched is said before loading
+        _ = self.model.architecture  # raises if the model cannot be patched
         make_plan(self.model.checkpoint, found, "apply")
         return found
 
@@ -232,7 +232,7 @@ class Target(AnyTarget):
 
 
 def _compared(examples: Sequence[Example]) -> list[Example]:
-    """Those with a reference that answers are compared with."""
+    """The examples whose answers are compared with a reference."""
     return [
         one
         for one in examples

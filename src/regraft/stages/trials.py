@@ -1,9 +1,9 @@
-"""Trials by a seeded TPE sampler, which several processes share (Optuna, in an SQLite file).
+"""Trials of a seeded TPE sampler, shared by several processes (Optuna, in an SQLite file).
 
-A worker holds a file lock on the trial that it is at. Where it is killed the lock is free and the
-trial still running: the next worker takes it over, with its number and its settings. What is drawn
-depends on the seed, how many were drawn before and which of these have finished, so that one worker
-draws the same with and without a kill.
+A worker holds a file lock on its trial. If it is killed, the lock is released while the trial still
+counts as running: the next worker takes it over, with its number and settings. A draw depends on
+the seed, the number of draws before and which of these have finished, so that a single worker draws
+the same trials with and without a kill.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 _MOST_RANK = 10
-_PATIENCE = 120  # seconds for which a process waits for another one that writes to the file
-_PASSING = ("is full", "is locked", "readonly")  # what SQLite says of a sound file
-_TRIED = "tried"  # what is kept of a finished trial, among its attributes
+_PATIENCE = 120  # seconds to wait while another process writes to the file
+_PASSING = ("is full", "is locked", "readonly")  # SQLite's errors for an undamaged file
+_TRIED = "tried"  # attribute of a finished trial that holds its outcome
 
 
 class Trials:
-    """The trials in a folder, which need not be there yet.
+    """The trials in a folder, which is created if need be.
 
     Raises:
         RegraftError: Optuna is not installed, or too old.
@@ -64,7 +64,7 @@ class Trials:
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
-        """Turn what three packages raise of the file that lies below them into a clear error."""
+        """Turn errors of Optuna, SQLAlchemy and SQLite about the file into a clear one."""
         try:
             with disk_errors(self.file):
                 yield
@@ -74,24 +74,24 @@ class Trials:
             reason = str(error).partition("\n")[0] or type(error).__name__
             if any(passing in reason for passing in _PASSING):
                 raise PassingError(
-                    f"{self.file} cannot be written now ({reason}). The same command goes on from "
-                    "here."
+                    f"{self.file} cannot be written now ({reason}). The same command continues "
+                    "from here."
                 ) from error
             raise RegraftError(
-                f"{self.file} is damaged, or no file of trials ({reason}). Choose another folder."
+                f"{self.file} is damaged or no file of trials ({reason}). Choose another folder."
             ) from error
 
     @contextmanager
     def take(self, most: int) -> Iterator[Trial | None]:
-        """A trial that nobody else is at; None where `most` are finished or being worked on.
+        """A trial that no other worker is running; None once `most` are finished or running.
 
-        `finish` ends it. With an error in the block it has failed and counts no more; where the
-        block is stopped or killed it waits for the next worker.
+        `finish` completes it. If the block raises an error, the trial has failed and no longer
+        counts; if the block is stopped or killed, the next worker takes the trial over.
         """
         optuna = self._optuna
-        with ExitStack() as held:
+        with ExitStack() as locks:
             with exclusive(self._folder, "study"):
-                frozen = self._left_behind(held) or self._new(most, held)
+                frozen = self._left_behind(locks) or self._new(most, locks)
             if frozen is None:
                 yield None
                 return
@@ -106,26 +106,26 @@ class Trials:
     def finish(
         self, trial: Trial, value: float, excess: Mapping[str, float], tried: Any = None
     ) -> None:
-        """Record what came of a trial.
+        """Record the outcome of a trial.
 
         Args:
             trial: From `take`.
             value: The lower the better.
             excess: How far it is beyond each bound; above 0 the trial is out of bounds.
-            tried: JSON values to be kept with it.
+            tried: JSON values to save with it.
         """
         with self._readable():
             for name, by in excess.items():
-                if name not in trial.constraints:  # else a worker died right here
+                if name not in trial.constraints:  # else saved by a worker that died right here
                     trial.set_constraint(name, by)
             trial.set_user_attr(_TRIED, tried)
             self._study.tell(trial, value)
 
     def finished(self) -> dict[int, Any]:
-        """What was kept of every finished trial, by its number.
+        """The saved outcome of every finished trial, by its number.
 
         Raises:
-            RegraftError: another version of regraft wrote it otherwise.
+            RegraftError: another version of regraft saved it in another form.
         """
         trials = self._in_state("COMPLETE")
         if any(_TRIED not in one.user_attrs for one in trials):
@@ -144,11 +144,11 @@ class Trials:
             found: list[FrozenTrial] = self._study.get_trials(deepcopy=False, states=wanted or None)
             return found
 
-    def _left_behind(self, held: ExitStack) -> FrozenTrial | None:
-        """A trial whose worker was killed; it is this one's now."""
+    def _left_behind(self, locks: ExitStack) -> FrozenTrial | None:
+        """A trial whose worker was killed, taken over by this one; None if there is none."""
         for one in self._in_state("RUNNING"):
             try:
-                self._hold(one.number, held)
+                self._lock(one.number, locks)
             except RegraftError:  # its worker is alive
                 continue
             # Its worker may have finished it just now, which freed the lock.
@@ -156,22 +156,22 @@ class Trials:
                 return one
         return None
 
-    def _new(self, most: int, held: ExitStack) -> FrozenTrial | None:
+    def _new(self, most: int, locks: ExitStack) -> FrozenTrial | None:
         if len(self._in_state("COMPLETE", "RUNNING")) >= most:
             return None
         drawn = self._in_state()
         with self._readable():
             running = self._draw(drawn)
-        self._hold(len(drawn), held)
+        self._lock(len(drawn), locks)
         with self._readable():
             self._study.add_trial(running)
         return self._in_state()[-1]
 
     def _draw(self, drawn: list[FrozenTrial]) -> FrozenTrial:
-        """A running trial with settings that the sampler takes, given those drawn before.
+        """A running trial with settings that the sampler draws, given the earlier trials.
 
-        It is drawn in a copy of the study, and then added to the study in one transaction: `ask`
-        writes one setting after the other, and a kill would leave a trial that has some of them.
+        It is drawn in a copy of the study and then added to the study in one transaction: `ask`
+        writes one setting after the other, and a kill would leave a trial without some of them.
         """
         optuna, own = self._optuna, self._settings
         seed = int(np.random.SeedSequence([own.sampler_seed, len(drawn)]).generate_state(1)[0])
@@ -198,9 +198,9 @@ class Trials:
 
         return {name: distribution(of) for name, of in self._space.items()}
 
-    def _hold(self, number: int, held: ExitStack) -> None:
-        lock = _lock(self._folder, f"trial-{number:04d}")
-        held.enter_context(locked(lock, lock))
+    def _lock(self, number: int, locks: ExitStack) -> None:
+        lock = _lock_file(self._folder, f"trial-{number:04d}")
+        locks.enter_context(locked(lock, lock))
 
 
 def space_of(
@@ -211,14 +211,14 @@ def space_of(
     kept: float,
     samples: int,
 ) -> Space:
-    """What is varied: what the method says, and r_max of the scoring of heads.
+    """The search space: the method's own, and r_max if it needs head scores.
 
     Args:
-        dense: Whose heads bound their number.
-        tuning: What stays as given.
-        scoring: Of heads; of screened ones, only the candidates may be taken.
+        dense: The dense model; it bounds the number of heads.
+        tuning: Its `keep` names settings that are not tuned.
+        scoring: How heads are scored; if screened, only the candidates may be chosen.
         kept: Share of weights that pruning kept.
-        samples: Of D^s, which bound r_max.
+        samples: Number of D^s prompts, which bounds r_max.
 
     Raises:
         RegraftError: there is nothing to tune, or `tuning.keep` names something else.
@@ -243,15 +243,15 @@ def space_of(
 
 
 def claim(folder: Path, about: Mapping[str, Any]) -> None:
-    """Make a folder that of this tuning, or see that it is.
+    """Mark a folder as that of this tuning, or check that it is.
 
     Raises:
-        RegraftError: it holds another one, or something else.
+        RegraftError: it holds another tuning, or something else.
     """
     try:
         require_empty(folder)
     except RegraftError:
-        if not (folder / "locks").exists():  # else another worker is here, perhaps at this moment
+        if not (folder / "locks").exists():  # else other workers have begun, perhaps just now
             raise
     marker = folder / "tune.json"
     with disk_errors(folder), exclusive(folder, "claim"):
@@ -261,8 +261,8 @@ def claim(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def alone(folder: Path, seconds: dict[str, float], step: str, of: str) -> Iterator[None]:
-    """Surround a step: one worker at a time does it, and what it took is added to `seconds`."""
+def one_at_a_time(folder: Path, seconds: dict[str, float], step: str, of: str) -> Iterator[None]:
+    """Guard of a step: one worker at a time makes it, and its time is added to `seconds`."""
     with exclusive(folder, f"{step} {of}".strip().replace(" ", "-")):
         start = time.monotonic()
         yield
@@ -270,12 +270,12 @@ def alone(folder: Path, seconds: dict[str, float], step: str, of: str) -> Iterat
 
 
 def exclusive(folder: Path, name: str) -> AbstractContextManager[None]:
-    """Wait for other processes that tune into this folder to be done with `name`."""
-    lock = _lock(folder, name)
+    """Lock `name` among the processes that tune into this folder, waiting for its turn."""
+    lock = _lock_file(folder, name)
     return locked(lock, lock, wait=True)
 
 
-def _lock(folder: Path, name: str) -> Path:
+def _lock_file(folder: Path, name: str) -> Path:
     locks = folder / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     return locks / f"{name}.lock"

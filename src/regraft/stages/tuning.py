@@ -1,15 +1,15 @@
-"""Tune a method: its settings searched on validation prompts, by trials that workers share.
+"""Tune a method's settings on validation prompts, by trials that workers share.
 
-A trial is one choice of settings by TPE. Of a ranking with `points` prefixes the best one within
-the bounds counts. In the folder lie
+A trial is one choice of settings by TPE. If the method ranks weights, `points` numbers of restored
+weights are tried, and the best within the bounds counts. The folder contains
 
     tune.json         what is tuned, on which data
-    study.db, locks/  all trials (Optuna), and who is at what
+    study.db, locks/  all trials (Optuna), and which worker is at which trial or step
     references/       evaluations of the dense and the pruned model
-    heads/, states/, statistics.safetensors, responses/, rankings/    what trials share
-    trials/           patches and answers of each
+    heads/, states/, statistics.safetensors, responses/, rankings/    artifacts that trials share
+    trials/           patches and answers of each trial
     tuned.json        all trials, best first, and what they cost
-    best.yaml         the best settings, an item of a recipe's `realign`
+    best.yaml         the best settings, as an item of a recipe's `realign`
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ from regraft.stages.restoring import Restoration
 from regraft.stages.searching import Search, bounds_of
 from regraft.stages.setup import ArtifactPaths
 from regraft.stages.steps import PromptUse
-from regraft.stages.trials import Trials, alone, claim, exclusive, require_optuna, space_of
+from regraft.stages.trials import Trials, claim, exclusive, one_at_a_time, require_optuna, space_of
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
-_PAUSE = 0.5  # seconds between looks at what others do
+_PAUSE = 0.5  # seconds between polls of other workers
 
 
 def tune_method(
@@ -68,13 +68,12 @@ def tune_method(
 ) -> Tuned:
     """Search for a method's settings that give the lowest ASR within bounds on validation prompts.
 
-    All processes that tune into the same folder share the trials; a second start finishes what is
-    missing of `tuning.trials`. Writes `tuned.json`, and `best.yaml` where a trial keeps to the
-    bounds and helps.
+    All processes that tune into the same folder share the trials; a second start completes
+    `tuning.trials`. Writes `tuned.json`, and `best.yaml` if a trial within the bounds lowers ASR.
 
     Args:
         out: A new folder, or that of the same tuning.
-        method: The method; what is not tuned stays as it is here, the budget above all.
+        method: The method's settings; those that are not tuned, such as the budget, stay as given.
 
     Raises:
         RegraftError: bad input, the folder is of another tuning, or Optuna is missing.
@@ -82,13 +81,13 @@ def tune_method(
     dense, calibration = restoration.dense, restoration.calibration
     choice = with_validation(choice, dense.folder, calibration)
     _check(tuning, choice)
-    restoration = _on(restoration, (*tuning.devices, restoration.compute.device)[0])
+    restoration = _on_device(restoration, (*tuning.devices, restoration.compute.device)[0])
     check_pair(dense, pruned)
-    looked = restoration.cache.surveyed(dense, pruned, restoration.progress)
-    if method.searchable or looked.kind == "changed":
-        check_restorable(method, looked)
-    data = _read(restoration, choice)
-    kept, samples = looked.kept / dense.architecture.prunable, distinct(data["safety"])
+    survey = restoration.cache.surveyed(dense, pruned, restoration.progress)
+    if method.searchable or survey.kind == "changed":
+        check_restorable(method, survey)
+    data = _read_prompts(restoration, choice)
+    kept, samples = survey.kept / dense.architecture.prunable, distinct(data["safety"])
     space = space_of(dense, method, tuning, restoration.scoring, kept, samples)
     if needs_of(method).heads and "r_max" not in space:
         check_r_max(dense, restoration.scoring, data["safety"])
@@ -98,15 +97,15 @@ def tune_method(
     if tuning.workers == 1:
         work.try_all()
     else:
-        _share(work)
-    return work.conclude(about, looked.restorable)
+        _run_workers(work)
+    return work.conclude(about, survey.restorable)
 
 
 def finished(trials: Trials) -> list[Tried]:
-    """The finished trials.
+    """The outcomes of the finished trials.
 
     Raises:
-        RegraftError: what their file says of one is damaged.
+        RegraftError: one is damaged in their file.
     """
     return [
         from_json(Tried, tried, f"{trials.file}, trial {number}")
@@ -130,13 +129,13 @@ def _check(tuning: TuneSettings, choice: SearchSettings) -> None:
         raise RegraftError(f"devices must be of one kind, not {', '.join(sorted(kinds))}.")
 
 
-def _on(restoration: Restoration, device: str) -> Restoration:
+def _on_device(restoration: Restoration, device: str) -> Restoration:
     compute = restoration.compute.model_copy(update={"device": device})
     return replace(restoration, compute=compute)
 
 
-def _read(restoration: Restoration, choice: SearchSettings) -> dict[str, Reading]:
-    """Calibration and validation prompts, by their role; notes those that are both."""
+def _read_prompts(restoration: Restoration, choice: SearchSettings) -> dict[str, Reading]:
+    """Calibration and validation prompts by role; warns of those that are both."""
     search = Search(restoration, choice)
     learnt = PromptUse(learnt=restoration.learnt_from([True, False]))
     for line in (search.check() | learnt).warnings():
@@ -148,7 +147,7 @@ def _read(restoration: Restoration, choice: SearchSettings) -> dict[str, Reading
     }
 
 
-def _share(work: _Tuning) -> None:
+def _run_workers(work: _Tuning) -> None:
     """Start the workers, wait for them and show how many trials are finished."""
     restoration, wanted = work.restoration, work.tuning
     devices = wanted.devices or (restoration.compute.device,)
@@ -157,8 +156,8 @@ def _share(work: _Tuning) -> None:
     errors = context.SimpleQueue()
     workers = [
         context.Process(
-            target=_work,
-            args=(replace(work, restoration=_on(own, devices[i % len(devices)])), errors),
+            target=_worker_main,
+            args=(replace(work, restoration=_on_device(own, devices[i % len(devices)])), errors),
             daemon=True,
         )
         for i in range(wanted.workers)
@@ -184,12 +183,12 @@ def _share(work: _Tuning) -> None:
     if codes := [worker.exitcode for worker in workers if worker.exitcode]:
         raise RegraftError(
             f"{len(codes)} of {len(workers)} workers have ended with exit code {codes[0]}. The "
-            "same command continues with what is missing."
+            "same command continues from here."
         )
 
 
-def _work(work: _Tuning, errors: Any) -> None:
-    """A worker in a process of its own, which ends with the one that started it."""
+def _worker_main(work: _Tuning, errors: Any) -> None:
+    """Main function of a worker process, which ends when the process that started it does."""
 
     def follow(parent: Any) -> None:
         parent.join()  # returns however it ends, by `kill -9` too
@@ -206,7 +205,7 @@ def _work(work: _Tuning, errors: Any) -> None:
 
 @dataclass(frozen=True)
 class _Tuning:
-    """What a worker needs to know; fields as the arguments of `tune_method`, and what is varied."""
+    """What a worker needs: the arguments of `tune_method`, and the search space."""
 
     restoration: Restoration
     pruned: Source
@@ -221,7 +220,7 @@ class _Tuning:
         return Trials(self.out, self.space, self.tuning)
 
     def describe(self, data: Mapping[str, Reading]) -> dict[str, Any]:
-        """All that decides the trials; data are described by their contents."""
+        """Everything that determines the trials; see `describe`."""
         own = self.restoration
         dense, pruned = own.dense.checkpoint.fingerprint, self.pruned.checkpoint.fingerprint
         about = describe("tune", {"dense": dense, "pruned": pruned}, None, own.compute, data)
@@ -237,11 +236,11 @@ class _Tuning:
         return about
 
     def try_all(self) -> None:
-        """Do trials until there are enough."""
+        """Run trials until enough are finished."""
         trials, progress = self.trials(), self.restoration.progress
         while len(trials.finished()) < self.tuning.trials:
             with trials.take(self.tuning.trials) as trial:
-                if trial is None:  # should another worker die, its trial is left for this one
+                if trial is None:  # wait: if another worker dies, this one takes its trial over
                     self.restoration.cache.unload()
                     time.sleep(_PAUSE)
                     continue
@@ -266,7 +265,7 @@ class _Tuning:
         restoration = replace(
             own,
             scoring=own.scoring.model_copy(update={"r_max": r_max}),
-            guard=partial(alone, self.out, seconds),
+            guard=partial(one_at_a_time, self.out, seconds),
         )
         search, references = Search(restoration, self.choice), self.out / "references"
         with restoration.guard("references", ""):
@@ -280,22 +279,22 @@ class _Tuning:
         return Tried(trial.number, settings, point, bounds.excess(point), cost)
 
     def _varied(self, settings: Mapping[str, Any]) -> MethodSettings:
-        """The method with a trial's settings.
+        """The method's settings with those of a trial.
 
         Raises:
-            RegraftError: they do not go together.
+            RegraftError: they do not fit together.
         """
         given = self.method.model_dump(exclude_unset=True) | dict(settings)
         given.pop("r_max", None)
         try:
             return type(self.method)(**given)
         except ValidationError as error:
-            raise RegraftError(f"These settings do not go together:\n{explain(error)}") from error
+            raise RegraftError(f"These settings do not fit together:\n{explain(error)}") from error
 
     def _points(
         self, restoration: Restoration, search: Search, method: MethodSettings, number: int
     ) -> list[Point]:
-        """With weights restored; none where there are none to restore."""
+        """The points with restored weights; none if there is nothing to restore."""
         paths = self._paths(method, restoration.scoring.r_max, number)
         restoration.make(restoration.gathering([needs_of(method)], paths))
         name = paths.ranking.stem
@@ -308,7 +307,7 @@ class _Tuning:
             return [search.point(self.pruned, own, restored, paths.patch)] if restored else []
 
     def _paths(self, method: MethodSettings, r_max: int, number: int) -> ArtifactPaths:
-        """Where artifacts lie; trials whose settings decide no more than a part share that part."""
+        """Paths of a trial's artifacts; trials share those that are the same for their settings."""
         of_heads = f"r_max-{r_max}" if needs_of(method).heads else ""
         ranking = f"{method.method}-{digest(method.model_dump_json(), of_heads)[:8]}"
         own = self.out / "trials" / f"{number:04d}"
@@ -324,7 +323,7 @@ class _Tuning:
         )
 
     def conclude(self, about: Mapping[str, Any], weights: int) -> Tuned:
-        """Read all trials and write the outcome; pruning took so many `weights`."""
+        """Read all trials and write the outcome; `weights` is how many can be restored."""
         trials = self.trials()
         search = Search(self.restoration, self.choice)
         with exclusive(self.out, "outcome"):
