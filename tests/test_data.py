@@ -158,7 +158,7 @@ def test_jsonl_missing_images_are_counted_and_the_first_named(tmp_path):
         (b"", r"no examples\. The file has no rows"),
         (b"\n\n", r"no examples\. The file has no rows"),
         (b"\xff\xfe", "not UTF-8 text"),
-        (None, "does not exist. Expected are JSON lines"),
+        (None, "does not exist. Expected JSON lines"),
     ],
 )
 def test_jsonl_file_errors(tmp_path, content, message):
@@ -393,13 +393,13 @@ def test_safebench_official_layout(tmp_path):
     [
         ([], HEADER, r"no examples\. The file has no rows"),
         ([row(1, 2)], [*HEADER[:2], "task", *HEADER[3:]], "row 1: the field 'task_id' is missing"),
-        ([row(1, 2)[:3]], HEADER, "row 1: it has not as many cells as the header"),
+        ([row(1, 2)[:3]], HEADER, "row 1 has more or fewer cells than the header"),
         ([row(1, "x")], HEADER, "row 1: the field 'task_id' must be a whole number, found \"x\""),
         ([row(1, "9" * 5000)], HEADER, "row 1: the field 'task_id' must be a whole number"),
         ([row(1, 1)], HEADER, r"no examples\. Rows left out: 1 task_id not even"),
         ([row(1, 2)], HEADER, r"1 of 1 .* no image file: .*query_ForbidQI_1_2_6\.png"),
         ([row(1, 2), row(1, 2)], HEADER, "the id 'ForbidQI_1_2' is used twice"),
-        ([[*row(1, 2), "extra"]], HEADER, "row 1: it has not as many cells as the header"),
+        ([[*row(1, 2), "extra"]], HEADER, "row 1 has more or fewer cells than the header"),
     ],
 )
 def test_safebench_errors(tmp_path, rows, header, message):
@@ -747,7 +747,7 @@ def test_content_is_part_of_the_response(tmp_path):
     row = {"instruction": "a", "response": "Sure: tea. Done.", "content": "tea"}
     assert read_jsonl(lines(tmp_path, row)).examples[0].content == "tea"
     for wrong in ({**row, "content": "coffee"}, {"instruction": "a", "content": "tea"}):
-        with pytest.raises(RegraftError, match=r"line 1: 'content' is the part of 'response'"):
+        with pytest.raises(RegraftError, match=r"line 1: 'content' must be a part of 'response'"):
             read_jsonl(lines(tmp_path, wrong))
 
 

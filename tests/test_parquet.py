@@ -283,10 +283,10 @@ def test_fields_are_named_in_errors(tmp_path: Path) -> None:
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _write(tmp_path / "t.parquet", *({"instruction": "a", "image": _png(1)},) * 3)
-    monkeypatch.setattr(parquet, "_CELL", 10)
+    monkeypatch.setattr(parquet, "_MOST_CELL", 10)
     with pytest.raises(RegraftError, match=r"row 1: the field 'image' holds \d+ bytes; at most 10"):
         read_jsonl(path)
-    monkeypatch.setattr(parquet, "_ROWS", 2)
+    monkeypatch.setattr(parquet, "_MOST_ROWS", 2)
     with pytest.raises(RegraftError, match="has more than 2 rows"):
         read_jsonl(path)
     for i in range(2):
@@ -312,7 +312,9 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1\x15\x80", b"PAR1" * 9, b"{}\n"])
 def test_files_that_are_no_table(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "t.parquet").write_bytes(content)
-    with pytest.raises(RegraftError, match=r"t\.parquet is no whole Parquet file.* Get it again"):
+    with pytest.raises(
+        RegraftError, match=r"t\.parquet is not a complete, readable Parquet file.* Get it again"
+    ):
         read_mmbench(tmp_path / "t.parquet")
 
 

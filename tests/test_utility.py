@@ -136,7 +136,7 @@ def test_mmbench_test_split_has_no_answers(tmp_path: Path) -> None:
 def test_a_truncated_table_is_an_error(tmp_path: Path) -> None:
     path = _mmbench(tmp_path / "dev.tsv")
     path.write_text(path.read_text()[:-12])
-    with pytest.raises(RegraftError, match="row 4: it has not as many cells as the header"):
+    with pytest.raises(RegraftError, match="row 4 has more or fewer cells than the header"):
         read_mmbench(path)
 
 
