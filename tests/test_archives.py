@@ -165,7 +165,7 @@ def test_splits_of_a_zipped_vlguard(tmp_path: Path, cache: Path) -> None:
     source = DataSource.model_validate(f"vlguard:{archive}")
     with zipfile.ZipFile(archive, "w") as whole:
         whole.writestr("VLGuard/train.json", "[]")
-    with pytest.raises(RegraftError, match=r"no test\.json but train\.json"):
+    with pytest.raises(RegraftError, match=r"no test\.json, only train\.json"):
         of_split(source, "test")
     with zipfile.ZipFile(archive, "a") as whole:
         whole.writestr("VLGuard/test.json", "[]")
@@ -181,7 +181,7 @@ def test_splits_of_vlguard_on_the_hub(tmp_path: Path, monkeypatch: pytest.Monkey
     source = DataSource.model_validate("vlguard:hf:org/VLGuard#unsafe")
     (tmp_path / "train.json").write_text("[]")
     assert str(of_split(source, "train")) == f"vlguard:{tmp_path / 'train.json'}#unsafe"
-    with pytest.raises(RegraftError, match=r"no test\.json but train\.json"):
+    with pytest.raises(RegraftError, match=r"no test\.json, only train\.json"):
         of_split(source, "test")
     named = DataSource.model_validate("vlguard:hf:org/VLGuard/train.json")
     assert of_split(named, "test") == named

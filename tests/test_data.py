@@ -271,12 +271,12 @@ def test_vlguards_folder_is_learnt_from_and_evaluated_on_by_split(tmp_path):
 def test_vlguard_without_the_split_that_is_needed(tmp_path):
     folder = DataSource(name="vlguard", path=both_splits(tmp_path / "v", "train"))
     named = r"v/train\.json"
-    with pytest.raises(RegraftError, match=rf"no test\.json but train\.json.*vlguard:.*{named}"):
+    with pytest.raises(RegraftError, match=rf"no test\.json, only train\.json.*vlguard:.*{named}"):
         join_suites([folder], None)
-    with pytest.raises(RegraftError, match=r"holds no test\.json, and.*evaluated on"):
+    with pytest.raises(RegraftError, match=r"has no test\.json; evaluation"):
         of_split(DataSource(name="vlguard", path=png(tmp_path / "w" / "1.png").parent), "test")
     (tmp_path / "v" / "train.json").rename(tmp_path / "v" / "test.json")
-    with pytest.raises(RegraftError, match=r"no train\.json but test\.json.*learnt and chosen"):
+    with pytest.raises(RegraftError, match=r"no train\.json, only test\.json; learning and choos"):
         of_split(folder, "train")
 
 
