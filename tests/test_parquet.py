@@ -133,7 +133,7 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
 
     assert of(f"jsonl:{tmp_path}/set#train") == ["a"]
     assert of(f"jsonl:{tmp_path}/set#test#harmful") == ["b"]
-    with pytest.raises(RegraftError, match=r"holds the tables data/test, data/train; one of them"):
+    with pytest.raises(RegraftError, match=r"holds the tables data/test, data/train; choose one"):
         of(f"jsonl:{tmp_path}/set")
     with pytest.raises(RegraftError, match="split 'val' fits 0"):
         of(f"jsonl:{tmp_path}/set#val")
