@@ -368,7 +368,7 @@ def test_a_template_of_parts_is_given_parts(pico_dir: Callable[[str], Path]) -> 
         assert "Question" in text
         assert f"Answer {i}" in text
     judge.processor.chat_template = "{{ messages | length }}"
-    with pytest.raises(RegraftError, match="writes down no prompt and answer"):
+    with pytest.raises(RegraftError, match="leaves out the prompt or the answer"):
         judge.verdicts(exchanges, lambda _: None)
 
 
