@@ -248,7 +248,7 @@ def test_a_small_file_with_much_text_is_refused(
     assert path.stat().st_size < 2**16
     with pytest.raises(RegraftError, match=r"t\.parquet, row 65: the values of .* 67,108,864 byte"):
         read_jsonl(path)
-    monkeypatch.setattr(parquet, "_TEXT", 2**20 - 1)
+    monkeypatch.setattr(parquet, "_MOST_TEXT", 2**20 - 1)
     with pytest.raises(
         RegraftError, match=r"row 1: the field 'instruction' holds a text of 1,048,5"
     ):

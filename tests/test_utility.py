@@ -113,7 +113,7 @@ def test_mmbench_without_all_rotations(tmp_path: Path, cache: Path) -> None:
     ("change", "message"),
     [
         ({"answer": "C"}, "row 1: the field 'answer' must be the letter of an option, one of AB"),
-        ({"A": "", "C": "x"}, "row 1: expected options A, B and so on without a gap"),
+        ({"A": "", "C": "x"}, "row 1: expected two or more options A, B, ... without a gap"),
         ({"B": "nan"}, "without a gap"),
         ({"index": "1.0"}, "the field 'index' must be a whole number"),
         ({"index": "9" * 5000}, "the field 'index' must be a whole number"),

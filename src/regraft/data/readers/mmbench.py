@@ -63,7 +63,7 @@ def _example(row: Row, cells: dict[str, str], images: dict[str, Path]) -> Exampl
     choices = tuple(text for text in options.values() if text)
     given = "".join(letter for letter, text in options.items() if text)
     if len(choices) < 2 or not _LETTERS.startswith(given):
-        raise RegraftError(f"{row.where}: expected options A, B and so on, two or more, no gaps.")
+        raise RegraftError(f"{row.where}: expected two or more options A, B, ... without a gap.")
     answer = row.text("answer").strip().upper()
     if len(answer) != 1 or answer not in given:
         raise row.wrong_type("answer", f"the letter of an option, one of {given}")
