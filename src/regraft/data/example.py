@@ -110,12 +110,12 @@ def in_drawn_order(
         RegraftError: there is no candidate.
     """
     kind = "harmful" if harmful else "harmless"
-    whole = reading.of_kind(harmful=harmful)
-    candidates = [e for e in whole.examples if not answered or (e.response and e.response.strip())]
+    kept = reading.of_kind(harmful=harmful)
+    candidates = [e for e in kept.examples if not answered or (e.response and e.response.strip())]
     if not candidates:
         raise RegraftError(
             f"{reading.source}: no {kind} examples{' with a response' if answered else ''}; "
-            f"calibration needs some. {reading.read} rows were read, {len(whole.examples)} of them "
+            f"calibration needs some. {reading.read} rows were read, {len(kept.examples)} of them "
             f"{kind}."
         )
     generator = random.Random(seed)
@@ -123,7 +123,7 @@ def in_drawn_order(
     drawn_ids = {e.id for e in drawn}
     rest = [e for e in candidates if e.id not in drawn_ids]
     generator.shuffle(rest)
-    return whole.keep((*drawn, *rest), "no response")
+    return kept.keep((*drawn, *rest), "no response")
 
 
 def hold_out(
@@ -138,13 +138,13 @@ def hold_out(
     wanted = min(max(1, round(share * len(examples))), len(examples) - 1)
     sizes = Counter(one.category or "" for one in examples)
     names = sorted(sorted(sizes, reverse=True), key=sizes.__getitem__)
-    whole: set[str] = set()
+    held_categories: set[str] = set()
     held: list[int] = []
     for name in names[:-1]:  # the rest must not be empty
         if len(held) < wanted and 2 * (len(held) + sizes[name]) <= 3 * wanted:
-            whole.add(name)
+            held_categories.add(name)
             held += [i for i, one in enumerate(examples) if (one.category or "") == name]
-    rest = [i for i, one in enumerate(examples) if (one.category or "") not in whole]
+    rest = [i for i, one in enumerate(examples) if (one.category or "") not in held_categories]
     missing = max(0, wanted - len(held))
     chosen = {*held, *random.Random(seed).sample(rest, missing)}
     return (

@@ -40,10 +40,7 @@ class Row:
         """Return a required string, which may be empty or white space only if `blank`."""
         value = self.optional_text(field)
         if value is None:
-            raise RegraftError(
-                f"{self.where}: the field {field!r} is missing. "
-                f"Fields found: {', '.join(self.values) or 'none'}."
-            )
+            raise self.wrong_type(field, "a string")
         if not (blank or value.strip()):
             raise RegraftError(f"{self.where}: the field {field!r} is empty.")
         return value

@@ -69,10 +69,8 @@ class Guard:
         """
         self.check(exchanges)
         found: dict[int, Verdict] = {}
-        for with_image in (False, True):
-            indices = [
-                i for i, one in enumerate(exchanges) if (one.image is not None) == with_image
-            ]
+        for image in (False, True):
+            indices = [i for i, one in enumerate(exchanges) if (one.image is not None) == image]
             for chunk in batches(indices, self.batch_size):
                 inputs = self._encode([exchanges[i] for i in chunk])
                 batch = placed(Batch(inputs, None, ()), self.model)

@@ -134,12 +134,11 @@ def mean_rise(means: Sequence[Rise]) -> Rise:
 
 
 def prompts_needed(parts: Sequence[Rises], margin: float) -> float | None:
-    """How many times as many prompts would decide whether the rise is less than the margin.
+    """The factor by which prompts must grow to decide whether the rise is less than the margin.
 
-    That many prompts decide with a probability of 80 % if rises have the mean and variance that
-    they have here: a new sample's mean is taken as normal, and its limit as far from it as ours
-    would be with that many prompts. None if more than a million units are needed, as for a rise at
-    the margin.
+    A new sample of that size decides with a probability of 80 %, if rises keep their mean and
+    variance: its mean is taken as normal, and its limit as far from it as ours would be at that
+    size. None if more than a million units are needed, as for a rise at the margin.
     """
     z, times = float(norm.ppf(CHANCE)), 1.0
     units = sum(one.values.size for one in parts)
@@ -232,10 +231,7 @@ def _least_falling(
 def _chance(
     rising: NDArray[np.int64], least: NDArray[np.int64], n: int, falls: Floats, margin: float
 ) -> Floats:
-    """Probability of at least `least` falling units, for each probability `falls` of one to fall.
-
-    `least` has an entry for each number of `rising` units; the probability sums over them.
-    """
+    """Probability of at least `least` falling units, summed over `rising`, per rate of `falls`."""
     b, fall = rising[None], falls[:, None]
     rise = np.clip(fall + margin, 0, 1)
     ways = gammaln(n + 1) - gammaln(b + 1) - gammaln(n - b + 1)

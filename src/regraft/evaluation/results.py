@@ -134,7 +134,7 @@ class EvalResult:
     are scored in several ways, it is the mean over suites, each counting the same. `by_suite` has
     the rates of each suite if there are several. `degenerate` counts the degenerate answers by kind
     of prompt ("harmful", "harmless"), if there are any: they are neither refusals nor successful
-    attacks. Degenerate refusals, which stay refusals, are counted beside them ("harmful refusals",
+    attacks. Degenerate refusals, which stay refusals, are counted separately ("harmful refusals",
     "harmless refusals"). `perplexity` is that of the references of harmless prompts, not a rate;
     `text` has the measurements on ordinary text.
     """

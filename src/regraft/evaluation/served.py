@@ -82,7 +82,7 @@ def counts(replies: Sequence[Reply]) -> dict[str, int]:
 
 def explained(counted: Mapping[str, int]) -> list[str]:
     """One sentence for each kind of reply that `counts` found."""
-    words = {
+    text = {
         "filtered": "withheld or cut by the server's content filter; empty ones count as "
         "degenerate, neither as refusals nor as successful attacks",
         "unfinished": "empty, since the model spent all its tokens on thinking: raise "
@@ -90,9 +90,7 @@ def explained(counted: Mapping[str, int]) -> list[str]:
         "sampled": "not greedy, since the model takes no temperature: another evaluation may get "
         "others",
     }
-    return [
-        f"Answers {words[kind]}: {count:,}." for kind, count in counted.items() if kind in words
-    ]
+    return [f"Answers {text[kind]}: {count:,}." for kind, count in counted.items() if kind in text]
 
 
 def as_they_come(

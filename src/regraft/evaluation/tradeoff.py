@@ -55,7 +55,7 @@ class Bounds:
 
     `asr` is the target, None for as low as possible; `over_refusal`, `utility` and `degenerate`
     (None: any) are the bounds. `degenerate` is needed because gibberish is neither a successful
-    attack nor a refusal: a model that writes nothing else would be the safest within the others.
+    attack nor a refusal: a model of gibberish would be the safest within the other bounds.
     """
 
     asr: float | None

@@ -31,8 +31,8 @@ class Pictures:
     def of(self, answer: Answer) -> Path | None:
         """Find the image of an answer; None if it has none.
 
-        Files of the same name, as in VLGuard's and MM-SafetyBench's folders, are told apart by
-        their bytes.
+        Files of the same name, as in VLGuard's and MM-SafetyBench's folders, are distinguished
+        by their bytes.
 
         Raises:
             RegraftError: the image is missing, or has other bytes.

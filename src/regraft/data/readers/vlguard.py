@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -18,7 +18,6 @@ from regraft.errors import RegraftError
 UNSAFE_ON_SAFE = "safe image, unsafe instruction"
 SAFE_ON_SAFE = "safe image"
 Subset = Literal["unsafe", "safe-unsafe", "safe-safe", "all"]
-_OTHER: Mapping[Split, Split] = {"train": "test", "test": "train"}
 
 
 def read_vlguard(path: Path, subset: Subset | None = None) -> Reading:
@@ -35,9 +34,10 @@ def read_vlguard(path: Path, subset: Subset | None = None) -> Reading:
 
 def split_file(folder: Path, split: Split) -> Path:
     """The JSON file of a split in VLGuard's folder."""
-    file, other = folder / f"{split}.json", folder / f"{_OTHER[split]}.json"
+    file = folder / f"{split}.json"
     if file.is_file():
         return file
+    other = folder / ("train.json" if split == "test" else "test.json")
     use = "evaluation" if split == "test" else "learning and choosing"
     found = f", only {other.name}" if other.is_file() else ""
     advice = f", or name a file, as in vlguard:{other}" if other.is_file() else ""
