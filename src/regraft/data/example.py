@@ -101,7 +101,7 @@ def draw(
 def in_drawn_order(
     reading: Reading, *, harmful: bool, samples: int, seed: int, answered: bool = True
 ) -> Reading:
-    """All candidates for D^s (`harmful`) or D^u: first `samples` that are drawn, then the rest.
+    """All candidates for D^s (`harmful`) or D^u: the `samples` that are drawn, then the rest.
 
     `seed` decides which are drawn, without replacement, and the order of both parts. Rows of the
     other kind and, with `answered`, rows without a response are counted in `skipped`.

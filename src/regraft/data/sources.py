@@ -256,7 +256,7 @@ def first_of_kind(reading: Reading, limit: int | None) -> Reading:
 
 
 def _shown(example: Example) -> tuple[Any, ...]:
-    """What makes a prompt of a suite new. Images by file: authors who copy one mean two prompts."""
+    """Identity of a prompt across suites; a copy of an image, under another name, is another."""
     image = None if example.image is None else example.image.resolve()
     return example.instruction, image, example.harmful, example.references, example.choices
 

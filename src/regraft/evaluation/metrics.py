@@ -224,7 +224,7 @@ def bootstrap_rsr(
     """The paired bootstrap interval of RSR over attack successes on the same prompts.
 
     Prompts are resampled 10,000 times, each with its three outcomes, so that a prompt's answers
-    stay together. To the sample are added half a prompt that was lost and restored and half a
+    stay together. The sample is extended by half a prompt that was lost and restored and half a
     prompt that was lost for good, as Agresti and Min (2005) do for paired differences: without them
     the interval has no width if all or none were restored, and is too narrow close to that.
     Resamples in which pruning did not raise ASR have no RSR and are left out; the result is None if

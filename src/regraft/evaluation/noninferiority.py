@@ -2,8 +2,8 @@
 
 Each unit, a prompt or several that ask the same, has a rise: in {-1, 0, 1} if outcomes are yes or
 no, otherwise a number in a range. Each limit of the mean rise is one-sided, at 95 %: for at most
-one sample of prompts in twenty is the true mean beyond it. So the claim "the rise is less than the
-margin", made if the upper limit is, is wrong at most once in twenty.
+one sample of prompts in twenty is the true mean beyond it. To conclude "the rise is less than the
+margin" whenever its upper limit is less is therefore wrong at most once in twenty.
 
 - Yes or no: Tango's score statistic (1998) of the prompts on which the models differ, with its
   exact distribution, the worst case over how often they differ at all (Hsueh, Liu and Chen 2001,
@@ -36,7 +36,7 @@ CHANCE = 0.8  # that the prompts of `prompts_needed` decide
 MOST_PROMPTS = 1_000_000  # more are not reported as needed
 _TIE = 1e-9  # rounding error between equal numbers
 _GRID = np.sin(np.linspace(0, np.pi / 2, 181)) ** 2  # dense at the ends: the p value is steep there
-_PEAKS = 3  # of the grid, around which a finer one is searched
+_PEAKS = 3  # highest points of the grid, around which a finer one is searched
 _NEGLIGIBLE = 1e-12  # a probability
 _STEP = 0.1
 _PATH = np.arange(0, 20, _STEP).reshape(-1, 10)  # along the contour of `_above`, in blocks
