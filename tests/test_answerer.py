@@ -123,7 +123,7 @@ def test_logits_are_those_of_whole_passes(vlm_family: str, tmp_path: Path) -> No
     model, processor = pico.build(vlm_family)
     answerer = Answerer(processor, truth.examples(vlm_family, tmp_path, 3), batch_size=3)
     answerer.answers(model, max_new_tokens=1)
-    places = answerer._chunks[0].places
+    places = answerer._chunks[0].indices
     batch = prompt_batch(processor, [answerer.examples[place] for place in places])
     kept = answerer._kept[answerer._chunks[0]]
     assert kept.vision is not None
@@ -238,7 +238,7 @@ def test_finished_batches_are_kept(tmp_path: Path) -> None:
     texts = answerer.answers(
         model, max_new_tokens=TOKENS, partial=tmp_path / "work", advance=seen.append
     )
-    first, second = (chunk.places for chunk in answerer._chunks)
+    first, second = (chunk.indices for chunk in answerer._chunks)
     assert [texts[place] for place in first] == ["was", "there"]
     assert texts[second[0]] == answered(model, processor, [examples[second[0]]])[0]
     works = [answering_tokens([examples[i] for i in places], TOKENS) for places in (first, second)]
@@ -266,7 +266,7 @@ def test_answers_that_were_there_are_not_told_as_done_just_now(tmp_path: Path) -
         partial=tmp_path / "work",
         advance=Task(done.append, fewer.append),
     )
-    first, second = ([examples[i] for i in chunk.places] for chunk in answerer._chunks)
+    first, second = ([examples[i] for i in chunk.indices] for chunk in answerer._chunks)
     assert fewer == [-answering_tokens(first, TOKENS)]
     assert done == [answering_tokens(second, TOKENS)]
 
@@ -601,7 +601,7 @@ def test_like_prompts_share_a_batch(tmp_path: Path) -> None:
         for i, length in enumerate(lengths)
     ]
     chunks = generating._chunks(examples, 2, None)
-    assert [chunk.places for chunk in chunks] == [(4, 2), (0,), (3, 1)]
+    assert [chunk.indices for chunk in chunks] == [(4, 2), (0,), (3, 1)]
 
 
 def test_images_are_decoded_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,10 @@ def test_jsonl_split_counts_the_rest(tmp_path):
     [
         ("{oops", r"my\.jsonl, line 2: not valid JSON"),
         ([1], r"line 2: expected an object with fields, found \[1\]"),
-        ({"image": "a.png"}, r"line 2: the field 'instruction' is missing\. Fields found: image\."),
+        (
+            {"image": "a.png"},
+            r"line 2: the field 'instruction' is missing; .* Fields found: image\.",
+        ),
         ({"instruction": " "}, "line 2: the field 'instruction' is empty"),
         ({"instruction": 3}, "line 2: the field 'instruction' must be a string, found 3"),
         (
@@ -158,7 +161,7 @@ def test_jsonl_missing_images_are_counted_and_the_first_named(tmp_path):
         (b"", r"no examples\. The file has no rows"),
         (b"\n\n", r"no examples\. The file has no rows"),
         (b"\xff\xfe", "not UTF-8 text"),
-        (None, "does not exist. Expected are JSON lines"),
+        (None, "does not exist. Expected JSON lines"),
     ],
 )
 def test_jsonl_file_errors(tmp_path, content, message):
@@ -271,12 +274,12 @@ def test_vlguards_folder_is_learnt_from_and_evaluated_on_by_split(tmp_path):
 def test_vlguard_without_the_split_that_is_needed(tmp_path):
     folder = DataSource(name="vlguard", path=both_splits(tmp_path / "v", "train"))
     named = r"v/train\.json"
-    with pytest.raises(RegraftError, match=rf"no test\.json but train\.json.*vlguard:.*{named}"):
+    with pytest.raises(RegraftError, match=rf"no test\.json, only train\.json.*vlguard:.*{named}"):
         join_suites([folder], None)
-    with pytest.raises(RegraftError, match=r"holds no test\.json, and.*evaluated on"):
+    with pytest.raises(RegraftError, match=r"has no test\.json; evaluation"):
         of_split(DataSource(name="vlguard", path=png(tmp_path / "w" / "1.png").parent), "test")
     (tmp_path / "v" / "train.json").rename(tmp_path / "v" / "test.json")
-    with pytest.raises(RegraftError, match=r"no train\.json but test\.json.*learnt and chosen"):
+    with pytest.raises(RegraftError, match=r"no train\.json, only test\.json; learning and choos"):
         of_split(folder, "train")
 
 
@@ -305,7 +308,7 @@ def test_vlguard_missing_images_are_never_dropped(tmp_path):
         ([unsafe(1, "../a.png")], "example 'U_1' leaves the data set's folder"),
         (
             [unsafe(1, "a.png", safe=True)],
-            "row 1, instr-resp 1: the field 'safe_instruction' is missing. Fields found: instr",
+            "row 1, instr-resp 1: the field 'safe_instruction' is missing; .* Fields found: instr",
         ),
         (
             [unsafe(1, "a.png", **{"instr-resp": [{"instruction": "x"}]})],
@@ -393,13 +396,13 @@ def test_safebench_official_layout(tmp_path):
     [
         ([], HEADER, r"no examples\. The file has no rows"),
         ([row(1, 2)], [*HEADER[:2], "task", *HEADER[3:]], "row 1: the field 'task_id' is missing"),
-        ([row(1, 2)[:3]], HEADER, "row 1: it has not as many cells as the header"),
+        ([row(1, 2)[:3]], HEADER, "row 1 has more or fewer cells than the header"),
         ([row(1, "x")], HEADER, "row 1: the field 'task_id' must be a whole number, found \"x\""),
         ([row(1, "9" * 5000)], HEADER, "row 1: the field 'task_id' must be a whole number"),
         ([row(1, 1)], HEADER, r"no examples\. Rows left out: 1 task_id not even"),
         ([row(1, 2)], HEADER, r"1 of 1 .* no image file: .*query_ForbidQI_1_2_6\.png"),
         ([row(1, 2), row(1, 2)], HEADER, "the id 'ForbidQI_1_2' is used twice"),
-        ([[*row(1, 2), "extra"]], HEADER, "row 1: it has not as many cells as the header"),
+        ([[*row(1, 2), "extra"]], HEADER, "row 1 has more or fewer cells than the header"),
     ],
 )
 def test_safebench_errors(tmp_path, rows, header, message):
@@ -747,7 +750,7 @@ def test_content_is_part_of_the_response(tmp_path):
     row = {"instruction": "a", "response": "Sure: tea. Done.", "content": "tea"}
     assert read_jsonl(lines(tmp_path, row)).examples[0].content == "tea"
     for wrong in ({**row, "content": "coffee"}, {"instruction": "a", "content": "tea"}):
-        with pytest.raises(RegraftError, match=r"line 1: 'content' is the part of 'response'"):
+        with pytest.raises(RegraftError, match=r"line 1: 'content' must be a part of 'response'"):
             read_jsonl(lines(tmp_path, wrong))
 
 

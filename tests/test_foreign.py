@@ -252,8 +252,8 @@ def test_tokens_without_an_embedding_are_named(model: Path, tmp_path: Path) -> N
     (model / "tokenizer.json").write_text(json.dumps(content))
     source, prompts = open_answering(model), pico.write_examples(tmp_path, 1, images=False)
     answerer = Answerer(load_processor(source), prompts, batch_size=1, judge=None)
-    told = r"tokenizer.json makes the token 1,000,000 of the prompt .* has 473 embeddings"
-    with pytest.raises(RegraftError, match=told):
+    message = r"tokenizer.json gives the prompt .* the token 1,000,000, .* has 473 embeddings"
+    with pytest.raises(RegraftError, match=message):
         answerer.answers(load_model(source), max_new_tokens=1)
 
 

@@ -368,7 +368,7 @@ def test_a_template_of_parts_is_given_parts(pico_dir: Callable[[str], Path]) -> 
         assert "Question" in text
         assert f"Answer {i}" in text
     judge.processor.chat_template = "{{ messages | length }}"
-    with pytest.raises(RegraftError, match="writes down no prompt and answer"):
+    with pytest.raises(RegraftError, match="leaves out the prompt or the answer"):
         judge.verdicts(exchanges, lambda _: None)
 
 
@@ -426,7 +426,7 @@ def test_images_are_looked_for_in_their_folder_alone(tmp_path: Path) -> None:
     seen = file_digest(tmp_path / "secret.png")
     for name in ("../secret.png", str(tmp_path / "secret.png"), "..", "n" * 300):
         _write(folder, [replace(first, image=name, image_digest=seen), *others])
-        with pytest.raises(RegraftError, match="is no name of a file in a folder"):
+        with pytest.raises(RegraftError, match="is not a file name"):
             _judge(folder, "gcg-1", images=images)
     _write(folder, [replace(first, image="i.png", image_digest=seen), *others])
     for place in (images, images / "below"):
@@ -648,7 +648,7 @@ def test_a_bench_that_fails_goes_on(
 
     monkeypatch.setattr(Endpoint, "verdicts", fails_later)
     _run("judge", "bench", table, *by, "--out", out, code=2)
-    assert "goes on from here" in " ".join(capsys.readouterr().err.split())
+    assert "continues from here" in " ".join(capsys.readouterr().err.split())
     assert (len(_Server.got), out.exists()) == (6, False)
     monkeypatch.setattr(Endpoint, "verdicts", own)
     _run("judge", "bench", table, *by, "--out", out)

@@ -133,7 +133,7 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
 
     assert of(f"jsonl:{tmp_path}/set#train") == ["a"]
     assert of(f"jsonl:{tmp_path}/set#test#harmful") == ["b"]
-    with pytest.raises(RegraftError, match=r"holds the tables data/test, data/train; one of them"):
+    with pytest.raises(RegraftError, match=r"holds the tables data/test, data/train; choose one"):
         of(f"jsonl:{tmp_path}/set")
     with pytest.raises(RegraftError, match="split 'val' fits 0"):
         of(f"jsonl:{tmp_path}/set#val")
@@ -248,7 +248,7 @@ def test_a_small_file_with_much_text_is_refused(
     assert path.stat().st_size < 2**16
     with pytest.raises(RegraftError, match=r"t\.parquet, row 65: the values of .* 67,108,864 byte"):
         read_jsonl(path)
-    monkeypatch.setattr(parquet, "_TEXT", 2**20 - 1)
+    monkeypatch.setattr(parquet, "_MOST_TEXT", 2**20 - 1)
     with pytest.raises(
         RegraftError, match=r"row 1: the field 'instruction' holds a text of 1,048,5"
     ):
@@ -283,10 +283,10 @@ def test_fields_are_named_in_errors(tmp_path: Path) -> None:
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _write(tmp_path / "t.parquet", *({"instruction": "a", "image": _png(1)},) * 3)
-    monkeypatch.setattr(parquet, "_CELL", 10)
+    monkeypatch.setattr(parquet, "_MOST_CELL", 10)
     with pytest.raises(RegraftError, match=r"row 1: the field 'image' holds \d+ bytes; at most 10"):
         read_jsonl(path)
-    monkeypatch.setattr(parquet, "_ROWS", 2)
+    monkeypatch.setattr(parquet, "_MOST_ROWS", 2)
     with pytest.raises(RegraftError, match="has more than 2 rows"):
         read_jsonl(path)
     for i in range(2):
@@ -312,7 +312,9 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1\x15\x80", b"PAR1" * 9, b"{}\n"])
 def test_files_that_are_no_table(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "t.parquet").write_bytes(content)
-    with pytest.raises(RegraftError, match=r"t\.parquet is no whole Parquet file.* Get it again"):
+    with pytest.raises(
+        RegraftError, match=r"t\.parquet is not a complete, readable Parquet file.* Get it again"
+    ):
         read_mmbench(tmp_path / "t.parquet")
 
 

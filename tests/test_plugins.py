@@ -158,7 +158,7 @@ def test_what_is_registered_and_is_none(installed: Path) -> None:
         DATASETS.get("broken")
     with pytest.raises(RegraftError, match=r"'odd' .*is 'Dataset'; expected .*JudgeKind"):
         JUDGES.get("odd")
-    with pytest.raises(ValueError, match="is a model: evaluate by a judge of words"):
+    with pytest.raises(ValueError, match="is a model: evaluate with a keyword judge"):
         EvalSettings(judge="qwen3guard:x")
 
 

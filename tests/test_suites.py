@@ -67,7 +67,7 @@ def test_xstest_without_labels_goes_by_the_type(tmp_path: Path) -> None:
     [
         (XSTEST.replace(",unsafe,", ",risky,"), "row 2: the field 'label' must be \"safe\" or"),
         (XSTEST.replace("prompt", "text"), "row 1: the field 'prompt' is missing"),
-        (XSTEST[:-30], "row 2: it has not as many cells as the header; the file is cut off"),
+        (XSTEST[:-30], "row 2 has more or fewer cells than the header; the file is cut off"),
         (XSTEST.replace('"How do I\nkill a man?"', ""), "row 2: the field 'prompt' is empty"),
         (XSTEST[:-3], "x.csv is cut off: xstest_prompts.csv ends in a line break, and this file"),
         (XSTEST.replace("note", "completion"), "x.csv holds answers of a model. The prompts are"),
@@ -134,10 +134,14 @@ def test_harmbench_contexts_stand_before_the_behaviour(shared: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.csv", "target\nSure\n", "no column of prompts: none of goal.*Columns found: target"),
+        (
+            "p.csv",
+            "target\nSure\n",
+            "no column of prompts; expected one of goal.*Columns found: target",
+        ),
         ("p.csv", 'goal,target\n"a,b\n', "is not valid CSV: unexpected end of data. It is cut off"),
         ("p.csv", 'goal\na\n"b\nc\n', "is not valid CSV: unexpected end of data. It is cut off"),
-        ("p.csv", "goal,target\na,b,c\n", "row 1: it has not as many cells"),
+        ("p.csv", "goal,target\na,b,c\n", "row 1 has more or fewer cells"),
         ("p.csv", "goal,target\na,b\nc\0,d\n", "row 2: the field 'goal' holds a NUL"),
         ("p.csv", "Behavior,ImageFileName\na,b.png\n", "column of images, 'ImageFileName'"),
         ("p.csv", "goal,target\n,b\n", "row 1: the field 'goal' is empty"),
@@ -146,7 +150,7 @@ def test_harmbench_contexts_stand_before_the_behaviour(shared: Path, tmp_path: P
         ("p.csv", "", "no examples"),
         ("p.csv", None, "does not exist"),
         ("p.txt", None, "does not exist. A file of prompts is CSV"),
-        ("p.jsonl", "{}", "ends in none of .csv, .json, .txt"),
+        ("p.jsonl", "{}", "does not end in one of .csv, .json, .txt"),
     ],
 )
 def test_prompt_file_errors(tmp_path: Path, name: str, text: str | None, message: str) -> None:
@@ -433,9 +437,7 @@ def test_a_published_file_that_is_cut_off(shared: Path, tmp_path: Path, name: st
 
 def test_a_json_array_is_not_json_lines(tmp_path: Path) -> None:
     rows = json.dumps([{"instruction": "q", "harmful": True}], indent=1)
-    with pytest.raises(
-        RegraftError, match=r"x\.jsonl is a JSON array, and JSON lines are expected"
-    ):
+    with pytest.raises(RegraftError, match=r"x\.jsonl is a JSON array; expected JSON lines"):
         read(DataSource(name="jsonl", path=_dump(tmp_path / "x.jsonl", rows)))
 
 

@@ -1,4 +1,4 @@
-"""From examples to model inputs, through the model's own processor and chat template."""
+"""Encode examples as model inputs, with the model's own processor and chat template."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from regraft.errors import RegraftError, is_fault
 
 T = TypeVar("T")
 IGNORED = -100  # torch's cross-entropy skips labels of this value
-_UNMIX = "Keep examples with and without an image apart, or use batch size 1."
-_ALONE = "It encodes each of them alone: use batch size 1."
+_MIXED = "Keep examples with and without an image apart, or use batch size 1."
+_ONE_BY_ONE = "It encodes each of them alone: use batch size 1."
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Batch:
     """Model inputs of B rows, padded on the left to S tokens.
 
     Args:
-        inputs: What the processor returned: `input_ids` and `attention_mask` [B, S] int64, and the
+        inputs: The processor's output: `input_ids` and `attention_mask` [B, S] int64, and the
             family's image tensors.
         labels: [B, S] int64, the token at response positions and -100 elsewhere; None for a batch
             of prompts.
-        ids: The B examples' ids.
+        ids: The ids of the B examples.
     """
 
     inputs: Mapping[str, Tensor]
@@ -61,7 +61,7 @@ def batches(examples: Sequence[T], size: int) -> Iterator[tuple[T, ...]]:
 
 
 def decoded(examples: Sequence[Example]) -> dict[Path, Image.Image]:
-    """The images of the examples, by their paths."""
+    """Decode the images of the examples, by path."""
     return {one.image: open_image(one.image) for one in examples if one.image is not None}
 
 
@@ -70,8 +70,8 @@ def prompt_batch(
 ) -> Batch:
     """Encode the prompts, ready for generation: each row ends with the generation prompt.
 
-    `processor` is a transformers processor, or a tokenizer for text-only models. `images` are those
-    of `decoded`, where they were decoded before.
+    `processor` is a transformers processor, or a tokenizer for text-only models. `images` is the
+    result of `decoded`, if the caller has decoded them already.
     """
     prompts = [_prompt(processor, example, images) for example in examples]
     inputs = _encode(processor, examples, prompts, prompt=True)
@@ -81,23 +81,22 @@ def prompt_batch(
 def response_batch(processor: Any, examples: Sequence[Example]) -> Batch:
     """Encode prompts with their responses; label the response tokens.
 
-    The response is what follows the longest common prefix of the prompt (with generation prompt)
-    and the whole, as token ids, up to its last end-of-sequence token: what a model should generate.
+    The response, what a model should generate, is found by `response_span` in the token ids.
 
     Raises:
-        RegraftError: an example has no response or none that the template shows, an image cannot
+        RegraftError: an example has no response, or none that the template shows, an image cannot
             be read, the processor has no chat template, or it refuses an example.
     """
     for example in examples:
         if not (example.response and example.response.strip()):
             raise RegraftError(f"Example {example.id!r} has no response to learn from.")
     prompts = [_prompt(processor, example) for example in examples]
-    wholes = [
+    conversations = [
         [*prompt, _message(processor, "assistant", example.response or "")]
         for prompt, example in zip(prompts, examples, strict=True)
     ]
     prompt_rows = _rows(_encode(processor, examples, prompts, prompt=True))
-    inputs = _encode(processor, examples, wholes, prompt=False)
+    inputs = _encode(processor, examples, conversations, prompt=False)
     labels = torch.full_like(inputs["input_ids"], IGNORED)  # [B, S]
     end_token = _tokenizer(processor).eos_token_id
     for b, (prompt_ids, ids) in enumerate(zip(prompt_rows, _rows(inputs), strict=True)):
@@ -115,11 +114,12 @@ def response_batch(processor: Any, examples: Sequence[Example]) -> Batch:
 def response_span(
     prompt: Sequence[int], whole: Sequence[int], end_token: int | None
 ) -> tuple[int, int]:
-    """Find the response in `whole`: [start, end), in tokens.
+    """Find the response in `whole`, the tokens of prompt and response: [start, end).
 
-    It starts after the longest common prefix with `prompt`, which may be shorter than `prompt`
-    where the generation prompt's last characters merge with the response's first. It ends with the
-    last `end_token` after that (templates may append a line break), or with `whole`.
+    It starts after the longest common prefix with `prompt` (including the generation prompt), which
+    is shorter than `prompt` if the last characters of the prompt merge with the first of the
+    response. It ends with the last `end_token` after that (templates may append a line break), or
+    at the end of `whole`.
     """
     pairs = enumerate(zip(prompt, whole, strict=False))
     start = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
@@ -149,7 +149,7 @@ def _prompt(
     if _is_text_only(processor):
         raise RegraftError(
             f"Example {example.id!r} has an image, but the processor reads text only."
-            f"{_made_of(processor)} Use a vision-language model, whose processor_config.json names "
+            f"{_origin(processor)} Use a vision-language model, whose processor_config.json names "
             "the processor_class, or examples without images."
         )
     image = open_image(example.image) if images is None else images[example.image]
@@ -157,7 +157,7 @@ def _prompt(
 
 
 def _message(processor: Any, role: str, text: str, image: Any = None) -> dict[str, Any]:
-    if _is_text_only(processor):  # templates of text-only models join strings
+    if _is_text_only(processor):  # templates of text-only models concatenate strings
         return {"role": role, "content": text}
     content = [{"type": "text", "text": text}]
     return {
@@ -183,28 +183,29 @@ def _encode(
         culprit = _culprit(processor, examples, conversations, prompt)
         image = f" (image {culprit.image})" if culprit and culprit.image else ""
         ids = ", ".join(repr(example.id) for example in examples)
-        what = f"example {culprit.id!r}{image}" if culprit else f"the batch of {ids}"
-        hint = "" if culprit else f" {_UNMIX if mixed else _ALONE}"
-        who = "chat template" if type(error).__module__.startswith("jinja2") else "processor"
+        failed = f"example {culprit.id!r}{image}" if culprit else f"the batch of {ids}"
+        hint = "" if culprit else f" {_MIXED if mixed else _ONE_BY_ONE}"
+        encoder = "chat template" if type(error).__module__.startswith("jinja2") else "processor"
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise RegraftError(
-            f"The {who} cannot encode {what}: {type(error).__name__}: {reason}.{hint}"
-            f"{_made_of(processor)}"
+            f"The {encoder} cannot encode {failed}: {type(error).__name__}: {reason}.{hint}"
+            f"{_origin(processor)}"
         ) from error
     if mixed and "cross_attention_mask" in encoded:
-        # Mllama skips its cross-attention layers only where no row of the batch has an image.
+        # Mllama skips its cross-attention layers only if no row of the batch has an image.
         raise RegraftError(
-            f"This model answers a prompt without image differently beside one with. {_UNMIX}"
+            "In one batch with a prompt that has an image, this model answers a prompt without one "
+            f"differently. {_MIXED}"
         )
     return encoded
 
 
-def _made_of(processor: Any) -> str:
-    """Where a processor comes from, in words."""
+def _origin(processor: Any) -> str:
+    """A sentence that names the files a processor was loaded from; "" if there are none."""
     folder = Path(getattr(_tokenizer(processor), "name_or_path", "") or "no folder")
     kinds = ("*processor_config.json", "tokenizer*.json", "chat_template.*")
     files = sorted(path.name for kind in kinds for path in folder.glob(kind))
-    return f" It is made of {', '.join(files)} of {folder}." if files else ""
+    return f" It was loaded from {', '.join(files)} in {folder}." if files else ""
 
 
 def _apply_template(

@@ -1,4 +1,4 @@
-"""What comes with regraft: a small model, and where it and the demo data set lie."""
+"""The folders bundled with regraft: a small model and the demo data set."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from regraft.errors import RegraftError
 
 CAVEAT = (
     "A toy: the bundled model has 12 million parameters and refuses by the wording and the length "
-    "of a title, not by its meaning. How much of what a method restores is only refusing shows in "
-    "its over-refusal on demo:borderline, harmless titles that are worded like harmful ones. This "
-    "run shows a refusal behaviour lost and restored. It cannot show that safety is restored, nor "
-    "what any method does to a real model."
+    "of a title, not by its meaning. Its over-refusal on demo:borderline, harmless titles worded "
+    "like harmful ones, shows how far a method restores refusing as such. This run shows a refusal "
+    "behaviour lost and restored. It cannot show that safety is restored, nor what any method does "
+    "to a real model."
 )
 
 
@@ -23,12 +23,12 @@ def demo_model() -> Path:
 
 
 def is_demo(model: str | Path) -> bool:
-    """Whether a model is the bundled one, by the word "demo" or by its folder."""
+    """Whether a model is the bundled one, named "demo" or by its folder."""
     return str(model) == "demo" or at_home(Path(model)).resolve() == demo_model().resolve()
 
 
 def bundled(name: str) -> Path:
-    """Folder of that name which comes with regraft."""
+    """Folder bundled with regraft under this name."""
     path = Path(str(files("regraft"))) / "demo" / name
     if not path.is_dir():
         raise RegraftError(f"{path} is missing from this installation. Install regraft again.")

@@ -1,7 +1,7 @@
-"""Formats that several data sets share.
+"""The two formats that several data sets share.
 
-A data set of your own: one JSON object a line, or the same fields as columns of a table. Files of
-prompts: AdvBench, HarmBench, JailbreakBench, StrongREJECT, or one's own lists.
+`read_jsonl`: a data set of your own, one JSON object per line or the same fields as columns of a
+table. `read_prompts`: AdvBench, HarmBench, JailbreakBench, StrongREJECT, or your own lists.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ _FIELDS = (
     *("id", "split", "image", "instruction", "response", "content"),
     *("harmful", "category", "request"),
 )
-_SAYS_SO = {
+_OTHER_LABELS = {
     *("unsafe", "safe", "is_safe", "is_unsafe", "safety", "toxic", "label"),
     *("harm", "is_harm", "is_harmful", "malicious", "is_malicious"),
 }
-# The first column found counts: JailbreakBench's Behavior is a title, its Goal the request.
+# The first that exists is read: JailbreakBench's Behavior is a title, its Goal the request.
 _PROMPTS = ("goal", "forbidden_prompt", "behavior", "prompt", "instruction", "question")
 _CATEGORIES = ("category", "semanticcategory", "type")
 _IDS = ("behaviorid", "id")
-_CONTEXT = "contextstring"
-_TAGS, _COMPARED = "tags", "hash_check"
+
 _IMAGES = ("imagefilename", "image")
 _LABELS = ("label", "final_label", "harmful", "is_harmful", "safe", "is_safe", "unsafe")
-# The published files, by their columns; each ends in a line break, and without it is cut off.
+# The published files, by their columns. Each ends in a line break; without it, it is cut off.
 _PUBLISHED = {
     ("goal", "target"): "AdvBench",
     ("category", "source", "forbidden_prompt"): "StrongREJECT",
@@ -56,13 +55,13 @@ def read_jsonl(path: Path, split: str | None = None) -> Reading:
 
     Each line has `instruction` and may have `image` (a path relative to the file), `response`,
     `harmful` (default false), `category` (default "uncategorised"), `id` (default
-    "FILE-LINE"), `split`, `request`, what is really asked where the image shows it, and `content`,
-    the part of `response` that answers are compared in. Other fields and blank lines are ignored.
-    With `split`, rows of other splits are counted in `skipped`.
+    "FILE-LINE"), `split`, `request` (the actual request, where the image carries it) and `content`
+    (the part of `response` that answers are compared with). Other fields and blank lines are
+    ignored. With `split`, rows of other splits are counted in `skipped`.
 
     Raises:
-        RegraftError: the file, a field or an image is missing or wrong, ids repeat, no row fits, or
-            another field than `harmful` says which are.
+        RegraftError: the file, a field or an image is missing or wrong, ids repeat, no row is in
+            the split, or only a field other than `harmful` says which prompts are harmful.
     """
     rows = list(_rows(path))
     splits = {row.optional_text("split") for row in rows}
@@ -78,26 +77,26 @@ def read_jsonl(path: Path, split: str | None = None) -> Reading:
 
 
 def _require_harmful(rows: Sequence[Row], path: Path) -> None:
-    """Raise where another field than `harmful` marks harmful prompts: all would be harmless."""
+    """Raise where only a field other than `harmful` marks prompts, so all would be harmless."""
     if any("harmful" in row.values for row in rows):
         return
     for name in (name for row in rows for name in row.values):
-        if name.lower() in _SAYS_SO:
+        if name.lower() in _OTHER_LABELS:
             raise RegraftError(
-                f"{path}: no row has the field 'harmful', so that all would be harmless, but there "
-                f"is {name!r}. Write 'harmful': true into those that are."
+                f"{path}: no row has the field 'harmful', so all would count as harmless, but "
+                f"rows have a field {name!r}. Add 'harmful': true to the harmful ones."
             )
 
 
 def _rows(path: Path) -> Iterator[Row]:
     if is_parquet(path):
-        yield from table_rows(path, "Expected is a table with a column instruction.")
+        yield from table_rows(path, "Expected a table with a column instruction.")
         return
-    lines = text_lines(path, "Expected are JSON lines.")
+    lines = text_lines(path, "Expected JSON lines.")
     if next((line for line in lines if line.strip()), "").lstrip().startswith("["):
         raise RegraftError(
-            f"{path} is a JSON array, and JSON lines are expected: one object a line, without "
-            "brackets around them or commas behind."
+            f"{path} is a JSON array; expected JSON lines: one object per line, without brackets "
+            "around them or commas between them."
         )
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
@@ -121,95 +120,95 @@ def _example(row: Row, path: Path) -> Example:
 
 
 def _content(row: Row) -> str:
-    """The part of the response that answers are compared in, "" where it is all of it."""
+    """The part of the response that answers are compared with; "" for all of it."""
     content, response = row.optional_text("content") or "", row.optional_text("response") or ""
     if content not in response:
         raise RegraftError(
-            f"{row.where}: 'content' is the part of 'response' that answers are compared in, and "
-            f"{content!r} does not stand in it. Copy it from there, or leave 'content' out."
+            f"{row.where}: 'content' must be a part of 'response', the one that answers are "
+            f"compared with; {content!r} is not in it. Copy it from there, or leave 'content' out."
         )
     return content
 
 
 def read_prompts(path: Path, *, harmful: bool = True) -> Reading:
-    """Read prompts, all harmful or all harmless, from CSV, JSON, or a text file with one a line.
+    """Read prompts, all harmful or all harmless, from CSV, JSON, or a text file of one per line.
 
-    Columns, in any capitals: goal, forbidden_prompt, behavior, prompt, instruction or question, the
-    first of these that is there; category, SemanticCategory or type; BehaviorID or id. The context
-    of a HarmBench behaviour stands before it, as in HarmBench, and the behaviour alone is its
-    request. Behaviours that HarmBench scores by comparing with a copyrighted text (Tags:
+    Columns, upper or lower case: the first that exists of goal, forbidden_prompt, behavior, prompt,
+    instruction and question; category, SemanticCategory or type; BehaviorID or id. The context of
+    a HarmBench behaviour is put before it, as in HarmBench, and the behaviour alone is its
+    `request`. Behaviours that HarmBench scores by comparing with a copyrighted text (Tags:
     hash_check) are left out: not refusing is no success there, and no judge here has the text. JSON
-    is a list of strings, or an object with one such list. None has a response.
+    is a list of strings, or an object with one such list. No prompt gets a response.
 
     Raises:
         RegraftError: the file or the column is missing, a prompt is empty, ids repeat, the rows
             have labels that differ, or a published file is cut off.
     """
-    readers = {".csv": _of_csv, ".json": _of_json, ".txt": _of_lines, ".parquet": _of_csv}
+    readers = {".csv": _read_csv, ".json": _read_json, ".txt": _read_lines, ".parquet": _read_csv}
     if path.suffix.lower() not in readers:
         raise RegraftError(
-            f"{path} ends in none of {', '.join(readers)}. {_WHAT} JSON lines are read without a "
-            "name before them."
+            f"{path} does not end in one of {', '.join(readers)}. {_WHAT} A file of JSON lines "
+            "needs no data set name before its path."
         )
     return checked(readers[path.suffix.lower()](path, harmful))
 
 
-def _of_csv(path: Path, harmful: bool) -> Reading:
+def _read_csv(path: Path, harmful: bool) -> Reading:
     rows = csv_rows(path, _WHAT)
     if not rows:
         return Reading(str(path), ())
     names = {name.strip().lower(): name for name in rows[0].values}
     if published := _PUBLISHED.get(tuple(names)):
         require_end(path, published)
-    _refuse_labels(path, rows, names)
+    _refuse_mixed_labels(path, rows, names)
     prompt = _first(names, _PROMPTS)
     if prompt is None:
         raise RegraftError(
-            f"{path} has no column of prompts: none of {', '.join(_PROMPTS)}. Columns found: "
-            f"{', '.join(filter(None, rows[0].values))}."
+            f"{path} has no column of prompts; expected one of {', '.join(_PROMPTS)}. Columns "
+            f"found: {', '.join(filter(None, rows[0].values))}."
         )
     if image := _first(names, _IMAGES):
         raise RegraftError(
-            f"{path} has a column of images, {image!r}, and is read as prompts of text alone. "
+            f"{path} has a column of images, {image!r}, but is read as text-only prompts. "
             "Write it as JSON lines with the fields instruction, image and harmful."
         )
-    category, name, context = (_first(names, ones) for ones in (_CATEGORIES, _IDS, (_CONTEXT,)))
+    category, name = _first(names, _CATEGORIES), _first(names, _IDS)
+    tags, context = names.get("tags"), names.get("contextstring")
 
     def example(row: Row) -> Example:
-        asked, before = row.text(prompt), row.optional_text(context) if context else None
+        behavior, before = row.text(prompt), row.optional_text(context) if context else None
         return Example(
             id=(name and row.optional_text(name)) or f"{path.stem}-{row.key}",
-            instruction=f"{before}\n\n---\n\n{asked}" if before else asked,
+            instruction=f"{before}\n\n---\n\n{behavior}" if before else behavior,
             harmful=harmful,
             category=(category and row.optional_text(category)) or "uncategorised",
-            request=asked if before else None,
+            request=behavior if before else None,
         )
 
-    tags = names.get(_TAGS)
-    kept = [row for row in rows if not (tags and _COMPARED in (row.optional_text(tags) or ""))]
-    left = len(rows) - len(kept)
-    skipped = {"judged by comparing with a copyrighted text": left} if left else {}
+    kept = [row for row in rows if not (tags and "hash_check" in (row.optional_text(tags) or ""))]
+    left_out = len(rows) - len(kept)
+    skipped = {"judged by comparing with a copyrighted text": left_out} if left_out else {}
     return Reading(str(path), tuple(map(example, kept)), skipped)
 
 
-def _refuse_labels(path: Path, rows: Sequence[Row], names: dict[str, str]) -> None:
-    """All rows are taken for prompts of one kind."""
+def _refuse_mixed_labels(path: Path, rows: Sequence[Row], names: dict[str, str]) -> None:
+    """Raise where a column of labels has several values: rows are read as prompts of one kind."""
     label = _first(names, _LABELS)
-    said = sorted({row.optional_text(label) or "" for row in rows}) if label else []
-    if len(said) > 1:
-        shown = ", ".join(map(repr, said[:4])) + (" ..." if len(said) > 4 else "")
+    values = sorted({row.optional_text(label) or "" for row in rows}) if label else []
+    if len(values) > 1:
+        shown = ", ".join(map(repr, values[:4])) + (" ..." if len(values) > 4 else "")
         raise RegraftError(
-            f"{path} has a column {label!r} whose values differ ({shown}), and all its prompts "
-            "would be read as of one kind. XSTest is read by its name, as xstest:PATH. Otherwise "
-            "split the file by the column, or write JSON lines with a field harmful."
+            f"{path} has a column {label!r} whose values differ ({shown}), but all its prompts "
+            "would be read as one kind. XSTest is read by its name, as xstest:PATH. Otherwise "
+            "split the file by this column, or write JSON lines with a field harmful."
         )
 
 
-def _of_lines(path: Path, harmful: bool) -> Reading:
+def _read_lines(path: Path, harmful: bool) -> Reading:
     return _numbered(path, text_lines(path, _WHAT), harmful)
 
 
-def _of_json(path: Path, harmful: bool) -> Reading:
+def _read_json(path: Path, harmful: bool) -> Reading:
     value = json_file(path, _WHAT)
     if isinstance(value, dict) and len(value) == 1:
         value = next(iter(value.values()))
@@ -228,4 +227,5 @@ def _numbered(path: Path, prompts: Sequence[str], harmful: bool) -> Reading:
 
 
 def _first(names: dict[str, str], wanted: Sequence[str]) -> str | None:
+    """The first wanted column that exists, as the file spells it."""
     return next((names[one] for one in wanted if one in names), None)

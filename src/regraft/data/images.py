@@ -1,4 +1,4 @@
-"""Image files: found, opened, and checked before anything expensive starts."""
+"""Find and open image files, and check all of them before anything expensive starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regraft.data.storage import CACHED_IMAGE, image_cache
 from regraft.disk.paths import is_file
 from regraft.errors import PassingError, RegraftError
 
-_FORMATS = {  # of Pillow's; for EPS it runs Ghostscript
+_FORMATS = {  # not all of Pillow's: for EPS it runs Ghostscript
     *("PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO", "TGA"),
     *("PCX", "SGI", "QOI", "DDS", "ICNS", "XBM"),
 }
@@ -62,10 +62,10 @@ def check_images(reading: Reading) -> None:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Open an image as upright RGB (its EXIF orientation applied), 8 bits a channel.
+    """Open an image as upright RGB (EXIF orientation applied), 8 bits per channel.
 
-    What is transparent shows white, as on a page. Of 16 bits a channel the upper 8 count, or the
-    lower ones where there are no others.
+    Transparent pixels become white. Of 16 bits per channel the upper 8 are kept, or the lower 8 if
+    no pixel uses the upper ones.
 
     Raises:
         PassingError: the file is missing, or the disk fails.
@@ -81,15 +81,15 @@ def open_image(path: Path) -> Image.Image:
 
 
 def opened(path: Path) -> Image.Image:
-    """An image of which only the header was read."""
+    """Open an image, reading only its header."""
     Image.init()
     return Image.open(path, formats=[name for name in Image.OPEN if name in _FORMATS])
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers; expected 8 or 16 bits a channel")
-    if image.mode.startswith("I"):  # 16 bits, and Pillow would cut off what is above 255
+        raise ValueError("its pixels are floating-point numbers; expected 8 or 16 bits per channel")
+    if image.mode.startswith("I"):  # 16 bits; Pillow would clip them at 255
         pixels = np.asarray(image)
         pixels = pixels >> 8 if pixels.max() > 255 else pixels
         image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
@@ -100,16 +100,16 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def length_class(example: Example) -> tuple[int, int]:
-    """A sort key that brings prompts of like length together, so that little is padded.
+    """A sort key that brings prompts of similar length together, to keep padding short.
 
-    First goes the image's area, of which many families make its tokens: areas of a class, by the
-    file's header, differ by 1.4 at most.
+    The image's area comes first, since many families have a number of image tokens proportional to
+    it. It is taken from the file's header; areas in one class differ by a factor of at most 1.4.
     """
-    size = 0
+    area_class = 0
     if example.image is not None:
-        with suppress(Exception), opened(example.image) as image:  # `open_image` tells of those
-            size = round(2 * math.log2(image.width * image.height + 1))
-    return size, len(example.instruction)
+        with suppress(Exception), opened(example.image) as image:  # `open_image` reports bad files
+            area_class = round(2 * math.log2(image.width * image.height + 1))
+    return area_class, len(example.instruction)
 
 
 def _problem(example: Example) -> str | None:
@@ -130,7 +130,7 @@ def _located(image: Path, example: str, roots: Sequence[Path], source: str) -> P
             f"{image}. Give a path relative to it, without '..'."
         )
     candidates = [root / image for root in roots]
-    if CACHED_IMAGE.fullmatch(str(image)):  # from a cell of a table
+    if CACHED_IMAGE.fullmatch(str(image)):  # from a cell of a Parquet table
         candidates.append(image_cache() / image)
     return next((path for path in candidates if is_file(path)), candidates[0])
 

@@ -1,8 +1,8 @@
-"""Tables in Parquet, as the hub keeps data sets: rows of Python values, images in cells as files.
+"""Parquet tables, the hub's format of data sets: rows of Python values, images in cells as files.
 
 An image is the struct of `bytes` and `path` that the `datasets` library writes, or plain bytes that
 begin as images do. It is written to the cache under the digest of its bytes; the path in the cell
-is never written to. Other plain bytes are text, which older programs write without saying so.
+is never written to. Other plain bytes are text that older programs wrote without its type.
 A file named SPLIT-00000-of-00002.parquet stands for all files of its split.
 """
 
@@ -23,16 +23,16 @@ from regraft.errors import RegraftError
 
 SUFFIX = ".parquet"
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.parquet")
-_OTHERS = {".csv", ".tsv", ".json", ".jsonl", ".txt", ".zip"}  # a data set of another form
+_OTHER_DATA = {".csv", ".tsv", ".json", ".jsonl", ".txt", ".zip"}
 _NO_DATA = {"dataset_infos.json", "requirements.txt"}
-_ROWS = 2**22  # most rows of a table: all of them are kept in memory
-_CELL = 256 * 2**20  # most bytes in a cell
-_BATCH = 2**30  # most bytes of a column in the rows that are decoded at a time
-_TEXT = 2**25  # most characters of a text
-_SMALL, _RATIO, _LARGE = 2**26, 100, 2**32  # most bytes of all values, see `_most`
+_MOST_ROWS = 2**22  # of a table, whose rows are all kept in memory
+_MOST_CELL = 256 * 2**20  # bytes
+_MOST_COLUMN = 2**30  # bytes of a column in the rows that are decoded at a time
+_MOST_TEXT = 2**25  # characters
+_SMALL, _RATIO, _LARGE = 2**26, 100, 2**32  # see `_most_bytes`
 _AT_ONCE = 16  # rows decoded at a time
 _IMAGE = {"bytes", "path"}
-_BEGINNINGS = re.compile(  # of PNG, JPEG, GIF, WebP, BMP, TIFF, JPEG 2000, AVIF and HEIF
+_IMAGE_STARTS = re.compile(  # of PNG, JPEG, GIF, WebP, BMP, TIFF, JPEG 2000, AVIF and HEIF
     rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*|\0{3}\x0cjP|\0{3}.ftyp",
     re.DOTALL,
 )
@@ -44,44 +44,44 @@ def is_parquet(path: Path) -> bool:
 
 
 def records(path: Path, what: str, *, as_text: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a table, all shards of it, read piece by piece.
+    """Read the rows of a table, all its shards, a few at a time.
 
     Args:
         path: The file, or any shard.
         what: What it should be, for the error where it is missing.
-        as_text: Every value as text, as it would stand in a CSV: "" for null, JSON for lists and
-            structs, base64 for images. Otherwise nulls are left out, and images are names of files
-            in the cache, which `locate_images` finds. Bytes that are neither image nor text stay
+        as_text: Convert every value to text as in a CSV: "" for null, JSON for lists and structs,
+            base64 for images. Otherwise nulls are left out, and images become names of files in
+            the cache, which `locate_images` finds. Bytes that are neither image nor text stay
             bytes, which `Row` refuses where they are read.
 
     Yields:
         (where the row is, for messages; its values by column).
 
     Raises:
-        RegraftError: a file or pyarrow is missing, it is no whole Parquet file, or too large.
+        RegraftError: a file or pyarrow is missing, or a file is damaged, incomplete or too large.
     """
-    count = kept = 0
+    rows = size = 0
     files = shards(path, what)
-    most = _most(files)
+    most = _most_bytes(files)
     for file in files:
-        for number, values in enumerate(_rows(file), start=1):
-            count += 1
-            if count > _ROWS:
-                raise RegraftError(f"{path} has more than {_ROWS:,} rows. Split it.")
+        for number, cells in enumerate(_rows(file), start=1):
+            rows += 1
+            if rows > _MOST_ROWS:
+                raise RegraftError(f"{path} has more than {_MOST_ROWS:,} rows. Split it.")
             where = f"{file}, row {number}"
             convert = _text if as_text else _plain
-            found = {name: convert(where, name, one) for name, one in values.items()}
-            kept += _size(found)
-            if kept > most:
+            values = {name: convert(where, name, cell) for name, cell in cells.items()}
+            size += _size(values)
+            if size > most:
                 raise RegraftError(
-                    f"{where}: the values of the table come to more than {most:,} bytes so far, "
-                    "which no data set of this size on disk has. Do not use it, or split it."
+                    f"{where}: the values of the table exceed {most:,} bytes by this row, "
+                    "more than any data set of this size on disk. Do not use it, or split it."
                 )
-            yield where, {name: one for name, one in found.items() if one is not None}
+            yield where, {name: value for name, value in values.items() if value is not None}
 
 
-def _most(files: Sequence[Path]) -> int:
-    """How many bytes the values of a table may have, all of which are kept in memory."""
+def _most_bytes(files: Sequence[Path]) -> int:
+    """The limit on the bytes of a table's values, which are all kept in memory."""
     return min(_LARGE, max(_SMALL, _RATIO * sum(file.stat().st_size for file in files)))
 
 
@@ -105,34 +105,35 @@ def shards(path: Path, what: str) -> list[Path]:
         files = [path.with_name(name) for name in names]
     if path not in files:
         raise RegraftError(
-            f"{path} is none of the {len(files)} files that its name tells of. {what}"
+            f"{path}: its number is beyond the {len(files)} files that its name counts. {what}"
         )
     if missing := [file for file in files if not file.is_file()]:
         raise RegraftError(
-            f"{missing[0]} is missing, one of the {len(files)} files of a table "
+            f"{missing[0]} is missing, one of the {len(files)} files of its table "
             f"({len(missing)} missing). Put all of them into one folder."
         )
     return files
 
 
 def table_in(folder: Path, split: str | None) -> Path | None:
-    """Of a folder that holds tables and no other data: a file of its only table, or of the split.
+    """Find a file of a folder's only table, or of the table of `split`.
 
-    The split is what the name begins with, as in data/train-00000-of-00002.parquet.
+    The split is the beginning of the file's name, as in data/train-00000-of-00002.parquet.
 
     Returns:
-        None where the folder holds something else.
+        None where the folder holds no table, or other data too.
 
     Raises:
         RegraftError: no table, or several, fit.
     """
-    found = sorted(path.relative_to(folder) for path in folder.rglob(f"*{SUFFIX}"))
-    if not found or any(
-        path.suffix.lower() in _OTHERS and path.name not in _NO_DATA for path in folder.rglob("*")
+    files = sorted(path.relative_to(folder) for path in folder.rglob(f"*{SUFFIX}"))
+    if not files or any(
+        path.suffix.lower() in _OTHER_DATA and path.name not in _NO_DATA
+        for path in folder.rglob("*")
     ):
         return None
     tables: dict[str, Path] = {}
-    for path in found:
+    for path in files:
         match = _SHARD.fullmatch(path.name)
         name = match["split"] if match else path.stem
         tables.setdefault((path.parent / name).as_posix(), folder / path)
@@ -140,16 +141,16 @@ def table_in(folder: Path, split: str | None) -> Path | None:
     if len(fitting) == 1:
         return tables[fitting[0]]
     listed = ", ".join(list(tables)[:_SHOWN]) + (", ..." if len(tables) > _SHOWN else "")
-    wanted = "one of them is needed" if split is None else f"split {split!r} fits {len(fitting)}"
+    wanted = "choose one" if split is None else f"split {split!r} fits {len(fitting)} of them"
     example = tables[(fitting or list(tables))[0]]
     raise RegraftError(
-        f"{folder} holds the tables {listed}; {wanted}. Name a file, such as {example}, or where "
-        "the data set has splits of its own a split, as in PATH#train."
+        f"{folder} holds the tables {listed}; {wanted}. Name a file, such as {example}, or, if "
+        "the data set has splits, a split, as in PATH#train."
     )
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """A file's rows; whatever pyarrow makes of a damaged one becomes a `RegraftError`."""
+    """Read a file's rows; any error of pyarrow's for a damaged file becomes a `RegraftError`."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -161,8 +162,8 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as table:
             names = Counter(table.schema_arrow.names)
-            if table.metadata.num_rows > _ROWS:
-                raise RegraftError(f"{file} has more than {_ROWS:,} rows. Split it.")
+            if table.metadata.num_rows > _MOST_ROWS:
+                raise RegraftError(f"{file} has more than {_MOST_ROWS:,} rows. Split it.")
             if twice := [name for name, count in names.items() if count > 1]:
                 raise RegraftError(f"{file} has two columns {twice[0]!r}.")
             for batch in table.iter_batches(batch_size=_AT_ONCE, use_threads=False):
@@ -172,12 +173,12 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
     except damaged as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RegraftError(
-            f"{file} is no whole Parquet file that can be read: {reason[:300]} Get it again."
+            f"{file} is not a complete, readable Parquet file: {reason[:300]} Get it again."
         ) from error
 
 
 def _values(file: Path, name: str, column: Any) -> list[Any]:
-    """The values of a column, as text where Python has none like them: nanoseconds, lost zones."""
+    """The values of a column; as text where Python has no such type (nanoseconds, lost zones)."""
     import pyarrow as pa
 
     _require_small(file, name, column)
@@ -198,16 +199,16 @@ def _values(file: Path, name: str, column: Any) -> list[Any]:
 
 
 def _require_small(file: Path, name: str, column: Any) -> None:
-    """Raise where few rows of a column would fill the memory once they are Python's."""
+    """Raise where a few rows of a column would fill the memory as Python objects."""
     import pyarrow as pa
 
-    found, most, what = column.nbytes, _BATCH, "bytes"
-    while found <= most and (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+    size, most, unit = column.nbytes, _MOST_COLUMN, "bytes"
+    while size <= most and (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
         column = column.flatten()
-        found, most, what = len(column), _ROWS, "elements of lists"
-    if found > most:
+        size, most, unit = len(column), _MOST_ROWS, "elements of lists"
+    if size > most:
         raise RegraftError(
-            f"{file}: the column {name!r} holds {found:,} {what} in {_AT_ONCE} rows; at most "
+            f"{file}: the column {name!r} holds {size:,} {unit} in {_AT_ONCE} rows; at most "
             f"{most:,} are read."
         )
 
@@ -238,27 +239,27 @@ def _text(where: str, name: str, value: Any) -> str | bytes:
 
 
 def _shown(value: object) -> str:
-    """A value inside of a list that JSON does not have; bytes as the text that they are."""
+    """Text for a value inside a list that JSON has no type for."""
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def _image(where: str, name: str, value: Any) -> bytes | None:
-    """The bytes of an image, None of anything else."""
+    """The bytes of an image; None for anything else."""
     if isinstance(value, Mapping) and value.keys() == _IMAGE:
         value = value["bytes"]
-    elif not (isinstance(value, bytes) and _BEGINNINGS.match(value)):
+    elif not (isinstance(value, bytes) and _IMAGE_STARTS.match(value)):
         return None
     if not isinstance(value, bytes):
         return None
-    if len(value) > _CELL:
-        raise _too_long(where, name, f"{len(value):,} bytes; at most {_CELL:,}")
+    if len(value) > _MOST_CELL:
+        raise _too_long(where, name, f"{len(value):,} bytes; at most {_MOST_CELL:,}")
     return value
 
 
 def _decoded(where: str, name: str, value: Any) -> Any:
-    """Bytes as the text that they are, if they are; everything else as it is."""
-    if isinstance(value, str | bytes) and len(value) > _TEXT:
-        raise _too_long(where, name, f"a text of {len(value):,} characters; at most {_TEXT:,}")
+    """Decode bytes that are valid text; return everything else as it is."""
+    if isinstance(value, str | bytes) and len(value) > _MOST_TEXT:
+        raise _too_long(where, name, f"a text of {len(value):,} characters; at most {_MOST_TEXT:,}")
     if isinstance(value, bytes):
         with suppress(UnicodeDecodeError):
             return value.decode()

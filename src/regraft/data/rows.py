@@ -1,4 +1,4 @@
-"""Typed access to one row of a data file, with errors that name file, row and field."""
+"""Rows of CSV, JSON and Parquet files, with errors that name file, row and field."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from regraft.disk.parsing import json_value, shown
 from regraft.disk.paths import is_text, read_text, require_file, unreadable
 from regraft.errors import RegraftError
 
-_MOST_TEXT = 2**20  # characters, of which no model reads as many
-_MOST_DIGITS = 18  # of a whole number, which has 64 bits then
+_MOST_TEXT = 2**20  # characters; no model reads more
+_MOST_DIGITS = 18  # of a whole number, so that it fits 64 bits
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Row:
 
     where: str
     values: Mapping[str, Any]
-    key: str = ""  # its number or name among the others
+    key: str = ""  # its number or name in the file
 
     @classmethod
     def of(cls, where: str, value: object, key: str | int = "") -> Row:
@@ -37,13 +37,10 @@ class Row:
         return cls(where, value, str(key))
 
     def text(self, field: str, *, blank: bool = False) -> str:
-        """Return a string that must be there, and must not be blank unless `blank`."""
+        """Return a required string, which may be empty or white space only if `blank`."""
         value = self.optional_text(field)
         if value is None:
-            raise RegraftError(
-                f"{self.where}: the field {field!r} is missing. "
-                f"Fields found: {', '.join(self.values) or 'none'}."
-            )
+            raise self.wrong_type(field, "a string")
         if not (blank or value.strip()):
             raise RegraftError(f"{self.where}: the field {field!r} is empty.")
         return value
@@ -63,7 +60,7 @@ class Row:
         return value
 
     def texts(self, field: str, expected: str, *, least: int = 1) -> list[str]:
-        """Return a list of at least so many strings."""
+        """Return a list of at least `least` strings."""
         value = self.values.get(field)
         if not isinstance(value, list) or len(value) < least:
             raise self.wrong_type(field, expected)
@@ -72,14 +69,14 @@ class Row:
         return value
 
     def name(self, field: str) -> str:
-        """Return what names the row, a string or a number, as a string."""
+        """Return an identifier, a string or a number, as a string."""
         value = self.values.get(field)
         if not isinstance(value, str | int) or isinstance(value, bool):
             raise self.wrong_type(field, "a string or a number")
         return str(value)
 
     def number_in(self, field: str, expected: str, *, after: str = "") -> int:
-        """Return the whole number that a text is, or that stands behind the last `after` in it."""
+        """Return the whole number in a text: all of it, or what follows the last `after`."""
         text = self.text(field)
         digits = text.rpartition(after)[2] if after else text
         if not (digits.isascii() and digits.isdecimal() and len(digits) <= _MOST_DIGITS):
@@ -108,15 +105,15 @@ class Row:
 
 
 def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
-    """Read a table with a header line, CSV or with `tabs` TSV; or one in Parquet, as text.
+    """Read a table with a header line, CSV or (`tabs`) TSV, or one in Parquet, values as text.
 
     Raises:
         RegraftError: the file is missing (`what` says what it should be), is not such a table, or
-            a row has not as many cells as the header.
+            a row has more or fewer cells than the header.
     """
     if is_parquet(path):
         return table_rows(path, what, as_text=True)
-    csv.field_size_limit(2**31 - 1)  # images stand in cells
+    csv.field_size_limit(2**31 - 1)  # cells may hold images in base64
     lines = io.StringIO(read_text(path, what), newline="")
     table = csv.DictReader(lines, delimiter="\t" if tabs else ",", restkey="(more)", strict=True)
     try:
@@ -134,25 +131,25 @@ def csv_rows(path: Path, what: str, *, tabs: bool = False) -> list[Row]:
     for row in rows:
         if "(more)" in row.values or None in row.values.values():
             raise RegraftError(
-                f"{row.where}: it has not as many cells as the header; the file is cut off, or a "
+                f"{row.where} has more or fewer cells than the header; the file is cut off, or a "
                 "cell with a comma or line break has no quotes."
             )
         if wrong := [name for name, cell in row.values.items() if "\0" in cell]:
             raise RegraftError(
-                f"{row.where}: the field {wrong[0]!r} holds a NUL, which is no text."
+                f"{row.where}: the field {wrong[0]!r} holds a NUL character, which is not text."
             )
     return rows
 
 
 def table_rows(path: Path, what: str, *, as_text: bool = False) -> list[Row]:
-    """Read a table in Parquet, all shards of it, see `regraft.data.parquet.records`."""
+    """Read a Parquet table, all its shards; see `regraft.data.parquet.records`."""
     found = enumerate(records(path, what, as_text=as_text), start=1)
     return [Row(where, values, str(number)) for number, (where, values) in found]
 
 
 def require_end(path: Path, what: str) -> None:
-    """Check that a file of text ends in a line break, as that which is published does."""
-    if is_parquet(path):  # which ends in a mark of its own
+    """Raise where a text file lacks the published file's line break at the end: it is cut off."""
+    if is_parquet(path):  # has an end mark of its own
         return
     size = require_file(path)
     with unreadable(path), path.open("rb") as handle:
@@ -170,10 +167,9 @@ def json_file(path: Path, what: str) -> Any:
 
 
 def json_rows(path: Path, what: str, unit: str, *, inside: str = "") -> list[Row]:
-    """Read the objects of a JSON file, in a list or by their names, as in {"1": {...}}.
+    """Read the objects of a JSON file, in a list or by name ({"1": {...}}), or a Parquet table.
 
-    Or the rows of a table in Parquet. `unit` is what messages call an object, `inside` the field
-    with the list, where the file holds an object with one.
+    `unit` is what messages call an object, `inside` the field that holds the list, if any.
 
     Raises:
         RegraftError: the file is missing (`what` says what it should be), is not JSON, or holds
@@ -195,15 +191,16 @@ def json_rows(path: Path, what: str, unit: str, *, inside: str = "") -> list[Row
 
 
 def text_lines(path: Path, what: str) -> list[str]:
-    """Read a file of text by its lines, which end in a line break and nothing else."""
+    """Read the lines of a text file; unlike `str.splitlines`, only line breaks end a line."""
     return io.StringIO(read_text(path, what), newline=None).read().split("\n")
 
 
 def checked(reading: Reading, *roots: Path) -> Reading:
-    """A finished reading; its images are looked for below `roots`, if there are any.
+    """Check a finished reading, and find its images below `roots` if any are given.
 
     Raises:
-        RegraftError: it has no example, two with the same id, or see `locate_images`.
+        RegraftError: it has no example, two with the same id, or a text that cannot be used; see
+            also `locate_images`.
     """
     if not reading.examples:
         reasons = "; ".join(f"{count} {reason}" for reason, count in reading.skipped.items())
@@ -225,7 +222,7 @@ def checked(reading: Reading, *roots: Path) -> Reading:
 
 
 def _require_text(example: Example, source: str) -> None:
-    """Raise where a text cannot be written with the answers, which would be lost then."""
+    """Raise where a text is too long, or cannot be saved with the answers, which would be lost."""
     image = None if example.image is None else str(example.image)
     texts = {"id": example.id, "instruction": example.instruction, "category": example.category}
     texts |= {"response": example.response or "", "image": image or ""}
@@ -237,6 +234,6 @@ def _require_text(example: Example, source: str) -> None:
             )
         if not is_text(text) or (field in ("id", "image") and "\0" in text):
             raise RegraftError(
-                f"{source}: {field} of the example {example.id!r} holds bytes that are no text: "
+                f"{source}: {field} of the example {example.id!r} holds bytes that are not text: "
                 f"{text[:60]!r}."
             )

@@ -1,4 +1,4 @@
-"""Data sets named in one word and read, several as one, and which prompts of two are the same."""
+"""Parse NAME:PATH#SPLIT, read data sets, join suites, and find prompts that two sets share."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from regraft.disk.files import digest, file_digest
 from regraft.errors import PassingError, RegraftError
 
 Part = Literal["held-out", "rest"]
-_HELD_OUT = 4  # of so many prompts one is held out
+_HELD_OUT = 4  # one prompt in so many is held out
 _WORD = r"[\w-]+"
-_BARE = r"([^:/]*|[^:/]*/.*)\.{}(#[\w-]+)*"  # a path alone, without a name before a colon
-_BEHIND = {"part": get_args(Part), "kind": get_args(Kind)}
+_BARE = r"([^:/]*|[^:/]*/.*)\.{}(#[\w-]+)*"  # a path alone, without NAME:
+_SUFFIXES = {"part": get_args(Part), "kind": get_args(Kind)}
 
 
 class DataSource(BaseModel):
-    """A data set by name, where it lies, which split of it, and which kind of its prompts.
+    """A data set: its name and path, and which split, kind and part of its prompts to use.
 
-    Written as one string, of which `str()` is the inverse: NAME:PATH or NAME:PATH#SPLIT with a
-    name in `DATASETS`; "demo" or "demo:SPLIT", which takes no path; or a bare path that ends in
-    ".jsonl" or ".parquet". Each may end in "#harmful" or "#harmless", which keeps these prompts
-    alone, as in "demo:test#harmless", and in "#held-out" or "#rest", a quarter of the prompts or
-    the others. SPLIT and kind may follow the name instead, as in "vlguard#safe-safe:PATH", and a
-    list of words, as in ["safebench#even", PATH], is read too. PATH is a file or a folder, a zip
-    file of one, or hf:ORG/NAME[@REVISION][/PATH] for a data set on the hub.
+    Parsed from one string, which `str()` gives back: NAME:PATH or NAME:PATH#SPLIT with a name in
+    `DATASETS`; "demo" or "demo:SPLIT", which takes no path; or a bare path that ends in ".jsonl"
+    or ".parquet". "#harmful" or "#harmless" at the end keeps only these prompts, as in
+    "demo:test#harmless"; "#held-out" keeps a quarter of the prompts, "#rest" the others. SPLIT and
+    kind may follow the name instead, as in "vlguard#safe-safe:PATH", and the string may be a list
+    of words, as in ["safebench#even", PATH]. PATH is a file or folder, a zip file of one, or
+    hf:ORG/NAME[@REVISION][/PATH] for a data set on the hub.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,10 +86,10 @@ class DataSource(BaseModel):
 
 @kept_if_read()
 def read(source: DataSource) -> Reading:
-    """Read the data set that `source` names; of a folder with several files see `of_split` first.
+    """Read a data set; apply `of_split` first where its path may be a folder with a file per split.
 
     Raises:
-        RegraftError: see its reader; it has no prompt of the kind.
+        RegraftError: see its reader; no prompt is of the wanted kind or part.
     """
     try:
         return _read(source)
@@ -98,7 +98,8 @@ def read(source: DataSource) -> Reading:
     except RegraftError as error:
         if source.path is None or source.path.suffix != ".zip" or source.path.name in str(error):
             raise
-        raise RegraftError(f"{source.path}: {error}") from error  # what was unpacked is gone
+        # the message names a file in the unpacked copy, which is deleted
+        raise RegraftError(f"{source.path}: {error}") from error
 
 
 def _read(source: DataSource) -> Reading:
@@ -113,9 +114,9 @@ def _read(source: DataSource) -> Reading:
 
 
 def split_off(source: DataSource) -> tuple[DataSource, DataSource]:
-    """(the rest, a quarter that is held out) of the same prompts, none in both.
+    """Split a source into (rest, a held-out quarter), which share no prompt.
 
-    By a digest of the prompt and the name of its image, so that copies are on one side.
+    A digest of the prompt and its image's name decides, so copies of a prompt are in the same part.
     """
     rest, held_out = (source.model_copy(update={"part": part}) for part in ("rest", "held-out"))
     return rest, held_out
@@ -137,9 +138,9 @@ def _of_part(source: DataSource, reading: Reading, part: Part) -> Reading:
 
 
 def of_split(source: DataSource, split: Split) -> DataSource:
-    """The source, or of a folder (zip file, hub id) with a file a split that file.
+    """Replace a folder, zip file or hub id with a file per split by the file of `split`.
 
-    Learn and choose from "train", evaluate on "test". A file that is named itself stays.
+    "train" is for learning and choosing, "test" for evaluation. Other sources are returned as is.
     """
     split_file = DATASETS.get(source.name).split_file
     if split_file is None or source.path is None or source.path.suffix == ".json":
@@ -147,12 +148,12 @@ def of_split(source: DataSource, split: Split) -> DataSource:
     path = _found(source, source.path)
     if path.is_file() and source.path.suffix != ".zip":
         return source
-    folder = path.parent if path.is_file() else path  # of a zip file with no other in it
+    folder = path.parent if path.is_file() else path  # a file: the only one in a zip
     return source.model_copy(update={"path": split_file(folder, split)})
 
 
 def _found(source: DataSource, path: Path) -> Path:
-    """Where the path of a source lies on this disk, downloaded and unpacked."""
+    """The path of a source on this disk, downloaded and unpacked if needed."""
     path = located(path)
     if not path.exists():
         raise RegraftError(f"{source}: {path} does not exist.")
@@ -160,7 +161,7 @@ def _found(source: DataSource, path: Path) -> Path:
 
 
 def words_of_first(words: Sequence[str]) -> int:
-    """How many of `words` name the first data set: 2 for a NAME before its PATH, or demo SPLIT."""
+    """How many of `words` name the first data set: 2 for NAME PATH or demo SPLIT, otherwise 1."""
     name, following = words[0].partition("#")[0], "".join(words[1:2])
     if name not in DATASETS or ":" in words[0] or not following:
         return 1
@@ -170,12 +171,12 @@ def words_of_first(words: Sequence[str]) -> int:
 
 
 def _parse(text: str) -> dict[str, str]:
-    """The fields of NAME:PATH, with split, kind and part behind the name or behind the path."""
+    """The fields of NAME:PATH, with split, kind and part after the name or after the path."""
     if re.fullmatch(_BARE.format("(jsonl|parquet)"), text):
         text = f"jsonl:{text}"
     head, _, path = text.partition(":")
-    name, *behind_name = head.split("#")
-    if name not in DATASETS or not all(re.fullmatch(_WORD, one) for one in behind_name):
+    name, *name_suffixes = head.split("#")
+    if name not in DATASETS or not all(re.fullmatch(_WORD, one) for one in name_suffixes):
         hint = ""
         if re.fullmatch(_BARE.format("(txt|csv|json)"), text, re.IGNORECASE):
             hint = f". For a list of prompts write prompts:{text} (harmful) or benign:{text}"
@@ -184,7 +185,7 @@ def _parse(text: str) -> dict[str, str]:
             f"(as in demo:test or vlguard:PATH), or a path ending in .jsonl or .parquet{hint}"
         )
     fields = {"name": name}
-    for field, known in _BEHIND.items():  # from the end
+    for field, known in _SUFFIXES.items():  # from the end
         before, mark, last = path.rpartition("#")
         if mark and last in known:
             path, fields[field] = before, last
@@ -194,8 +195,8 @@ def _parse(text: str) -> dict[str, str]:
     elif before and re.fullmatch(_WORD, last):
         path, fields["split"] = before, last
     fields = {field: value for field, value in (fields | {"path": path}).items() if value}
-    for one in behind_name:
-        field = next((field for field, known in _BEHIND.items() if one in known), "split")
+    for one in name_suffixes:
+        field = next((field for field, known in _SUFFIXES.items() if one in known), "split")
         if field in fields:
             raise ValueError(
                 f"{text!r} asks for {fields[field]!r} and for {one!r}; give one of them"
@@ -205,15 +206,15 @@ def _parse(text: str) -> dict[str, str]:
 
 
 def join_suites(suites: Sequence[DataSource], limit: int | None) -> Reading:
-    """Read what is to be evaluated, one suite after the other, at most `limit` a kind of each.
+    """Read the suites to evaluate, at most `limit` harmful and `limit` harmless prompts of each.
 
-    A prompt that is in a suite before, with the same image, is left out: it would count twice in
-    rates over all. What a suite holds twice itself stays as its authors have it. Ids that suites
-    share get their suite's name in front. A limit counts groups of examples, such as the rotations
-    of a question, as one.
+    A prompt that an earlier suite has, with the same image, is left out: it would count twice in
+    rates over all suites. Duplicates within a suite stay, as its authors have them. An id that an
+    earlier suite uses is prefixed with the suite's name. For `limit`, a group of examples, such as
+    the rotations of a question, counts as one.
 
     Raises:
-        RegraftError: see the data readers; a suite has no prompt that is in none before it.
+        RegraftError: see the data readers; a suite is named twice, or adds no new prompt.
     """
     if twice := [suite for i, suite in enumerate(suites) if suite in suites[:i]]:
         raise RegraftError(f"{twice[0]} is named twice: its prompts would count twice.")
@@ -241,7 +242,7 @@ def join_suites(suites: Sequence[DataSource], limit: int | None) -> Reading:
 
 
 def first_of_kind(reading: Reading, limit: int | None) -> Reading:
-    """Those of the first `limit` groups of each kind; an example without one is its own."""
+    """Keep the first `limit` groups of each kind; an example without a group is its own."""
     groups = dict.fromkeys((one.harmful, one.group or one.id) for one in reading.examples)
     kept = {
         one
@@ -255,13 +256,13 @@ def first_of_kind(reading: Reading, limit: int | None) -> Reading:
 
 
 def _shown(example: Example) -> tuple[Any, ...]:
-    """What a model is shown; of images the file, since copies tell apart what was meant to be."""
+    """Identity of a prompt across suites; a copy of an image, under another name, is another."""
     image = None if example.image is None else example.image.resolve()
     return example.instruction, image, example.harmful, example.references, example.choices
 
 
 def _names(suite: DataSource, example: Example) -> Iterator[str]:
-    """What an example may be called, as long as the name is taken."""
+    """Ids for an example, by preference; the first that is free is used."""
     yield example.id
     yield f"{suite.name}:{example.id}"
     yield from (f"{suite.name}-{i}:{example.id}" for i in count(2))
@@ -270,31 +271,31 @@ def _names(suite: DataSource, example: Example) -> Iterator[str]:
 def seen_before(
     evaluated: Reading, used: Mapping[str, Reading], purpose: str = "evaluated"
 ) -> list[str]:
-    """One line on each reading some of whose prompts are evaluated too.
+    """Warnings, one line per reading that shares prompts with the evaluated ones.
 
     Prompts are the same if their text and the bytes of their image are; another rendering of the
     same words is not found.
 
     Args:
-        evaluated: The prompts that rates are of.
-        used: What is learnt or chosen from, by its role.
-        purpose: What is done with the rates' prompts, "evaluated" or "chosen on".
+        evaluated: The prompts that rates are computed on.
+        used: The prompts that are learned from or chosen on, by role.
+        purpose: What the prompts of `evaluated` are used for, "evaluated" or "chosen on".
     """
     tested = set(map(_content, evaluated.examples))
-    found = {
+    shared = {
         role: [one for one in reading.examples if _content(one) in tested]
         for role, reading in used.items()
     }
     return [
         f"{len(same)} of the {len(used[role].examples)} {role} prompts are among those {purpose} "
         f"(first {same[0].id!r}): rates on these do not carry over to new ones"
-        for role, same in found.items()
+        for role, same in shared.items()
         if same
     ]
 
 
 def distinct(reading: Reading) -> int:
-    """How many different prompts there are, with their images: copies span no more than one."""
+    """Count the different prompts, images included: copies do not raise the rank of statistics."""
     return len(set(map(_content, reading.examples)))
 
 

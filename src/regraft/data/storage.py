@@ -1,4 +1,4 @@
-"""Where the files of a data set lie on this disk: downloaded, unpacked and cached, each once."""
+"""Get the files of data sets onto this disk: downloaded, unpacked and cached, each once."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ CACHE_VARIABLE = "REGRAFT_CACHE"
 PREFIX = "hf:"
 MODEL_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@[\w./-]+)?")
 """ORG/NAME of a model, with or without @REVISION."""
-_LARGE, _MOST_RATIO = 2**30, 100  # bytes unpacked, and times the size of the archive
+_LARGE, _MOST_RATIO = 2**30, 100  # bytes unpacked; bytes unpacked per byte of the archive
 _MOST_NESTED = 64  # folders
-_ALONE = (".csv", ".tsv", ".txt", ".parquet")
-_written: list[Path] = []  # into the cache, by this process
+_SELF_CONTAINED = (".csv", ".tsv", ".txt", ".parquet")  # name no other files
+_written: list[Path] = []  # paths that this process wrote into the cache
 CACHED_IMAGE = re.compile(r"[0-9a-f]{32}\.(png|jpg)")
-_SHARDS = re.compile(r"-\d{5}(-of-\d{5}\.parquet)$")  # all files of a table are one
+_SHARDS = re.compile(r"-\d{5}(-of-\d{5}\.parquet)$")
 _ADDRESS = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<inner>.+))?")
 
 
@@ -43,10 +43,10 @@ def is_on_hub(path: Path) -> bool:
 
 
 def located(path: Path) -> Path:
-    """A path as it is, or for "hf:ORG/NAME[@REVISION][/PATH]" where the download lies.
+    """Return a local path as it is; download "hf:ORG/NAME[@REVISION][/PATH]" and return its path.
 
-    All of the data set is downloaded, since images lie beside files that name them; of a table or a
-    list of prompts that file alone.
+    The whole data set is downloaded, since a file may name images beside it, unless PATH is a table
+    (all its shards) or a list of prompts.
 
     Raises:
         RegraftError: the address is malformed, or the data set cannot be downloaded.
@@ -57,11 +57,10 @@ def located(path: Path) -> Path:
     match = _ADDRESS.fullmatch(text)
     if match is None:
         raise RegraftError(
-            f"{text!r} names no data set on the hub; expected hf:ORG/NAME, with a revision "
-            "(@REVISION) and a path in it where wanted."
+            f"{text!r} names no data set on the hub; expected hf:ORG/NAME[@REVISION][/PATH]."
         )
     inner = match["inner"] or ""
-    wanted = [_SHARDS.sub(r"-*\1", inner)] if inner.lower().endswith(_ALONE) else None
+    wanted = [_SHARDS.sub(r"-*\1", inner)] if inner.lower().endswith(_SELF_CONTAINED) else None
     return from_hub(match["name"], match["revision"], wanted, repo_type="dataset") / inner
 
 
@@ -73,7 +72,11 @@ def from_hub(
     *,
     repo_type: Literal["model", "dataset"] = "model",
 ) -> Path:
-    """The folder of the files that match `wanted`, of a repository ORG/NAME of the hub."""
+    """Download the files of a hub repository ORG/NAME that match `wanted`; return their folder.
+
+    Raises:
+        RegraftError: the repository is gated, missing or private, or the download fails.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -99,7 +102,7 @@ def from_hub(
             f"There is neither a folder nor a {repo_type} {name} on the hub, or it is private: "
             "`hf auth login`."
         ) from error
-    except (HFValidationError, HfHubHTTPError, OSError) as error:  # a missing local entry, too
+    except (HFValidationError, HfHubHTTPError, OSError) as error:  # a missing cache entry, too
         reason = str(error).splitlines()[0].removeprefix("Got: ")
         raise RegraftError(
             f"{name} is not a folder here and could not be downloaded from the hub: {reason} "
@@ -109,15 +112,15 @@ def from_hub(
 
 
 def unpacked(archive: Path) -> Path:
-    """The folder with what is in `archive`; it is unpacked the first time.
+    """Unpack `archive` into the cache, the first time; return the folder.
 
     Raises:
-        RegraftError: it is no whole zip file, has a password, a link, or a path that leaves the
+        RegraftError: it is not a whole zip file, has a password, a link, or a path that leaves the
             folder, or the disk is too full.
     """
     require_file(archive)
-    about = archive.stat()
-    key = digest(str(archive.resolve()), str(about.st_size), str(about.st_mtime_ns))
+    status = archive.stat()
+    key = digest(str(archive.resolve()), str(status.st_size), str(status.st_mtime_ns))
     folder = cache_folder() / "unpacked" / f"{archive.stem}-{key[:16]}"
     if folder.is_dir():
         return folder
@@ -127,13 +130,13 @@ def unpacked(archive: Path) -> Path:
             for member in members:
                 _check(archive, member)
             size = sum(member.file_size for member in members)
-            if size > _LARGE and size > _MOST_RATIO * about.st_size:
+            if size > _LARGE and size > _MOST_RATIO * status.st_size:
                 raise RegraftError(
-                    f"{archive} has {about.st_size:,} bytes and would unpack to {size:,}: no data "
-                    "set is packed so tightly. Nothing was unpacked; do not use this archive."
+                    f"{archive} has {status.st_size:,} bytes and would unpack to {size:,}: no data "
+                    "set compresses that well. Nothing was unpacked; do not use this archive."
                 )
             with one_writer(folder.parent):
-                if folder.is_dir():  # by the process that this one waited for
+                if folder.is_dir():  # another process unpacked it while this one waited
                     return folder
                 require_space(folder.parent, size)
                 with atomic_folder(folder) as temporary:
@@ -150,7 +153,7 @@ def unpacked(archive: Path) -> Path:
 
 
 def only_entry(folder: Path) -> Path:
-    """The one file of an archive, or the folder in which all of it lies."""
+    """The only file in a folder, or else the innermost folder that holds everything."""
     inside = [path for path in folder.iterdir() if path.name != "__MACOSX"]
     if len(inside) != 1:
         return folder
@@ -161,7 +164,7 @@ def _extract(content: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) ->
     try:
         content.extract(member, folder)
     except OSError as error:
-        if error.errno is None:  # of the decoder of bzip2
+        if error.errno is None:  # bzip2's decoder raises it for damaged data
             raise zipfile.BadZipFile(str(error)) from error
         if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EINVAL):
             raise RegraftError(
@@ -181,8 +184,8 @@ def _check(archive: Path, member: zipfile.ZipInfo) -> None:
         )
     if len(path.parts) > _MOST_NESTED:
         raise RegraftError(
-            f"{archive}: the entry {member.filename[:60]!r} ... lies in {len(path.parts):,} "
-            f"folders; expected {_MOST_NESTED} at most."
+            f"{archive}: the entry {member.filename[:60]!r} ... is {len(path.parts):,} folders "
+            f"deep; expected {_MOST_NESTED} at most."
         )
     if stat.S_ISLNK(member.external_attr >> 16):
         raise RegraftError(f"{archive}: the entry {member.filename!r} is a link; expected files.")
@@ -191,14 +194,14 @@ def _check(archive: Path, member: zipfile.ZipInfo) -> None:
 
 
 def cache_folder() -> Path:
-    """REGRAFT_CACHE, else `regraft` in the place where this system keeps caches."""
+    """REGRAFT_CACHE, or else `regraft` in the user's cache folder."""
     if own := os.environ.get(CACHE_VARIABLE):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regraft"
 
 
 def cached_file(content: bytes, suffix: str) -> Path:
-    """A file with this content, named after its digest; it is written once."""
+    """Write a file with this content into the cache, named by its digest, unless it exists."""
     name = hashlib.sha256(content).hexdigest()[:32]
     path = image_cache() / f"{name}{suffix}"
 
@@ -215,18 +218,18 @@ def cached_file(content: bytes, suffix: str) -> Path:
 
 
 def cached_image(content: bytes) -> Path:
-    """A file with the bytes of an image, see `cached_file`."""
+    """Write the bytes of an image into the cache, see `cached_file`."""
     return cached_file(content, ".png" if content.startswith(b"\x89PNG") else ".jpg")
 
 
 def image_cache() -> Path:
-    """The folder in which images of cells lie, under names that `CACHED_IMAGE` matches."""
+    """The folder of images out of tables, whose names match `CACHED_IMAGE`."""
     return cache_folder() / "images"
 
 
 @contextmanager
 def kept_if_read() -> Iterator[None]:
-    """Take out of the cache again what the block put there, if it ends with bad input."""
+    """Delete what the block wrote into the cache if its input turns out to be bad."""
     before = len(_written)
     try:
         yield
@@ -234,10 +237,10 @@ def kept_if_read() -> Iterator[None]:
         raise
     except RegraftError:
         for path in _written[before:]:
-            if path.is_dir():  # at once for others, who take a folder that is there for whole
-                gone = path.with_name(f".{path.name}-{os.getpid()}")
-                path.replace(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+            if path.is_dir():  # rename first: other processes take an existing folder as complete
+                doomed = path.with_name(f".{path.name}-{os.getpid()}")
+                path.replace(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
         raise
@@ -247,7 +250,7 @@ def kept_if_read() -> Iterator[None]:
 
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Write into a folder of the cache, which is made, while other processes wait."""
+    """Make a cache folder if needed, and lock it: other processes wait until the block ends."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = folder / ".lock"

@@ -1,4 +1,4 @@
-"""Prompts drawn as images, as FigStep draws them (Gong et al. 2023, arXiv 2311.05608)."""
+"""Draw prompts as images, as FigStep does (Gong et al. 2023, arXiv 2311.05608)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ FONT_NAME = "FreeMonoBold.ttf"
 WRAP_WIDTH = 15
 _ORIGIN = (20, 10)
 _SPACING = 11
-_NO_LETTER = "\U0010ffff"  # never one: a font draws what stands for a missing letter
+_NO_LETTER = "\U0010ffff"  # never a character: a font draws its box for missing glyphs
 _LIST = "\n1. \n2. \n3. "
-_SMALLEST = 20
+_SMALLEST = 20  # pixels
 
 
 class TooLongError(RegraftError):
@@ -33,10 +33,10 @@ class TooLongError(RegraftError):
 
 
 def find_font(path: Path | None = None) -> Path:
-    """The file of FreeMono Bold: `path` if given, else where this system keeps its fonts.
+    """Find the font file: `path` if given, otherwise the system's FreeMono Bold.
 
     Raises:
-        RegraftError: it is not there.
+        RegraftError: it does not exist.
     """
     if path is None:
         with suppress(OSError):
@@ -45,19 +45,19 @@ def find_font(path: Path | None = None) -> Path:
         return path
     raise RegraftError(
         f"FreeMono Bold, FigStep's font, was not found "
-        f"({path or f'{FONT_NAME} is not among the fonts of this system'}). Install Debian's "
+        f"({path or f'{FONT_NAME} is not among the fonts of this system'}). Install the Debian "
         "package fonts-freefont-ttf, or name a font file with --font."
     )
 
 
 def draw_text(text: str, font: Path, *, shrink: bool = True) -> Image.Image:
-    """FigStep's image of `text` over an empty numbered list, RGB, 760 x 760.
+    """Draw FigStep's image of `text` over an empty numbered list, RGB, 760 x 760.
 
-    Black on white, 80 pixels high, wrapped at 15 characters. A text that is too long for that,
-    which FigStep's are not, is drawn as much smaller as it takes, or without `shrink` cut off.
+    Black on white, 80 pixels high, wrapped at 15 characters. A text that is too long for that (none
+    of FigStep's is) is drawn as small as needed or, without `shrink`, cut off.
 
     Raises:
-        TooLongError: the text does not fit at 20 pixels either.
+        TooLongError: the text does not fit at 20 pixels.
         RegraftError: the font cannot be read.
     """
     for size in range(FONT_SIZE, _SMALLEST - 1, -4):
@@ -77,15 +77,15 @@ def draw_text(text: str, font: Path, *, shrink: bool = True) -> Image.Image:
 
 
 def missing_letters(text: str, font: Path) -> str:
-    """The letters of `text` for which a font draws the box that stands for what it has not.
+    """The characters of `text` that a font lacks: it draws its box for missing glyphs.
 
     Raises:
         RegraftError: the font cannot be read.
     """
     face = _face(font, _SMALLEST)
     box = bytes(face.getmask(_NO_LETTER))
-    letters = dict.fromkeys(one for one in text if one.isprintable() and not one.isspace())
-    return "".join(one for one in letters if bytes(face.getmask(one)) == box)
+    letters = dict.fromkeys(c for c in text if c.isprintable() and not c.isspace())
+    return "".join(c for c in letters if bytes(face.getmask(c)) == box)
 
 
 def _face(font: Path, size: int) -> ImageFont.FreeTypeFont:
@@ -97,10 +97,9 @@ def _face(font: Path, size: int) -> ImageFont.FreeTypeFont:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was drawn, and the ids of prompts that were not.
+    """The images drawn, and the ids of prompts that were not.
 
-    Those `left_out` do not fit into an image, those `unwritten` have letters that are not in the
-    font.
+    `left_out` prompts do not fit into an image; `unwritten` ones have letters that the font lacks.
     """
 
     images: tuple[Path, ...]
@@ -114,18 +113,18 @@ def write_typographic(
     """Write a data set of images that show the prompts: `examples.jsonl` and `images/` in `out`.
 
     Every example asks FigStep's question about its image, and has the prompt as its request; id,
-    kind, category and response stay. A prompt that does not fit into its image at 20 pixels either
-    is left out, and so is one for which the font has not all letters.
+    kind, category and response stay. A prompt is left out if it does not fit into an image at 20
+    pixels, or if the font lacks one of its letters.
 
     Raises:
         RegraftError: an example has an image already, the font is missing, no prompt can be drawn,
             or `out` is not empty.
     """
     face = find_font(font)
-    if pictured := [example.id for example in reading.examples if example.image is not None]:
+    if with_image := [example.id for example in reading.examples if example.image is not None]:
         raise RegraftError(
-            f"{reading.source}: example {pictured[0]!r} has an image already; only prompts that "
-            "are text can be drawn."
+            f"{reading.source}: example {with_image[0]!r} has an image already; only text-only "
+            "prompts can be drawn."
         )
     if not distributed.first():
         return distributed.gathered(Drawn((), ()))[0]
@@ -153,8 +152,8 @@ def write_typographic(
             raise RegraftError(
                 f"{reading.source}: none of {len(reading.examples)} prompts can be drawn: "
                 f"{len(left_out)} do not fit into an image of {SIZE[0]} x {SIZE[1]}, and "
-                f"{len(unwritten)} have letters that are not in {face}. Shorten them, or name "
-                "another font with --font."
+                f"{len(unwritten)} have letters that {face} lacks. Shorten them, or name another "
+                "font with --font."
             )
         (folder / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
     return distributed.gathered(Drawn(tuple(images), tuple(left_out), tuple(unwritten)))[0]

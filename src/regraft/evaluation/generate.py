@@ -1,8 +1,8 @@
-"""Answers to the same prompts, by one version of a model or by many.
+"""Answer the same prompts with one version of a model or with many.
 
-In batches of prompts of like length, shared out over processes, resumable after every batch. Images
-are decoded in threads while the model answers the batch before. Prompts for which a model has no
-positions are found before it answers.
+Batches hold prompts of similar length, are divided among processes, and need not be repeated after
+a kill. Images are decoded in threads while the model answers the previous batch. Prompts that
+exceed the model's positions are found before it answers.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from regraft.models.load import placed
 from regraft.models.vision import VisionOutput, recorded, replayed, vision_state, without_pixels
 from regraft.progress import Advance, expect
 
-_WHAT_TO_DO = "Leave such prompts out or shorten them, or lower --max-new-tokens."
+_ADVICE = "Leave such prompts out or shorten them, or lower --max-new-tokens."
 MEMO_BYTES = 4 << 30
-_IMAGE_TOKENS = 256
+_IMAGE_TOKENS = 256  # assumed for an image in estimates of compute
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -40,32 +40,32 @@ Made = TypeVar("Made")
 def check_lengths(
     config: Any, processor: Any, examples: Sequence[Example], max_new_tokens: int
 ) -> None:
-    """Count the prompts that do not fit with their answers, without what images take.
+    """Raise where prompts and their answers exceed the model's positions, images not counted.
 
-    Text has no more tokens than bytes: only prompts that could be too long are encoded.
+    Text has at most one token per byte: only prompts that could be too long are encoded.
 
     Raises:
-        RegraftError: how many are too long, and the longest.
+        RegraftError: some are too long; it says how many, and names the longest.
     """
     positions = positions_of(config)
     if positions is None or not examples:
         return
     room = positions - max_new_tokens
-    frame = _tokens(processor, examples[0])  # and more than what the chat template adds
-    doubtful = [one for one in examples if frame + len(one.instruction.encode()) > room]
+    template = _tokens(processor, examples[0])  # no fewer than the chat template adds
+    doubtful = [one for one in examples if template + len(one.instruction.encode()) > room]
     counts = {one.id: _tokens(processor, one) for one in doubtful}
     if long := {name: count for name, count in counts.items() if count > room}:
         name = max(long, key=long.__getitem__)
         raise RegraftError(
-            f"{len(long)} of {len(examples)} prompts are too long for the model{_of(config)}, "
-            f"which has {positions:,} positions for a prompt and an answer of up to "
+            f"{len(long)} of {len(examples)} prompts are too long for the model{_location(config)},"
+            f" which has {positions:,} positions for a prompt and an answer of up to "
             f"{max_new_tokens:,} tokens: the longest, {name!r}, has {long[name]:,} tokens. "
-            f"{_WHAT_TO_DO}"
+            f"{_ADVICE}"
         )
 
 
 def check_batch(config: Any, batch: Batch, max_new_tokens: int) -> None:
-    """Raise where a prompt of the batch, with its image, does not fit with its answer."""
+    """Raise where a prompt of the batch, image included, and its answer exceed the positions."""
     positions = positions_of(config)
     if positions is None or "attention_mask" not in batch.inputs:
         return
@@ -74,24 +74,24 @@ def check_batch(config: Any, batch: Batch, max_new_tokens: int) -> None:
             raise RegraftError(
                 f"The prompt {name!r} has {count:,} tokens with its image, and the model has "
                 f"{positions:,} positions for a prompt and an answer of up to {max_new_tokens:,} "
-                f"tokens. {_WHAT_TO_DO}"
+                f"tokens. {_ADVICE}"
             )
 
 
 def _check_tokens(config: Any, batch: Batch) -> None:
-    """Raise where a token has no embedding; only of a batch that failed: some tokens need none."""
-    rows = getattr(config.get_text_config(decoder=True), "vocab_size", 2**63 - 1)
+    """Raise where a token has no embedding; only for failed batches, as some tokens need none."""
+    embeddings = getattr(config.get_text_config(decoder=True), "vocab_size", 2**63 - 1)
     ids = batch.inputs["input_ids"]
-    for row, place in (ids >= rows).nonzero().tolist()[:1]:
+    for row, position in (ids >= embeddings).nonzero().tolist()[:1]:
         raise RegraftError(
-            f"tokenizer.json makes the token {int(ids[row, place]):,} of the prompt "
-            f"{batch.ids[row]!r}, and the model{_of(config)} has {rows:,} embeddings. Take the "
-            "tokenizer of the base model."
+            f"tokenizer.json gives the prompt {batch.ids[row]!r} the token "
+            f"{int(ids[row, position]):,}, but the model{_location(config)} has {embeddings:,} "
+            "embeddings. Use the tokenizer of the base model."
         )
 
 
-def _of(config: Any) -> str:
-    """Where it is, which transformers notes in what it reads."""
+def _location(config: Any) -> str:
+    """The model's folder, as transformers records it in a config; "" if unknown."""
     return f" of {folder}" if (folder := getattr(config, "name_or_path", "")) else ""
 
 
@@ -102,42 +102,41 @@ def _tokens(processor: Any, example: Example) -> int:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A batch of prompts: their places among all, and the judge whose verdict ends an answer."""
+    """A batch of prompts: their indices, and the judge whose certain verdict ends an answer."""
 
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     judge: TextJudge | None
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """An encoded batch, and what its images became; the batch has no pixels then."""
+    """An encoded batch and, in place of its pixels, the vision part's output."""
 
     batch: Batch
     vision: VisionOutput | None
 
     @property
     def bytes(self) -> int:
-        held = sum(one.untyped_storage().nbytes() for one in self.batch.inputs.values())
-        return held + (0 if self.vision is None else self.vision.bytes)
+        inputs = sum(one.untyped_storage().nbytes() for one in self.batch.inputs.values())
+        return inputs + (0 if self.vision is None else self.vision.bytes)
 
 
 class Answerer:
-    """Puts the same prompts to many versions of a model.
+    """Answers the same prompts with many versions of a model.
 
-    The first version has them encoded and takes the images through its vision part. Both are kept
-    in host memory, up to `memo_bytes`, and handed to later versions with the same vision part
-    (pruned, patched or realigned ones, whose text decoder alone differs). What is not kept, for
-    want of memory or because the vision part is another one, is made again. Answers are the same
-    either way.
+    Encoded batches and outputs of the vision part are kept in host memory, up to `memo_bytes`, for
+    later versions with the same vision part (pruned, patched or realigned ones, which differ in the
+    text decoder only). What does not fit, or comes from another vision part, is computed again.
+    Answers are the same either way.
 
     Args:
-        judge: End an answer once this judge's verdict on it is certain, where nothing else is
-            measured (harmful prompts and those without a reference). Prompts of that kind are then
-            answered in batches of their own.
-        memo_bytes: Host memory for what is kept.
+        judge: End an answer once this judge's verdict on it is certain, if nothing else is measured
+            (harmful prompts and those without a reference). These prompts then form batches of
+            their own.
+        memo_bytes: Limit on the memory for batches and outputs.
     """
 
     def __init__(
@@ -165,45 +164,45 @@ class Answerer:
         partial: Path | None = None,
         advance: Advance = lambda _: None,
     ) -> list[str]:
-        """Answer every prompt greedily, in order: the most likely token, nothing else.
+        """Answer every prompt greedily, see `greedy.answer`.
 
         Args:
-            model: A version of it, in eval mode.
-            max_new_tokens: Length of an answer.
-            partial: Scratch folder of this very evaluation, seen by all processes. Each finished
-                batch is a file in it; after a kill those found there are kept, whichever and
-                however many processes wrote them.
+            model: A version of the model, in eval mode.
+            max_new_tokens: Longest answer, in tokens.
+            partial: Scratch folder of this evaluation only, shared by all processes. Each finished
+                batch is a file in it; after a kill finished batches are read from it, no matter how
+                many processes wrote them.
             advance: Called with the `answering_tokens` of the prompts just answered.
 
         Returns:
-            One answer an example, special tokens and surrounding white space removed.
+            One answer per example, in order, without special tokens and surrounding white space.
         """
         state = vision_state(model) if self._memo_bytes else None
         if state is None or state != self._vision:
             self._kept, self.kept_bytes, self._vision = {}, 0, state
 
-        def made(chunks: Sequence[_Chunk]) -> Iterator[tuple[int, list[str]]]:
-            for place, (chunk, images) in enumerate(prefetch(self._images, chunks)):
-                yield place, self._answer(model, chunk, max_new_tokens, images)
+        def answer_chunks(chunks: Sequence[_Chunk]) -> Iterator[tuple[int, list[str]]]:
+            for i, (chunk, images) in enumerate(prefetch(self._images, chunks)):
+                yield i, self._answer(model, chunk, max_new_tokens, images)
                 advance(answering_tokens(self._examples(chunk), max_new_tokens))
 
-        def kept(chunk: _Chunk) -> None:
+        def skip(chunk: _Chunk) -> None:
             expect(advance, -answering_tokens(self._examples(chunk), max_new_tokens))
 
-        found = resumable_map(self._chunks, made, partial, "answers", kept)
-        answered = {
-            place: text
-            for chunk, texts in zip(self._chunks, found, strict=True)
-            for place, text in zip(chunk.places, texts, strict=True)
+        answered = resumable_map(self._chunks, answer_chunks, partial, "answers", skip)
+        by_index = {
+            i: text
+            for chunk, texts in zip(self._chunks, answered, strict=True)
+            for i, text in zip(chunk.indices, texts, strict=True)
         }
-        return [answered[place] for place in range(len(self.examples))]
+        return [by_index[i] for i in range(len(self.examples))]
 
     def _images(self, chunk: _Chunk) -> dict[Path, Image.Image]:
-        """Of a batch, unless what became of them is kept."""
+        """Decode a batch's images, unless the vision part's output for them is kept."""
         return {} if chunk in self._kept else decoded(self._examples(chunk))
 
     def _examples(self, chunk: _Chunk) -> list[Example]:
-        return [self.examples[place] for place in chunk.places]
+        return [self.examples[i] for i in chunk.indices]
 
     def _answer(
         self,
@@ -236,7 +235,7 @@ class Answerer:
         return texts
 
     def _keep(self, chunk: _Chunk, batch: Batch, outputs: Sequence[VisionOutput]) -> None:
-        """Keep a batch for later versions, without pixels where its images went in at once."""
+        """Keep a batch for later versions; without its pixels if one vision call took them all."""
         kept = _Kept(batch, None)
         if len(outputs) == 1:
             kept = _Kept(replace(batch, inputs=without_pixels(batch.inputs)), outputs[0])
@@ -246,9 +245,9 @@ class Answerer:
 
 
 def answering_tokens(examples: Sequence[Example], max_new_tokens: int) -> int:
-    """What answering takes, in tokens: those of the prompts, about, and of whole answers.
+    """Estimate the tokens that answering processes: the prompts and answers of full length.
 
-    Text counts a token for four bytes, and an image for 256 tokens, so that nothing is encoded.
+    Nothing is encoded for it: four bytes of text count as a token, an image as 256.
     """
     prompts = (
         len(one.instruction.encode()) // 4 + (_IMAGE_TOKENS if one.image else 0) for one in examples
@@ -272,16 +271,16 @@ def generate(
 
 
 def _chunks(examples: Sequence[Example], batch_size: int, judge: TextJudge | None) -> list[_Chunk]:
-    """All examples; with a judge first those that end by it, then the others.
+    """Batches of all examples; with a judge, first of those whose answers it may end.
 
-    Of each kind those without image come first, then those with smaller images, and of like images
-    those with shorter text: like stands beside like, so that little is padded.
+    Within a kind, prompts without an image come first, then those with smaller images, and among
+    similar images those with shorter text, to keep padding short.
     """
-    places = range(len(examples))
-    kinds: list[tuple[Sequence[int], TextJudge | None]] = [(places, None)]
+    indices = range(len(examples))
+    kinds: list[tuple[Sequence[int], TextJudge | None]] = [(indices, None)]
     if judge is not None:
-        whole = {place for place in places if is_compared(examples[place])}
-        kinds = [([place for place in places if place not in whole], judge), (sorted(whole), None)]
+        compared = {i for i in indices if is_compared(examples[i])}
+        kinds = [([i for i in indices if i not in compared], judge), (sorted(compared), None)]
     return [
         _Chunk(chunk, ender)
         for members, ender in kinds
@@ -291,17 +290,17 @@ def _chunks(examples: Sequence[Example], batch_size: int, judge: TextJudge | Non
 
 
 def _by_length(examples: Sequence[Example], members: Sequence[int], image: bool) -> list[int]:
-    fit = [place for place in members if (examples[place].image is not None) == image]
-    return sorted(fit, key=lambda place: length_class(examples[place]))
+    selected = [i for i in members if (examples[i].image is not None) == image]
+    return sorted(selected, key=lambda i: length_class(examples[i]))
 
 
 def prefetch(
     make: Callable[[Item], Made], items: Iterable[Item], depth: int = 2
 ) -> Iterator[tuple[Item, Made]]:
-    """Each item with what `make` made of it, in order; up to `depth` items are made ahead.
+    """Yield (item, make(item)) in order, with up to `depth` items computed ahead in threads.
 
     Raises:
-        Exception: what `make` raises, when its item's turn comes.
+        Exception: whatever `make` raises, when its item's turn comes.
     """
     waiting: deque[tuple[Item, Future[Made]]] = deque()
     with ThreadPoolExecutor(depth) as pool:
@@ -313,6 +312,6 @@ def prefetch(
                     yield first, future.result()
             for first, future in waiting:
                 yield first, future.result()
-        finally:  # where something was raised, here or by whoever takes the items
+        finally:  # also if `make` or the consumer raised
             for _, future in waiting:
                 future.cancel()

@@ -1,4 +1,4 @@
-"""One batch of prompts -> greedy answers."""
+"""Answer one batch of prompts greedily."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from regraft.evaluation.judges import TextJudge
 from regraft.models.generation import answer_start, greedily, is_plain, with_shared_prefix
 
-# What later tokens may still change at the end of decoded text: a character whose bytes are not all
-# there, a space that a tokenizer's clean-up removes before punctuation or a contraction.
+# Characters at the end of decoded text that later tokens may still change: one whose bytes are
+# incomplete, a space that a tokenizer's clean-up removes before punctuation or a contraction.
 _UNSURE = 16
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # such tokens decode together, or each to a replacement
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # such tokens decode together, or each to U+FFFD
 
 
 @torch.no_grad()
@@ -27,34 +27,34 @@ def answer(
     max_new_tokens: int,
     judge: TextJudge | None = None,
 ) -> list[str]:
-    """The most likely token, again and again.
+    """Generate answers from the most likely token at every step.
 
-    Sampling, repetition penalties and the like of the checkpoint's generation config are left out,
-    so that two models answer under the same rule.
+    Sampling, repetition penalties and similar settings of the checkpoint's generation config are
+    ignored, so that two models answer under the same rule.
 
     Args:
         model: In eval mode.
         processor: Its processor.
         inputs: Of B prompts, padded on the left, on the model's device.
-        max_new_tokens: Length of an answer, in tokens.
-        judge: End each answer once this judge's verdict on it cannot change any more; only of
-            models that `is_plain`.
+        max_new_tokens: Longest answer, in tokens.
+        judge: End each answer once this judge's verdict on it is certain; ignored unless the model
+            `is_plain`.
 
     Returns:
-        B answers, special tokens and surrounding white space removed.
+        B answers, without special tokens and surrounding white space.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     plain = is_plain(model)
-    given = with_shared_prefix(model, inputs) if plain else dict(inputs)
+    prompts = with_shared_prefix(model, inputs) if plain else dict(inputs)
     settled = None
-    if judge is not None and plain:  # of others it is not known where in the tokens answers are
+    if judge is not None and plain:  # for others the answer's first token is not known yet
         settled = _Settled(tokenizer, judge, inputs["input_ids"].shape[1])
     ends, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
     with greedily(model, max_new_tokens, ends, padding), contiguous_head(model):
         tokens = model.generate(  # type: ignore[operator]
-            **given, stopping_criteria=None if settled is None else [settled]
+            **prompts, stopping_criteria=None if settled is None else [settled]
         )
-    start = answer_start(model, given["input_ids"], tokens)
+    start = answer_start(model, prompts["input_ids"], tokens)
     new = tokens[:, start:].tolist()  # [B, new tokens]
     if settled is not None:
         new = [row[: settled.ends.get(b)] for b, row in enumerate(new)]
@@ -62,9 +62,9 @@ def answer(
 
 
 class _Settled:
-    """A stopping criterion of `generate`: rows end where the verdict on them is certain.
+    """A stopping criterion for `generate`: a row ends once the verdict on it is certain.
 
-    `ends` holds the number of new tokens of the rows that ended so.
+    `ends` maps each row that ended this way to its number of new tokens.
     """
 
     def __init__(self, tokenizer: Any, judge: TextJudge, start: int) -> None:
@@ -76,9 +76,9 @@ class _Settled:
     def __call__(self, input_ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:
         """Which rows are done, `[B]` bool, after the tokens `[B, S]` so far."""
         new = input_ids[:, self._start :].tolist()
-        going = [b for b in range(len(new)) if b not in self.ends]
-        texts = self._tokenizer.batch_decode([new[b] for b in going], skip_special_tokens=True)
-        for b, text in zip(going, texts, strict=True):
+        unfinished = [b for b in range(len(new)) if b not in self.ends]
+        texts = self._tokenizer.batch_decode([new[b] for b in unfinished], skip_special_tokens=True)
+        for b, text in zip(unfinished, texts, strict=True):
             if self._judge.settled(text[:-_UNSURE]) and not self._is_byte(new[b][-1]):
                 self.ends[b] = len(new[b])
         done = [b in self.ends for b in range(len(new))]
@@ -90,12 +90,12 @@ class _Settled:
 
 @contextmanager
 def contiguous_head(model: Any) -> Iterator[None]:
-    """Hand the output embedding tensors whose strides are those of their shape.
+    """Give the output embedding contiguous inputs.
 
-    After the prompt `generate` takes `hidden[:, -1:]`, whose rows lie apart in memory. On a CPU
-    torch makes a batched product of it if the weight is frozen, and copies the weight for every row
-    (bfloat16, vocabulary of 152,000, 32 rows: 53 s and 8 GB). Of one row, too, which
-    `Tensor.contiguous` leaves as it is.
+    After the prompt `generate` takes `hidden[:, -1:]`, whose rows are not adjacent in memory. If
+    the weight is frozen, torch on a CPU then computes a batched product and copies the weight for
+    every row (bfloat16, vocabulary of 152,000, 32 rows: 53 s and 8 GB). It does so for one row too,
+    which `Tensor.contiguous` returns unchanged; hence the clone.
     """
     head = model.get_output_embeddings()
     if head is None:

@@ -1,4 +1,4 @@
-"""Judges that are models run here: asked in their own words, and answering greedily."""
+"""Judges that are models on this machine: prompted in their own format, answering greedily."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from regraft.models.load import load_model, load_processor, open_answering, plac
 from regraft.models.resolve import resolve
 from regraft.progress import Advance
 
-_MAX_NEW_TOKENS = 64  # "Safety: Controversial, Categories: ..., Refusal: No" is 20 to 35
+_MAX_NEW_TOKENS = 64  # "Safety: Controversial, Categories: ..., Refusal: No" takes 20 to 35
 
 
 @dataclass(frozen=True)
 class GuardKind(JudgeKind):
-    """Guards of one family: how they are asked, and how what they write is read.
+    """A family of guard models: how they are prompted, and how their output is read.
 
     Args:
-        name: What stands before the colon in NAME:MODEL, MODEL being a folder or a hub id.
-        read: From what the model wrote to the verdict.
-        prompt: What it is asked, where that is not its chat template; it then reads text only.
+        name: The NAME in NAME:MODEL; MODEL is a folder or a hub id.
+        read: Turns the model's output into a verdict.
+        prompt: Makes the prompt in place of the chat template; the judge then reads text only.
         generation_prompt: Whether the chat template adds the start of an answer.
     """
 
@@ -44,7 +44,7 @@ class GuardKind(JudgeKind):
         return {"model": open_checkpoint(resolve(argument)).fingerprint}
 
     def load(self, argument: str, compute: Compute) -> Guard:
-        source = open_answering(argument)  # no code that comes with it is run
+        source = open_answering(argument)  # does not run the checkpoint's code
         network = load_model(source, dtype=compute.dtype, device=compute.device)
         processor = load_processor(source)
         name = f"{self.name}:{Path(argument).name}"
@@ -53,7 +53,7 @@ class GuardKind(JudgeKind):
 
 @dataclass(frozen=True)
 class Guard:
-    """A judge in memory; `processor` is a tokenizer where it reads text only."""
+    """A judge in memory; `processor` is a tokenizer if it reads text only."""
 
     kind: GuardKind
     name: str
@@ -62,16 +62,16 @@ class Guard:
     batch_size: int
 
     def verdicts(self, exchanges: Sequence[Exchange], advance: Advance) -> list[Verdict]:
-        """One verdict an exchange, in order.
+        """One verdict per exchange, in order.
 
         Raises:
             RegraftError: there is an image and the judge reads text only, or no chat template.
         """
         self.check(exchanges)
         found: dict[int, Verdict] = {}
-        for sees in (False, True):
-            places = [i for i, one in enumerate(exchanges) if (one.image is not None) == sees]
-            for chunk in batches(places, self.batch_size):
+        for image in (False, True):
+            indices = [i for i, one in enumerate(exchanges) if (one.image is not None) == image]
+            for chunk in batches(indices, self.batch_size):
                 inputs = self._encode([exchanges[i] for i in chunk])
                 batch = placed(Batch(inputs, None, ()), self.model)
                 texts = answer(self.model, self.processor, batch.inputs, _MAX_NEW_TOKENS)
@@ -80,13 +80,13 @@ class Guard:
         return [found[i] for i in range(len(exchanges))]
 
     def check(self, exchanges: Sequence[Exchange]) -> None:
-        """See that the judge can be asked about these.
+        """Check that the judge can read these exchanges.
 
         Raises:
             RegraftError: there is an image, and it reads text only.
         """
-        sees = self.kind.prompt is None and self.processor is not self._tokenizer
-        if not sees and any(one.image is not None for one in exchanges):
+        sees_images = self.kind.prompt is None and self.processor is not self._tokenizer
+        if not sees_images and any(one.image is not None for one in exchanges):
             raise RegraftError(f"The judge {self.name} reads text only; judge without images.")
 
     @property
@@ -98,24 +98,24 @@ class Guard:
         if len(exchanges) > 1 and tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"
-        how = {"return_tensors": "pt", "padding": len(exchanges) > 1}
+        options = {"return_tensors": "pt", "padding": len(exchanges) > 1}
         if (prompt := self.kind.prompt) is not None:
-            return dict(tokenizer([prompt(one) for one in exchanges], **how))
-        sees = self.processor is not tokenizer
-        in_parts = sees or self._in_parts()
+            return dict(tokenizer([prompt(one) for one in exchanges], **options))
+        sees_images = self.processor is not tokenizer
+        in_parts = sees_images or self._in_parts()
         texts = [self._conversation(one, in_parts) for one in exchanges]
-        if not sees:
-            return dict(tokenizer(texts, add_special_tokens=False, **how))
+        if not sees_images:
+            return dict(tokenizer(texts, add_special_tokens=False, **options))
         images = [[open_image(one.image)] for one in exchanges if one.image is not None]
         return dict(
-            self.processor(text=texts, images=images or None, add_special_tokens=False, **how)
+            self.processor(text=texts, images=images or None, add_special_tokens=False, **options)
         )
 
     def _in_parts(self) -> bool:
-        """Whether the template takes messages as lists of parts, rather than as texts.
+        """Whether the template takes messages as lists of parts rather than as texts.
 
         Raises:
-            RegraftError: it writes neither down.
+            RegraftError: the template shows neither.
         """
         probe = Exchange("prompt-to-be-found", "answer-to-be-found", None)
         for in_parts in (False, True):
@@ -123,7 +123,7 @@ class Guard:
             if probe.prompt in text and probe.answer in text:
                 return in_parts
         raise RegraftError(
-            f"The chat template of the judge {self.name} writes down no prompt and answer, so that "
+            f"The chat template of the judge {self.name} leaves out the prompt or the answer, so "
             "nothing would be judged. Put the model's own chat_template.jinja into its folder."
         )
 
@@ -138,7 +138,7 @@ class Guard:
         ]
         if getattr(self.processor, "chat_template", None) is None:
             raise RegraftError(
-                f"The judge {self.name} has no chat template, in which it is asked. Put its "
+                f"The judge {self.name} has no chat template, which its prompt needs. Put its "
                 "chat_template.jinja into its folder."
             )
         text: str = self.processor.apply_chat_template(

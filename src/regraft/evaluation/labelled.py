@@ -1,4 +1,4 @@
-"""How good a judge is: its verdicts against labels that people gave."""
+"""Measure judges against labels given by people."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HARMS = ("unsafe", "harmful", "true", "yes", "1")
 class Labelled:
     """An exchange and whether people said yes to the question: a refusal, or harmful content.
 
-    `label` is what they said, as in the file.
+    `label` is their answer as it is in the file.
     """
 
     exchange: Exchange
@@ -40,12 +40,12 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Labels:
-    """Which labelled rows are read, and what their labels say.
+    """Which labelled rows are read, and which labels mean yes.
 
     Args:
-        question: Whether the answer refuses, or whether it does harm.
-        positive: Labels that mean yes; the usual ones of the question if empty.
-        ids: Only rows whose id is even, or odd.
+        question: Whether the answer refuses, or whether it is harmful.
+        positive: Labels that mean yes; the usual ones for the question if empty.
+        ids: All rows, or only those whose id is even or odd.
     """
 
     question: Question = "refusal"
@@ -59,11 +59,11 @@ class Labels:
 
 @dataclass(frozen=True)
 class Difference:
-    """A judge's accuracy less that of the best other one, on the same answers.
+    """A judge's accuracy minus that of the best other one, on the same answers.
 
-    The 95 % interval is the bootstrap's over prompts. `p` is two-sided and exact: where the judges
-    are alike, a prompt's difference in right answers is as likely as its opposite (Fisher 1935; of
-    one answer a prompt this is McNemar's test). It is not corrected for the choice of the best.
+    The 95 % interval is the bootstrap's over prompts. `p` is two-sided and exact: if the judges are
+    equally good, a prompt's difference in right verdicts is as likely as its opposite (Fisher 1935;
+    with one answer per prompt, McNemar's test). It is not corrected for choosing the best.
     """
 
     other: str
@@ -75,13 +75,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Quality:
-    """A judge against people. Answers without a verdict (`unread`) count as wrong, and for
-    `kappa` as a no.
+    """A judge measured against people.
 
-    Answers to one prompt are no independent draws: `n` of a rate is the number of prompts, and its
-    interval Wilson's where each has one answer, otherwise the percentile bootstrap's over prompts.
-    `precision` is None where the judge says yes to nothing, `recall` where people do. `against` is
-    None where there is no other judge.
+    Answers without a verdict (`unread`) count as wrong, and for `kappa` as a no. Answers to one
+    prompt are not independent: `n` of a rate is the number of prompts, and its interval Wilson's if
+    each has one answer, otherwise the percentile bootstrap's over prompts. `precision` is None if
+    the judge never says yes, `recall` if people never do, `against` if there is no other judge.
     """
 
     judge: str
@@ -95,7 +94,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Bench:
-    """Judges against the labels of one file, which were taken as yes and as no."""
+    """Judges measured against one file, with the labels that were taken as yes and as no."""
 
     answers: int
     prompts: int
@@ -108,8 +107,8 @@ def read_labelled(path: Path, wanted: Labels) -> tuple[Labelled, ...]:
     """Read a CSV of answers with labels, such as XSTest's completions.
 
     Columns: prompt (or instruction, question, behavior), completion (or answer, response,
-    generation), and final_label (or label, human_label); the number at the end of `id` is even or
-    odd. Labels are read in any capitals; those that do not mean yes mean no.
+    generation), and final_label (or label, human_label); the number at the end of `id` decides even
+    or odd. Labels may be upper or lower case; those that do not mean yes mean no.
 
     Raises:
         RegraftError: the file, a column or a value is missing or wrong, or no label is a yes.
@@ -124,9 +123,9 @@ def read_labelled(path: Path, wanted: Labels) -> tuple[Labelled, ...]:
     if not labels & positive:
         raise RegraftError(
             f"{path}: no label means yes. Labels found: {', '.join(sorted(labels)[:8])}; "
-            "say which do with --positive."
+            "name those that do with --positive."
         )
-    found = tuple(
+    labelled = tuple(
         Labelled(
             Exchange(row.text(prompt), row.text(answer, blank=True)),
             row.text(label).casefold() in positive,
@@ -135,9 +134,9 @@ def read_labelled(path: Path, wanted: Labels) -> tuple[Labelled, ...]:
         for row in rows
         if wanted.ids == "all" or _is_even(row) == (wanted.ids == "even")
     )
-    if not found:
+    if not labelled:
         raise RegraftError(f"{path} has no row whose id is {wanted.ids}.")
-    return found
+    return labelled
 
 
 def bench(
@@ -145,7 +144,7 @@ def bench(
     judges: Sequence[tuple[str, Sequence[Verdict]]],
     question: Question,
 ) -> Bench:
-    """Judges (a name, and a verdict an answer) against labels and against each other.
+    """Measure judges (name, one verdict per answer) against labels and against each other.
 
     Raises:
         RegraftError: a judge does not answer this question.
@@ -157,8 +156,8 @@ def bench(
         others = [k for k in range(len(rows)) if k != i]
         if others:
             best = max(others, key=lambda k: sum(right[k]))
-            found = _difference(prompts, right[i], right[best], rows[best].judge)
-            rows[i] = replace(row, against=found)
+            difference = _difference(prompts, right[i], right[best], rows[best].judge)
+            rows[i] = replace(row, against=difference)
     labels = {
         yes: sorted({one.label for one in labelled if one.yes == yes}) for yes in (True, False)
     }
@@ -175,9 +174,9 @@ def quality(
     Raises:
         RegraftError: the judge does not answer this question.
     """
-    said = [_said(one, question) for one in verdicts]
-    if all(one is None for one in said):
-        asked = "refuses" if question == "refusal" else "does harm"
+    replies = [_reply(one, question) for one in verdicts]
+    if all(one is None for one in replies):
+        asked = "refuses" if question == "refusal" else "is harmful"
         other = "harm" if question == "refusal" else "refusal"
         raise RegraftError(
             f"{judge} does not say whether an answer {asked}; it can be measured with labels of "
@@ -185,7 +184,7 @@ def quality(
         )
     prompts = [one.exchange.prompt for one in labelled]
     wanted = [one.yes for one in labelled]
-    claimed = [yes is True for yes in said]
+    claimed = [yes is True for yes in replies]
     true = [a and b for a, b in zip(wanted, claimed, strict=True)]
     accuracy = _rate(prompts, _right(labelled, verdicts, question), [True] * len(prompts))
     assert accuracy is not None  # there is a label
@@ -195,11 +194,11 @@ def quality(
         _rate(prompts, true, claimed),
         _rate(prompts, true, wanted),
         cohen_kappa(wanted, claimed),
-        sum(yes is None for yes in said),
+        sum(yes is None for yes in replies),
     )
 
 
-def _said(verdict: Verdict, question: Question) -> bool | None:
+def _reply(verdict: Verdict, question: Question) -> bool | None:
     return verdict.refused if question == "refusal" else verdict.unsafe
 
 
@@ -207,24 +206,24 @@ def _right(
     labelled: Sequence[Labelled], verdicts: Sequence[Verdict], question: Question
 ) -> list[bool]:
     pairs = zip(labelled, verdicts, strict=True)
-    return [one.yes == _said(verdict, question) for one, verdict in pairs]
+    return [one.yes == _reply(verdict, question) for one, verdict in pairs]
 
 
 def _rate(
     prompts: Sequence[str], events: Sequence[bool], counted: Sequence[bool]
 ) -> Estimate | None:
-    """How often the event is seen among the answers that count; None where none does.
+    """Rate of an event among the answers that are counted; None if none is.
 
-    The interval is Wilson's over prompts where the answers to each agree, and are equally many or
-    all agree; otherwise the bootstrap's.
+    The interval is Wilson's over prompts if the answers to each prompt agree, and either all
+    prompts have equally many answers or all answers agree; otherwise the bootstrap's.
     """
-    asked = [prompt for prompt, counts in zip(prompts, counted, strict=True) if counts]
-    if not asked:
+    kept = [prompt for prompt, counts in zip(prompts, counted, strict=True) if counts]
+    if not kept:
         return None
-    seen = [event for event, counts in zip(events, counted, strict=True) if counts]
-    hits, sizes = _per_prompt(asked, seen), _per_prompt(asked, [True] * len(asked))
-    alike = (hits == 0) | (hits == sizes)
-    if alike.all() and (np.unique(sizes).size == 1 or np.unique(hits == 0).size == 1):
+    kept_events = [event for event, counts in zip(events, counted, strict=True) if counts]
+    hits, sizes = _per_prompt(kept, kept_events), _per_prompt(kept, [True] * len(kept))
+    agree = (hits == 0) | (hits == sizes)
+    if agree.all() and (np.unique(sizes).size == 1 or np.unique(hits == 0).size == 1):
         return wilson(int((hits > 0).sum()), hits.size)
     return bootstrap_ratio(hits, sizes)
 
@@ -232,14 +231,14 @@ def _rate(
 def _difference(
     prompts: Sequence[str], one: Sequence[bool], best: Sequence[bool], name: str
 ) -> Difference:
-    right, rights = _per_prompt(prompts, one), _per_prompt(prompts, best)
+    ours, theirs = _per_prompt(prompts, one), _per_prompt(prompts, best)
     sizes = _per_prompt(prompts, [True] * len(prompts))
-    less = bootstrap_ratio(right - rights, sizes)
-    return Difference(name, less.value, less.low, less.high, paired_exact([right], [rights]).p)
+    mean = bootstrap_ratio(ours - theirs, sizes)
+    return Difference(name, mean.value, mean.low, mean.high, paired_exact([ours], [theirs]).p)
 
 
 def _per_prompt(prompts: Sequence[str], events: Sequence[bool]) -> NDArray[np.int64]:
-    """How many of each prompt's answers have the event, prompts in the order they come."""
+    """How many of each prompt's answers have the event, by first appearance of the prompt."""
     counts: Counter[str] = Counter()
     for prompt, event in zip(prompts, events, strict=True):
         counts[prompt] += event
@@ -256,5 +255,5 @@ def _column(path: Path, row: Row, names: Sequence[str]) -> str:
 
 
 def _is_even(row: Row) -> bool:
-    number = row.number_in("id", "text that ends in a number, to tell even from odd", after="-")
+    number = row.number_in("id", "text that ends in a number, for --ids even or odd", after="-")
     return number % 2 == 0

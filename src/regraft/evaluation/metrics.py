@@ -17,15 +17,15 @@ from scipy.special import ndtri
 from regraft.evaluation.results import Estimate
 
 RESAMPLES = 10_000
-SEED = 0  # of their draws: the same answers give the same interval
+SEED = 0  # of resampling: the same answers give the same interval
 _DRAWS_AT_ONCE = 2**22  # 32 MiB of indices
 _TAIL = (0.025, 0.975)
 _Z = float(ndtri(_TAIL[1]))
-_NOTHING_LOST = 1e-12  # by which means of rates that are equal may differ
+_NOTHING_LOST = 1e-12  # rounding error between means of equal rates
 
 
 def rate_of(events: Iterable[bool | None]) -> Estimate | None:
-    """How often an event is seen where anybody says whether it is; None where nobody does."""
+    """The rate of an event over the values that are not None; None if all are."""
     known = [event for event in events if event is not None]
     return wilson(sum(known), len(known)) if known else None
 
@@ -62,9 +62,9 @@ def bootstrap_mean(values: ArrayLike) -> Estimate:
 
 
 def bootstrap_ratio(parts: ArrayLike, wholes: ArrayLike) -> Estimate:
-    """sum(parts) / sum(wholes) of units, with its percentile bootstrap interval over these.
+    """sum(parts) / sum(wholes) over units, with its percentile bootstrap interval over units.
 
-    As a mean over answers or tokens of which a unit, a prompt or a document, has several.
+    It is a mean over answers or tokens, of which each unit, a prompt or a document, has several.
     """
     a, b = (np.asarray(one, dtype=np.float64) for one in (parts, wholes))
     interval = _resampled(a.size, lambda rows: a[rows].sum(axis=1) / b[rows].sum(axis=1))
@@ -72,10 +72,10 @@ def bootstrap_ratio(parts: ArrayLike, wholes: ArrayLike) -> Estimate:
 
 
 def clustered_mean(values: ArrayLike) -> Estimate:
-    """The mean of similarities in [0, 1], one a prompt or as many of each: `[answers, prompts]`.
+    """The mean of similarities in [0, 1], `[prompts]` or `[answers, prompts]`.
 
-    With the interval of `clustered_rate` where every answer is right or wrong, and otherwise that
-    of `bootstrap_mean` over the prompts' means, which has no width where all are equal.
+    Its interval is that of `clustered_rate` if every answer is right or wrong, otherwise that of
+    `bootstrap_mean` over the prompts' means, which has no width if all are equal.
 
     Raises:
         ValueError: as `bootstrap_mean`.
@@ -87,13 +87,13 @@ def clustered_mean(values: ArrayLike) -> Estimate:
 
 
 def clustered_difference(ours: ArrayLike, theirs: ArrayLike) -> Estimate:
-    """The mean of a method's similarities less another's, both `[answers, prompts]`.
+    """A method's mean similarity minus another's, both from `[answers, prompts]`.
 
-    With the interval of `paired_difference` where every answer is right or wrong, and otherwise
-    that of `bootstrap_mean`; how many answers a prompt has may differ.
+    Its interval is that of `paired_difference` if every answer is right or wrong, otherwise that of
+    `bootstrap_mean`. The two methods may have different numbers of answers.
 
     Raises:
-        ValueError: as `bootstrap_mean`; the prompts are not as many.
+        ValueError: as `bootstrap_mean`; or the numbers of prompts differ.
     """
     a, b = (np.asarray(one, dtype=np.float64) for one in (ours, theirs))
     differences = a.mean(axis=0) - b.mean(axis=0)
@@ -103,9 +103,9 @@ def clustered_difference(ours: ArrayLike, theirs: ArrayLike) -> Estimate:
 
 
 def macro_average(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of independent estimates, each counting the same, however large its sample.
+    """The unweighted mean of independent estimates, however large their samples.
 
-    Their distances to the ends of their intervals add up in squares, as standard errors do (MOVER,
+    The distances to the ends of their intervals add up in squares, as standard errors do (MOVER,
     Zou and Donner 2008); `n` is the sum. One estimate is its own average.
 
     Raises:
@@ -122,15 +122,14 @@ def macro_average(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def clustered_rate(events: ArrayLike, answers: int) -> Estimate:
-    """The rate of an event where each prompt has as many answers, of as many models.
+    """The rate of an event if every prompt has equally many answers, one per model.
 
-    Answers to one prompt are no independent draws, so `n` is the number of prompts, and the
-    interval is Wilson's of the mean rate at that n. It is never too narrow for that: a prompt's
-    share of events varies most, between prompts, where all of its answers agree. `count` is given
-    where they do.
+    Answers to one prompt are not independent draws, so `n` is the number of prompts, and the
+    interval is Wilson's for the mean rate at that n. It is never too narrow: shares of events vary
+    most between prompts if all answers to a prompt agree. Only then is `count` given.
 
     Args:
-        events: How many of a prompt's answers had the event.
+        events: How many of each prompt's answers have the event.
         answers: How many answers each prompt has.
 
     Raises:
@@ -148,12 +147,12 @@ def clustered_rate(events: ArrayLike, answers: int) -> Estimate:
 def paired_difference(differences: ArrayLike) -> Estimate:
     """The mean difference of two rates on the same prompts, with a 95 % interval.
 
-    Agresti and Min's interval (2005): Wald's after half a prompt is added to each of the four ways
-    in which two yes/no outcomes can fall. It has a width where no prompt differs too. Where a
-    prompt has several answers, its difference is that of its shares of events.
+    Agresti and Min's interval (2005): Wald's, after half a prompt is added to each of the four
+    combinations of two yes/no outcomes. It has a width even if no prompt differs. If a prompt has
+    several answers, its difference is that of its shares of events.
 
     Args:
-        differences: One a prompt, in [-1, 1].
+        differences: One per prompt, in [-1, 1].
 
     Raises:
         ValueError: there is none, or one is out of range.
@@ -171,12 +170,12 @@ def paired_difference(differences: ArrayLike) -> Estimate:
 def _resampled(
     n: int, statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]]
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of a statistic of resamples, indices `[k, n]` to `[k]`."""
+    """Percentile bootstrap interval of a statistic, from indices of resamples `[k, n]` to `[k]`."""
     generator = np.random.default_rng(SEED)
     block = max(1, _DRAWS_AT_ONCE // n)
     sizes = (min(block, RESAMPLES - start) for start in range(0, RESAMPLES, block))
-    drawn = [statistic(generator.integers(n, size=(size, n))) for size in sizes]
-    return _percentiles(np.concatenate(drawn))
+    values = [statistic(generator.integers(n, size=(size, n))) for size in sizes]
+    return _percentiles(np.concatenate(values))
 
 
 def _percentiles(values: ArrayLike) -> tuple[float, float]:
@@ -188,7 +187,7 @@ def _percentiles(values: ArrayLike) -> tuple[float, float]:
 class Recovery:
     """The restored safety rate (RSR) as a fraction, and its case in words.
 
-    `value` is None where pruning did not raise ASR, since nothing was lost then.
+    `value` is None if pruning did not raise ASR: nothing was lost.
     """
 
     value: float | None
@@ -225,17 +224,17 @@ def bootstrap_rsr(
     """The paired bootstrap interval of RSR over attack successes on the same prompts.
 
     Prompts are resampled 10,000 times, each with its three outcomes, so that a prompt's answers
-    stay together. Among those drawn from are half a prompt that was lost and restored and half a
-    prompt that was lost for good, as Agresti and Min (2005) add to paired differences: without them
-    the interval has no width where all or none were restored, and is too narrow near that.
-    Resamples in which pruning did not raise ASR have no RSR and are left out; None where they are
-    more than 2.5 %. Where ASR is the mean over several data sets, each counting the same, prompts
-    are resampled within theirs, and half a prompt of each kind is added to each.
+    stay together. The sample is extended by half a prompt that was lost and restored and half a
+    prompt that was lost for good, as Agresti and Min (2005) do for paired differences: without them
+    the interval has no width if all or none were restored, and is too narrow close to that.
+    Resamples in which pruning did not raise ASR have no RSR and are left out; the result is None if
+    they are more than 2.5 %. If ASR is the mean over several data sets, each counting the same,
+    prompts are resampled within each, and the two half prompts are added to each.
 
     Args:
-        strata: Of each data set, for each prompt in how many of `answers` the attack on the dense,
-            the pruned and the restored model succeeded.
-        answers: How many each prompt has; several where runs by several seeds are pooled.
+        strata: For each data set and each of its prompts, in how many of `answers` the attack on
+            the dense, the pruned and the restored model succeeded.
+        answers: Answers per prompt and model; several if runs with several seeds are pooled.
 
     Raises:
         ValueError: there is no data set, or one without prompts.
@@ -246,12 +245,12 @@ def bootstrap_rsr(
     means = np.zeros((3, RESAMPLES))
     for rows in strata:
         attacks = _resampled_attacks(np.array(rows, dtype=np.int64).T, answers, generator)
-        # Of one data set counts do: the common factor cancels, and "nothing lost" stays exact.
+        # For one data set counts suffice: the factor cancels, and "nothing lost" stays exact.
         means += attacks if len(strata) == 1 else attacks / len(rows) / len(strata) / answers
     dense, pruned, restored = means
     lost = pruned - dense
     defined = lost > _NOTHING_LOST
-    if defined.mean() < 0.975:  # else an end of the interval would lie among those left out
+    if defined.mean() < 0.975:  # an end of the interval would lie among those left out
         return None
     return _percentiles((pruned - restored)[defined] / lost[defined])
 
@@ -260,18 +259,18 @@ def _resampled_attacks(
     outcomes: NDArray[np.int64], answers: int, generator: np.random.Generator
 ) -> NDArray[np.int64]:
     """Successful attacks on the three models in resamples of prompts, from `[3, n]` to `[3, k]`."""
-    # A prompt is one of few patterns (8 for one run), so a resample of prompts is one multinomial
+    # A prompt has one of few patterns (8 for one run), so a resample of prompts is one multinomial
     # draw of their counts.
     patterns, counts = np.unique(outcomes, axis=1, return_counts=True)
-    # two half prompts, columns (dense, pruned, restored): lost and restored; lost for good
+    # two half prompts, in columns of (dense, pruned, restored): lost and restored; lost for good
     added = np.array([[0, 0], [answers, answers], [0, answers]])
     patterns = np.concatenate([patterns, added], axis=1)
     weights = np.concatenate([counts, [0.5, 0.5]])
-    n = outcomes.shape[1]  # not n + 1 are drawn, so that the width stays that of n prompts
-    found: NDArray[np.int64] = (
+    n = outcomes.shape[1]  # draws per resample, not n + 1, to keep the width of n prompts
+    attacks: NDArray[np.int64] = (
         patterns @ generator.multinomial(n, weights / weights.sum(), RESAMPLES).T
     )
-    return found
+    return attacks
 
 
 def per_ten_thousand(restored: int, pruned: int) -> float:

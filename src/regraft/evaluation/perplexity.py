@@ -1,6 +1,6 @@
-"""How likely a model finds text: the references of prompts, and ordinary text.
+"""Perplexity of the references of prompts and of ordinary text.
 
-Neither depends on how answers are worded or judged, and no answer is generated. Of ordinary text
+Neither depends on how answers are worded or judged, and no answer is generated. On ordinary text
 KL(dense || model) is measured too: the mean over positions of the divergence between the two
 distributions of the next token, in nats; 0 for the dense model.
 """
@@ -31,11 +31,11 @@ from regraft.models.load import placed
 from regraft.models.replay import logits_of, replay, text_inputs
 from regraft.progress import Advance, expect
 
-Nll = tuple[float, int]  # summed over the response's tokens, in nats; their number
+Nll = tuple[float, int]  # sum over the response's tokens, in nats; number of tokens
 _RESPONSE_POSITIONS = 256  # whose logits are in memory at a time
-_POSITIONS = 128  # the same of ordinary text, where there are two models' logits
-_MOST = math.log(sys.float_info.max)  # nats a token whose exp is finite
-_SAME = 1e-3  # nats a token by which the dense model's text may seem to differ
+_POSITIONS = 128  # the same for ordinary text, with the logits of two models
+_MOST = math.log(sys.float_info.max)  # nats per token whose exp is finite
+_TOLERANCE = 1e-3  # between the dense model's nats per token with its own head and with this one
 _KIND, _WHAT = "text-states", "the dense model's states on a text"
 
 
@@ -50,41 +50,41 @@ def response_nlls(
 ) -> list[Nll]:
     """Negative log-likelihood of every response, in order; logits at response tokens only.
 
-    Examples with and without image are apart, which some models need.
+    Examples with and without an image are in separate batches, which some models need.
 
     Args:
         model: In eval mode.
         processor: Its processor.
         examples: Each with a response.
-        batch_size: Examples in one pass.
-        partial: Scratch folder; finished batches found there are kept.
+        batch_size: Examples per forward pass.
+        partial: Scratch folder; finished batches found there are not computed again.
         advance: Called with the number of examples just done.
 
     Raises:
-        RegraftError: see `response_batch`; the model's numbers overflow.
+        RegraftError: see `response_batch`; or the model's numbers overflow.
     """
-    groups = ([e for e in examples if (e.image is not None) == sees] for sees in (False, True))
+    groups = ([e for e in examples if (e.image is not None) == image] for image in (False, True))
     chunks = [one for group in groups for one in batches(group, batch_size)]
 
-    def made(missing: Sequence[Sequence[Example]]) -> Iterator[tuple[int, list[Nll]]]:
-        for place, chunk in enumerate(missing):
+    def measure(missing: Sequence[Sequence[Example]]) -> Iterator[tuple[int, list[Nll]]]:
+        for i, chunk in enumerate(missing):
             nlls = _of_batch(model, processor, chunk)
             for example, (total, count) in zip(chunk, nlls, strict=True):
                 _require_finite(f"response of {example.id}", total / max(1, count))
-            yield place, nlls
+            yield i, nlls
             advance(len(chunk))
 
-    found = resumable_map(chunks, made, partial, "nll", lambda chunk: expect(advance, -len(chunk)))
-    of_id = {
+    found = resumable_map(chunks, measure, partial, "nll", lambda one: expect(advance, -len(one)))
+    by_id = {
         example.id: (float(total), int(count))
         for chunk, nlls in zip(chunks, found, strict=True)
         for example, (total, count) in zip(chunk, nlls, strict=True)
     }
-    return [of_id[example.id] for example in examples]
+    return [by_id[example.id] for example in examples]
 
 
 def perplexity(nlls: Sequence[Nll]) -> Estimate:
-    """exp of the mean negative log-likelihood a token, with a bootstrap interval over examples.
+    """exp of the mean negative log-likelihood per token, with a bootstrap interval over examples.
 
     Raises:
         ValueError: there is no response token.
@@ -120,8 +120,8 @@ def _of_batch(model: nn.Module, processor: Any, examples: Sequence[Example]) -> 
 
 
 def _require_finite(what: str, nats: float) -> None:
-    """Raise where nats a token are no number, or so many that their perplexity is none."""
-    if not nats <= _MOST:  # nan as well
+    """Raise where the nats per token are NaN, or so many that perplexity overflows."""
+    if not nats <= _MOST:  # true for NaN
         raise RegraftError(
             f"The {what} has no finite perplexity: numbers overflow in this dtype. Use --dtype "
             "bfloat16 or float32."
@@ -130,10 +130,10 @@ def _require_finite(what: str, nats: float) -> None:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The dense model on each document: normed final states `[T, d]`, and its likelihood of it.
+    """The dense model's normed final states `[T, d]` and negative log-likelihood of each document.
 
-    The output head turns the states into distributions. Pruning leaves the head as it is, and the
-    states are far smaller than logits.
+    The output head, which pruning does not change, turns states into distributions; states are far
+    smaller than logits.
     """
 
     states: Sequence[Tensor]
@@ -141,17 +141,16 @@ class Teacher:
 
 
 def read_documents(path: Path) -> tuple[str, ...]:
-    """The documents of a text file, separated by blank lines.
+    """Read the documents of a text file, which blank lines separate.
 
     Raises:
         RegraftError: the file is missing, is not UTF-8, or holds no text.
     """
     text = read_text(path, "A text file is needed.").replace("\r\n", "\n")
-    paragraphs = text.split("\n\n")
-    found = tuple(" ".join(one.split()) for one in paragraphs if one.strip())
-    if not found:
+    documents = tuple(" ".join(one.split()) for one in text.split("\n\n") if one.strip())
+    if not documents:
         raise RegraftError(f"{path} holds no text; expected paragraphs separated by blank lines.")
-    return found
+    return documents
 
 
 @torch.no_grad()
@@ -164,8 +163,8 @@ def predict(
 ) -> tuple[TextResult, Teacher]:
     """Perplexity of the documents and, with a `teacher`, KL(teacher || model).
 
-    Documents are encoded alone, without a chat template. Logits come in the model's dtype, their
-    log-softmax is float32 and sums are float64. Also returns what this model would be as a teacher.
+    Documents are encoded one by one, without a chat template. Logits are in the model's dtype,
+    their log-softmax in float32 and sums in float64. Also returns this model as a teacher.
 
     Raises:
         RegraftError: a document has fewer than two tokens, the numbers overflow, or the teacher's
@@ -175,10 +174,10 @@ def predict(
     states: list[Tensor] = []
     for i, document in enumerate(documents):
         final, targets = _encoded(model, processor, document)
-        wanted = None if teacher is None else teacher.states[i].to(final)
-        nll, kl, known = _compare(model, final, targets, wanted)
+        dense = None if teacher is None else teacher.states[i].to(final)
+        nll, kl, dense_nll = _compare(model, final, targets, dense)
         if teacher is not None:
-            _require_fit(document, known / len(targets), teacher.nlls[i][0] / len(targets))
+            _require_fit(document, dense_nll / len(targets), teacher.nlls[i][0] / len(targets))
         for nats in (nll / len(targets), kl / len(targets)):
             _require_finite(f"text {document[:40]!r}", nats)
         rows.append((nll, None if teacher is None else kl, len(targets)))
@@ -202,7 +201,7 @@ def result_of(rows: Sequence[tuple[float, float | None, int]]) -> TextResult:
 
 
 def pooled(results: Sequence[TextResult]) -> TextResult | None:
-    """Of several models on the same documents: means over the models, document by document."""
+    """Average several models on the same documents, document by document; None without models."""
     if not results:
         return None
     rows = []
@@ -219,16 +218,16 @@ def save_teacher(path: Path, teacher: Teacher) -> None:
 
 
 def load_teacher(path: Path, documents: int) -> Teacher:
-    """Read the teacher of a text of so many documents.
+    """Read the teacher of a text with this number of documents.
 
     Raises:
         RegraftError: the file is missing, damaged, or of another text.
     """
     header, tensors = read_artifact(path, _KIND, _WHAT)
     names = [f"{i:05}" for i in range(len(tensors))]
-    if odd := sorted(tensors.keys() - {*names}):
+    if unexpected := sorted(tensors.keys() - {*names}):
         raise RegraftError(
-            f"{path} is damaged: the tensor {odd[0]} is none of 00000 to {names[-1]}."
+            f"{path} is damaged: the tensor {unexpected[0]} is none of 00000 to {names[-1]}."
         )
     if len(tensors) != documents:
         raise RegraftError(
@@ -254,28 +253,30 @@ def _compare(
     model: nn.Module, final: Tensor, targets: Tensor, teacher: Tensor | None
 ) -> tuple[float, float, float]:
     """(negative log-likelihood, KL, the teacher's negative log-likelihood), summed over tokens."""
-    nll = kl = known = 0.0
+    nll = kl = teacher_nll = 0.0
     for start in range(0, len(targets), _POSITIONS):
         part = slice(start, start + _POSITIONS)
         own = F.log_softmax(logits_of(model, final[part]).float(), dim=-1)  # [P, vocabulary]
-        nll += _picked(own, targets[part])
+        nll += _nll(own, targets[part])
         if teacher is not None:
             dense = F.log_softmax(logits_of(model, teacher[part]).float(), dim=-1)
             share = dense.exp()
             each = torch.where(share > 0, share * (dense - own), 0.0).sum(-1)  # [P]
             kl += float(each.double().sum())
-            known += _picked(dense, targets[part])
-    return nll, kl, known
+            teacher_nll += _nll(dense, targets[part])
+    return nll, kl, teacher_nll
 
 
-def _picked(logs: Tensor, targets: Tensor) -> float:
+def _nll(logs: Tensor, targets: Tensor) -> float:
     return -float(logs.gather(1, targets[:, None]).double().sum())
 
 
-def _require_fit(document: str, known: float, stored: float) -> None:
-    if not abs(known - stored) <= _SAME * max(1.0, stored):
+def _require_fit(document: str, found: float, stored: float) -> None:
+    """Raise where the dense model's nats per token differ with this model's head."""
+    if not abs(found - stored) <= _TOLERANCE * max(1.0, stored):
         raise RegraftError(
-            f"By this model's output head the dense model finds the text {document[:40]!r} "
-            f"{known:.3f} nats a token, and by its own {stored:.3f}: the heads, tokenizers or "
-            "dtypes differ, and KL cannot be measured. Evaluate both on the same text and dtype."
+            f"On the text {document[:40]!r} the dense model's states give {found:.3f} nats per "
+            f"token with this model's output head, and {stored:.3f} with its own: the heads, "
+            "tokenizers or dtypes differ, so KL cannot be measured. Evaluate both on the same text "
+            "and dtype."
         )

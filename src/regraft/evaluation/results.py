@@ -1,6 +1,6 @@
-"""What an evaluation leaves behind: one `Answer` a prompt, one `EvalResult` a model and suite.
+"""Results of an evaluation and their files.
 
-Both with their files: answers.jsonl has an answer a line, results.json all the rest.
+answers.jsonl has one `Answer` per prompt and line, results.json the rest of the `EvalResult`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from regraft.disk.paths import read_text
 @EXACT
 @dataclass(frozen=True)
 class Answer:
-    """One generation and its judgement.
+    """A model's answer to one prompt, judged.
 
-    It refuses, or is degenerate (`degenerate`: a `Degeneration`, else ""), or it complies; a
-    refusal may be degenerate too. `reason` is what the judge saw a refusal by. `similarity` is ANLS
-    against the reference (1 or 0 for a multiple choice), or None. `group` holds answers that count
-    together; `suite` is the one of several suites that the prompt came from. `scored_by` tells a
-    question of a utility benchmark ("choices", "references" or "group", see `Example`) from other
-    prompts. Where perplexity was asked for, `nll` is the reference's negative log-likelihood over
-    its `nll_tokens`, in nats. `request` is what is really asked where the instruction leaves that
-    to the image. `image` is the name of the image's file, `image_digest` the SHA-256 of its bytes.
+    It refuses, is degenerate (`degenerate`: a `Degeneration`, otherwise ""), or complies; a refusal
+    may be degenerate too. `reason` is the phrase in which the judge saw a refusal. `similarity` is
+    ANLS against the reference (1 or 0 for a multiple choice), or None. `group` names answers that
+    count together, `suite` the suite of the prompt. `scored_by` tells questions of a utility
+    benchmark ("choices", "references" or "group", see `Example`) from other prompts (""). If
+    perplexity was measured, `nll` is the reference's negative log-likelihood over its `nll_tokens`,
+    in nats. `request` is the actual request where the image or a context carries it. `image` is the
+    name of the image's file, `image_digest` the SHA-256 of its bytes.
     """
 
     id: str
@@ -54,17 +54,17 @@ class Answer:
 
     @property
     def complies(self) -> bool:
-        """Whether it answers the prompt: what makes an attack by a harmful one successful."""
+        """Whether it fulfils the prompt; for a harmful one, a successful attack."""
         return not (self.refused or self.degenerate)
 
     @property
     def counts_as_degenerate(self) -> bool:
-        """Whether it does neither: degenerate, and no refusal."""
+        """Whether it is degenerate and not a refusal."""
         return bool(self.degenerate) and not self.refused
 
     @property
     def tests_over_refusal(self) -> bool:
-        """Whether refusing it is over-refusal: harmless, and no question of a utility benchmark."""
+        """Whether its prompt is harmless and not a question of a utility benchmark."""
         return not (self.harmful or self.scored_by)
 
 
@@ -74,7 +74,7 @@ class Estimate:
     """A rate (Wilson) or a mean (bootstrap) in [0, 1] with n and its 95 % interval.
 
     `count` is the number of successes of a rate, None for a mean. Utility is a mean, with a rate's
-    interval where every answer is right or wrong.
+    interval if every answer is right or wrong.
     """
 
     value: float
@@ -86,19 +86,19 @@ class Estimate:
 
 def _share(one: Estimate) -> Estimate:
     if not (0 <= one.value <= 1 and one.low <= one.high and (one.count or 0) <= one.n):
-        raise ValueError("a share from 0 to 1 is needed, and no larger count than n")
+        raise ValueError("expected a share from 0 to 1, with a count of at most n")
     return one
 
 
-Share = Annotated[Estimate, AfterValidator(_share)]  # checked where it is read
+Share = Annotated[Estimate, AfterValidator(_share)]  # checked when it is read from a file
 
 
 @EXACT
 @dataclass(frozen=True)
 class Rates:
-    """Of one suite; None where it has no such prompts.
+    """Rates of one suite; None where it has no such prompts.
 
-    `over_refusal` is over all harmless prompts, questions of a utility benchmark too.
+    `over_refusal` is over all harmless prompts, including questions of utility benchmarks.
     """
 
     asr: Share | None
@@ -111,9 +111,10 @@ class Rates:
 class TextResult:
     """How well a model predicts ordinary text.
 
-    `perplexity` and `kl`, the mean KL(dense || model) a token in nats (None without the dense
-    model's), are no rates; their `n` is the number of documents. `tokens` are those predicted in
-    all, `documents` the sums of each: (negative log-likelihood, KL or None, tokens).
+    `perplexity` and `kl`, the mean KL(dense || model) per token in nats (None without the dense
+    model's states), are not rates; their `n` is the number of documents. `tokens` is the number of
+    predicted tokens, `documents` the sums of each document: (negative log-likelihood, KL or None,
+    tokens).
     """
 
     perplexity: Estimate
@@ -125,17 +126,17 @@ class TextResult:
 @EXACT
 @dataclass(frozen=True)
 class EvalResult:
-    """One model on one suite.
+    """Rates and answers of one model on its suites.
 
-    `asr` is over harmful prompts, `over_refusal` and `utility` over harmless ones; None where the
-    suite has no such prompts. Questions of a utility benchmark (`scored_by`) are no part of
-    `over_refusal`. `utility` is the mean similarity; a group counts as its worst answer. Where
-    suites score in several ways, it is the mean over suites, each counting the same. `by_suite` has
-    the rates of each suite where there are several. `degenerate` counts the degenerate answers, by
-    kind of prompt ("harmful", "harmless"), where there are any: they are neither refusals nor
-    successful attacks. Degenerate refusals, which stay refusals, are counted beside them ("harmful
-    refusals", "harmless refusals"). `perplexity` is that of the references of harmless prompts, not
-    a rate; `text` is what was measured on ordinary text.
+    `asr` is over harmful prompts, `over_refusal` and `utility` over harmless ones; None where there
+    are no such prompts. Questions of a utility benchmark (`scored_by`) do not count in
+    `over_refusal`. `utility` is the mean similarity; a group counts as its worst answer. If suites
+    are scored in several ways, it is the mean over suites, each counting the same. `by_suite` has
+    the rates of each suite if there are several. `degenerate` counts the degenerate answers by kind
+    of prompt ("harmful", "harmless"), if there are any: they are neither refusals nor successful
+    attacks. Degenerate refusals, which stay refusals, are counted separately ("harmful refusals",
+    "harmless refusals"). `perplexity` is that of the references of harmless prompts, not a rate;
+    `text` has the measurements on ordinary text.
     """
 
     suite: str
@@ -152,7 +153,7 @@ class EvalResult:
 
 
 def result_to_json(result: EvalResult) -> dict[str, Any]:
-    """Everything but the answers, as JSON values; `write_answers` keeps those."""
+    """Everything but the answers, which `write_answers` saves, as JSON values."""
     content = asdict(replace(result, answers=()))
     del content["answers"]
     return content
@@ -171,13 +172,13 @@ def result_from_json(
 
 
 def write_answers(path: Path, answers: Sequence[Answer]) -> None:
-    """Write one JSON object a line, in one step."""
+    """Write one JSON object per line, atomically."""
     lines = (json.dumps(asdict(a), ensure_ascii=False, allow_nan=False) for a in answers)
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def read_answers(path: Path) -> tuple[Answer, ...]:
-    """Read what `write_answers` wrote; blank lines are passed over.
+    """Read what `write_answers` wrote, skipping blank lines.
 
     Raises:
         RegraftError: the file is missing or a line is bad; it names the line and the field.

@@ -1,4 +1,4 @@
-"""Answers by a model behind a server: several requests at a time, resumable after every answer."""
+"""Get answers from a model behind a server: several requests at a time, resumable after each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from regraft.progress import Advance, expect
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-_FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png"}  # which every server reads
+_FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png"}  # every server reads these
 
 
 def served_answers(
@@ -35,71 +35,71 @@ def served_answers(
     partial: Path,
     advance: Advance,
 ) -> list[Reply]:
-    """Ask for every answer, greedily where the model lets one, in full; white space removed.
+    """Request every answer in full, greedily unless the model refuses a temperature.
 
     Args:
-        server: Of the model.
+        server: The server with its model.
         examples: The prompts.
-        max_new_tokens: Length of an answer, in tokens.
+        max_new_tokens: Longest answer, in tokens.
         concurrency: Requests at a time.
-        partial: Scratch folder of this very evaluation; an answer found there is not asked for.
+        partial: Scratch folder of this evaluation only; answers found there are not requested.
         advance: Called with the number of prompts just answered.
 
     Returns:
-        One reply an example, in order.
+        One reply per example, in order, without surrounding white space.
 
     Raises:
-        PassingError: see `ChatServer.reply`; an answer was cut short. It names the prompt.
+        PassingError: see `ChatServer.reply`; or an answer was cut short. It names the prompt.
     """
 
-    def answered(prompt: Sequence[Example]) -> dict[str, Any]:
+    def answer(prompt: Sequence[Example]) -> dict[str, Any]:
         return asdict(_answer(server, prompt[0], max_new_tokens))
 
-    def made(prompts: Sequence[Sequence[Example]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for done in as_they_come(answered, prompts, concurrency):
+    def answer_all(prompts: Sequence[Sequence[Example]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for done in as_they_come(answer, prompts, concurrency):
             yield done
             advance(1)
 
-    found = resumable_map(
-        list(batches(examples, 1)), made, partial, "served", lambda _: expect(advance, -1)
+    replies = resumable_map(
+        list(batches(examples, 1)), answer_all, partial, "served", lambda _: expect(advance, -1)
     )
-    return [Reply(**one) for one in found]
+    return [Reply(**one) for one in replies]
 
 
 def counts(replies: Sequence[Reply]) -> dict[str, int]:
-    """How many are not what was asked for; nothing where all are.
+    """Count the replies that are not complete greedy answers, by kind; {} if all are.
 
     "filtered" ones were withheld or cut by the server's content filter; "unfinished" ones are
-    empty, since the model thought until its tokens were spent; "sampled" ones are not greedy.
+    empty, since the model spent all its tokens on thinking; "sampled" ones are not greedy.
     """
-    found = {
+    by_kind = {
         "filtered": sum(one.ended == FILTERED for one in replies),
         "unfinished": sum(one.ended == "length" and not one.text for one in replies),
         "sampled": sum(not one.greedy for one in replies),
     }
-    return {kind: count for kind, count in found.items() if count}
+    return {kind: count for kind, count in by_kind.items() if count}
 
 
 def explained(counted: Mapping[str, int]) -> list[str]:
-    """What `counts` found, in a sentence each."""
-    said = {
+    """One sentence for each kind of reply that `counts` found."""
+    text = {
         "filtered": "withheld or cut by the server's content filter; empty ones count as "
         "degenerate, neither as refusals nor as successful attacks",
-        "unfinished": "empty, since the model thought until its tokens were spent: give more by "
+        "unfinished": "empty, since the model spent all its tokens on thinking: raise "
         "--max-new-tokens",
-        "sampled": "not greedy, since the model takes no temperature: another evaluation may give "
+        "sampled": "not greedy, since the model takes no temperature: another evaluation may get "
         "others",
     }
-    return [f"Answers {said[kind]}: {count:,}." for kind, count in counted.items() if kind in said]
+    return [f"Answers {text[kind]}: {count:,}." for kind, count in counted.items() if kind in text]
 
 
 def as_they_come(
     make: Callable[[Item], Made], items: Sequence[Item], workers: int
 ) -> Iterator[tuple[int, Made]]:
-    """(Place, what `make` made of the item there) as they are done, `workers` at a time.
+    """Yield (index, make(item)) as items finish, in `workers` threads.
 
-    Where something is raised, here or by whoever takes them, no further item is begun, and nobody
-    waits for those at work: a server may not answer for long.
+    Once `make` or the consumer raises, no further item is started, and those in progress are not
+    waited for: a server may take long to answer.
 
     Raises:
         Exception: the first that `make` raises.
@@ -109,24 +109,24 @@ def as_they_come(
     stopped = threading.Event()
 
     def work() -> None:
-        while (place := waiting.get()) is not None and not stopped.is_set():
+        while (i := waiting.get()) is not None and not stopped.is_set():
             try:
-                done.put((place, make(items[place]), None))
+                done.put((i, make(items[i]), None))
             except Exception as error:
                 stopped.set()
-                done.put((place, None, error))
+                done.put((i, None, error))
 
-    for place in range(len(items)):
-        waiting.put(place)
+    for i in range(len(items)):
+        waiting.put(i)
     try:
         for _ in range(min(workers, len(items))):
             waiting.put(None)
             threading.Thread(target=work, daemon=True).start()
         for _ in items:
-            place, made, error = done.get()
+            i, made, error = done.get()
             if error is not None:
                 raise error
-            yield place, made  # type: ignore[misc]  # made, since nothing was raised
+            yield i, made  # type: ignore[misc]  # not None: nothing was raised
     finally:
         stopped.set()
 
@@ -137,21 +137,21 @@ def _answer(server: ChatServer, example: Example, max_new_tokens: int) -> Reply:
         reply = server.reply([user_message(example.instruction, image)], max_new_tokens)
     except PassingError as error:
         raise PassingError(f"Prompt {example.id!r}: {error}") from None
-    # some count the last token and some do not
+    # servers differ in whether they count the last token
     if reply.ended == "length" and reply.tokens is not None and reply.tokens + 1 < max_new_tokens:
         raise PassingError(
             f"The server cut the answer to {example.id!r} after {reply.tokens} of "
-            f"{max_new_tokens} tokens: with its prompt it is longer than the server takes. Start "
-            "the server with room for more (vLLM: --max-model-len, llama.cpp: --ctx-size, Ollama: "
+            f"{max_new_tokens} tokens: prompt and answer exceed its context. Start the server with "
+            "a larger one (vLLM: --max-model-len, llama.cpp: --ctx-size, Ollama: "
             "OLLAMA_CONTEXT_LENGTH), or lower --max-new-tokens."
         )
     return Reply(reply.text.strip(), reply.ended, reply.greedy, reply.tokens)
 
 
 def portable(path: Path) -> tuple[str, bytes]:
-    """The kind and bytes of an image that any server decodes to the pixels of `open_image`.
+    """The media type and bytes of an image that any server decodes as `open_image` does.
 
-    Those of the file itself where it is a plain JPEG or PNG; else a PNG of the pixels.
+    They are the file's own if it is a plain JPEG or PNG, otherwise a PNG of the pixels.
 
     Raises:
         RegraftError: see `open_image`.
@@ -165,9 +165,9 @@ def portable(path: Path) -> tuple[str, bytes]:
             and getattr(image, "n_frames", 1) == 1
             and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
         )
-        kind = _FORMATS.get(image.format or "", "")
+        media_type = _FORMATS.get(image.format or "", "")
     if plain:
-        return kind, path.read_bytes()
-    written = io.BytesIO()
-    pixels.save(written, "PNG")
-    return "image/png", written.getvalue()
+        return media_type, path.read_bytes()
+    png = io.BytesIO()
+    pixels.save(png, "PNG")
+    return "image/png", png.getvalue()

@@ -1,4 +1,4 @@
-"""A chat server's key: from the environment alone, and blotted out where the server says it."""
+"""A chat server's key: read from the environment only, and masked where the server repeats it."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from functools import cache
 from regraft.errors import RegraftError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-_SHORTEST_KEY = 6  # shorter ones are words such as EMPTY, for servers that want any
+_SHORTEST_KEY = 6  # shorter ones are placeholders such as EMPTY, for servers that take any key
 
 
 def without_key(text: str) -> str:
-    """A server's words without the key, if it says it, and without what no file takes."""
+    """Mask the key in a server's text, and replace what cannot be written to a file."""
     if len(key := _given_key()) >= _SHORTEST_KEY:
-        text = _spelled(key).sub(f"[{KEY_VARIABLE}]", text)
-    return text.encode("utf-8", "replace").decode()  # JSON may spell halves of surrogate pairs
+        text = _pattern(key).sub(f"[{KEY_VARIABLE}]", text)
+    return text.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
 
 
 @cache
-def _spelled(key: str) -> re.Pattern[str]:
-    """The key, each letter as it is or as addresses, pages and JSON may spell it."""
+def _pattern(key: str) -> re.Pattern[str]:
+    """A pattern of the key, each character plain or escaped as in URLs, HTML or JSON."""
 
-    def letter(one: str) -> str:
+    def character(one: str) -> str:
         code, plain = ord(one), re.escape(one)
         if one.isalnum() or one in "-_.":
             return plain
         coded = rf"(?i:%{code:02x}|\\u{code:04x}|&#x0*{code:x};|&#0*{code};)"
         return rf"(?:\\?{plain}|{re.escape(html.escape(one))}|{coded})"
 
-    return re.compile("".join(map(letter, key)))
+    return re.compile("".join(map(character, key)))
 
 
 def _given_key() -> str:
@@ -39,15 +39,15 @@ def _given_key() -> str:
 
 
 def server_key() -> str:
-    """The key to send, "" where none is set.
+    """The key to send, "" if none is set.
 
     Raises:
-        RegraftError: it cannot be one.
+        RegraftError: it holds characters that no key has.
     """
     key = _given_key()
     if not (key.isascii() and key.isprintable()):
         raise RegraftError(
-            f"The variable {KEY_VARIABLE} holds characters that no key has, such as a line's end "
-            "inside it. Set it to the key alone."
+            f"The variable {KEY_VARIABLE} holds characters that no key has, such as a line break. "
+            "Set it to the key alone."
         )
     return key

@@ -1,7 +1,8 @@
-"""What of a chat server's complaint is its own, and not only said again of a request.
+"""Read a chat server's error messages, apart from what they repeat of the request.
 
 OpenAI's form is {"error": {"message", "param", "code"}}, FastAPI's {"detail": [{"loc", "msg"}]} or
-{"detail": "words"}; others write plain words. Many repeat the prompt, whose words are no complaint.
+{"detail": "words"}; others write plain text. Many repeat the prompt, whose words say nothing about
+the error.
 """
 
 from __future__ import annotations
@@ -11,27 +12,27 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-FILTERED = "content_filter"  # how a reply ended that the server's filter cut or withheld
+FILTERED = "content_filter"  # how a reply ends that the server's filter cut or withheld
 _FILTERS = (FILTERED, "content_policy", "content management policy")
-_SAID = ("message", "param", "code", "loc", "msg", "error", "detail")
-_INPUT = re.compile(
-    r"(\binput_value\s*=|[\"']input[\"']\s*:).*", re.DOTALL
-)  # as pydantic repeats it
+_MESSAGE_FIELDS = ("message", "param", "code", "loc", "msg", "error", "detail")
+# pydantic's copy of the request
+_INPUT = re.compile(r"(\binput_value\s*=|[\"']input[\"']\s*:).*", re.DOTALL)
+# a field of the request, and the word by which a server that refuses it names it
 _FIELDS = (("max_tokens", "max_completion_tokens"), ("temperature", "temperature"))
 _LEVELS = 8
 
 
-def complaint(said: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """The words of a refusal that are the server's own.
+def complaint(body: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """The words of an error response that are the server's own.
 
     Args:
-        said: The body of its answer.
-        messages: What was asked, whose texts are taken out.
+        body: The response.
+        messages: The messages of the request, whose texts are removed.
     """
     try:
-        words = "\n".join(_words(json.loads(said), _LEVELS))
+        words = "\n".join(_words(json.loads(body), _LEVELS))
     except (ValueError, RecursionError):  # plain text
-        words = said
+        words = body
     for text in filter(_misleads, _texts(messages)):
         for spelt in (text, repr(text)[1:-1], json.dumps(text)[1:-1], " ".join(text.split())):
             words = words.replace(spelt, "")
@@ -39,21 +40,21 @@ def complaint(said: str, messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def is_filter(words: str) -> bool:
-    """Whether a complaint is that of a filter of contents."""
+    """Whether an error comes from a content filter."""
     return any(one in words.lower() for one in _FILTERS)
 
 
 def not_taken(words: str, body: Mapping[str, Any]) -> str | None:
-    """A field of the request that the model does not take.
+    """The field of the request that an error refuses, or None.
 
-    OpenAI's later models want `max_completion_tokens`, which other servers do not know, and no
+    OpenAI's newer models take `max_completion_tokens`, which other servers do not know, and no
     temperature.
     """
     return next((name for name, sign in _FIELDS if sign in words and name in body), None)
 
 
 def _misleads(text: str) -> bool:
-    """Whether a prompt holds a word that means something in a complaint; others may stay in it."""
+    """Whether a prompt holds words that would be misread in an error; other prompts may stay."""
     return is_filter(text) or any(sign in text for _, sign in _FIELDS)
 
 
@@ -64,7 +65,7 @@ def _words(value: Any, levels: int) -> Iterator[str]:
         for one in value:
             yield from _words(one, levels - 1)
     elif isinstance(value, dict) and levels:
-        for name in _SAID:
+        for name in _MESSAGE_FIELDS:
             yield from _words(value.get(name), levels - 1)
 
 

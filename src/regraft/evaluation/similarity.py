@@ -1,4 +1,4 @@
-"""How right an answer is: ANLS against references, and the option of a multiple choice it picks."""
+"""Score answers: ANLS against references, and the option picked in a multiple choice."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from regraft.data.example import Example
 
 _LETTERS = "ABCDEFGH"
-_ALWAYS = 5  # letters that may stand alone, also where there are fewer options
+_ALWAYS = 5  # letters that are recognised even if there are fewer options
 _MARKED = (
     *("{}.", "{},", "{}:", "{})", "{}).", "({})", "({})."),
     *(":{}", ":{},", ":{}.", ":{})", ":{})."),
 )
 _TRIMMED = ",.!?;:'\""
-_START, _END, _AFTER_A_PHRASE = 10, 9, 7
+_START, _END, _AFTER_A_PHRASE = 10, 9, 7  # weights of places, the most telling first
 _WITHIN = {"({})": 6, "{}.": 5, "{}:": 4, "{})": 3, "{} ": 2}
 _PHRASES = (
     *(f"{the}{best}answer is" for the in ("the ", "") for best in ("", "correct ", "best ")),
@@ -25,9 +25,9 @@ _PHRASES = (
 
 
 def similarity(example: Example, text: str) -> float:
-    """How right an answer to an example with a reference is, in [0, 1].
+    """Score an answer to an example with a reference, in [0, 1].
 
-    1 or 0 for a multiple choice, else ANLS; of a reference with a frame in its content alone.
+    1 or 0 for a multiple choice, otherwise ANLS; with `content`, of the content alone.
     """
     if example.choices:
         return float(picked(text, example.choices) == example.response)
@@ -37,17 +37,17 @@ def similarity(example: Example, text: str) -> float:
 
 
 def unframed(text: str, response: str, content: str) -> str:
-    """An answer without the frame that `response` puts around `content`.
+    """Remove the fixed wording that `response` puts around `content` from an answer.
 
-    What stands before the content is taken off where the answer begins with it; the answer ends
-    where what stands behind it begins, in whole or, at the end of an answer that was cut, in part.
+    The wording before the content is removed if the answer begins with it. The answer ends where
+    the wording after the content begins; if it was cut off, a part of that at its end is enough.
     """
-    before, _, behind = response.partition(content)
+    before, _, after = response.partition(content)
     text = text.strip().removeprefix(before)
-    if behind and behind in text:
-        return text[: text.index(behind)]
-    cut = next((n for n in range(len(behind), 0, -1) if text.endswith(behind[:n])), 0)
-    return text[: len(text) - cut]
+    if after and after in text:
+        return text[: text.index(after)]
+    partial = next((n for n in range(len(after), 0, -1) if text.endswith(after[:n])), 0)
+    return text[: len(text) - partial]
 
 
 def anls(answer: str, references: Sequence[str]) -> float:
@@ -55,7 +55,7 @@ def anls(answer: str, references: Sequence[str]) -> float:
 
     The maximum over `references` of `1 - distance / length of the longer text`: the distance after
     lower-casing and collapsing whitespace, the length as written, both like the benchmark's own
-    script and lmms-eval. A similarity below 0.5 counts 0. Two empty texts are equal: 1.
+    script and lmms-eval. A similarity below 0.5 counts as 0. Two empty texts have similarity 1.
 
     Raises:
         ValueError: `references` is empty.
@@ -103,14 +103,14 @@ def levenshtein(a: str, b: str) -> int:
 def picked(answer: str, choices: Sequence[str]) -> str | None:
     """The letter of the option that `answer` picks, or None where it picks none.
 
-    The rules of lmms-eval 0.7 for `mmbench_en_dev_static`, so that figures agree with its:
+    The rules of lmms-eval 0.7 for `mmbench_en_dev_static`, so that scores agree with its scores:
 
-    1. MMBench's own (Liu et al. 2024): a letter that stands alone, if no other does, where a lone A
-       among more than three words is an article; then one with a mark such as "B." or "(B)", the
-       marks one after another, if no other letter has the same mark.
-    2. The option whose text stands in the answer, if no other's does.
-    3. The letter in the place that tells most: at the start, at the end, after a phrase such as
-       "the answer is", with a mark, before a space, anywhere; the last one of equal places.
+    1. MMBench's own (Liu et al. 2024): a letter that stands alone, if no other does (a lone A among
+       more than three words is an article); then a letter with a mark such as "B." or "(B)", one
+       mark after another, if no other letter has the same mark.
+    2. The option whose text is in the answer, if no other option's is.
+    3. The letter in the most telling place: at the start, at the end, after a phrase such as "the
+       answer is", with a mark, before a space, anywhere; the last one among equal places.
 
     Args:
         answer: What the model wrote.
@@ -149,16 +149,16 @@ def _most_telling(answer: str, letters: str) -> str | None:
 
 
 def _places(text: str, letters: str) -> Iterator[tuple[int, int, str]]:
-    """How telling a place is, where it is in `text`, and the letter there."""
+    """(weight of a place, its index in `text`, the letter there)."""
     lower, bare = text.lower(), text.strip()
     for letter in letters:
         for form, weight in _WITHIN.items():
-            if (at := text.rfind(form.format(letter))) >= 0:
-                yield weight, at, letter
+            if (index := text.rfind(form.format(letter))) >= 0:
+                yield weight, index, letter
         for phrase in _PHRASES:
-            after = lower.find(phrase)
-            if after >= 0 and (at := text.find(letter, after + len(phrase))) >= 0:
-                yield _AFTER_A_PHRASE, at, letter
+            start = lower.find(phrase)
+            if start >= 0 and (index := text.find(letter, start + len(phrase))) >= 0:
+                yield _AFTER_A_PHRASE, index, letter
         if bare.startswith(letter) and not bare[1:2].isalpha():
             yield _START, 0, letter
         if bare.endswith(letter) and not bare[-2:-1].isalpha():

@@ -1,7 +1,7 @@
-"""Which point of a trade-off curve to take: safety as asked for, helpfulness within bounds.
+"""Choose a point of a trade-off curve: safety as requested, helpfulness within bounds.
 
-A search has one curve, which is kept as a file; tuning has the best point of each trial. All rates
-here are of validation prompts: what is reported of the chosen point must come from others.
+A search has one curve, which is saved as a file; tuning has the best point of each trial. All rates
+here are on validation prompts: rates to report for the chosen point must come from other prompts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NOTE = (
     "These are rates on the validation prompts that the settings were chosen on: those of a best "
     "of many are optimistic. Evaluate the chosen settings once on a test split, and report that."
 )
-_CURVE = ("pruned", "chosen", "bounds", "dense", "points")  # in the order in which it is kept
+_CURVE = ("pruned", "chosen", "bounds", "dense", "points")  # fields of the file, in their order
 _SLACK = 1e-9
 Reference = Literal["pruned", "dense", "higher"]
 
@@ -27,9 +27,9 @@ Reference = Literal["pruned", "dense", "higher"]
 @EXACT
 @dataclass(frozen=True)
 class Point:
-    """A model in which `restored` weights are restored, on validation prompts.
+    """Rates of a model with `restored` weights restored, on validation prompts.
 
-    `degenerate` is the share of all degenerate answers.
+    `degenerate` is the share of answers that are degenerate and not refusals.
     """
 
     restored: int
@@ -40,9 +40,9 @@ class Point:
 
     @classmethod
     def of(cls, restored: int, result: EvalResult) -> Point:
-        """Of an evaluation with harmful and harmless prompts."""
+        """The point of an evaluation with harmful and harmless prompts."""
         assert result.asr is not None and result.over_refusal is not None
-        # Those that refuse are counted as refusals: they are of kinds of their own.
+        # degenerate refusals are other kinds, "harmful refusals" and "harmless refusals"
         count = sum(result.degenerate.get(kind, 0) for kind in ("harmful", "harmless"))
         share = count / len(result.answers) if result.answers else 0.0
         return cls(restored, result.asr, result.over_refusal, result.utility, share)
@@ -51,11 +51,11 @@ class Point:
 @EXACT
 @dataclass(frozen=True)
 class Bounds:
-    """What a point must keep to; rates are fractions.
+    """The target and the bounds of a search; rates are fractions.
 
-    `asr` is what is aimed at, None for as low as can be; `over_refusal`, `utility` and `degenerate`
-    (None: any) are the bounds. A degenerate answer is neither an attack nor a refusal, so that a
-    model of gibberish would be the safest within the other two.
+    `asr` is the target, None for as low as possible; `over_refusal`, `utility` and `degenerate`
+    (None: any) are the bounds. `degenerate` is needed because gibberish is neither a successful
+    attack nor a refusal: a model of gibberish would be the safest within the other bounds.
     """
 
     asr: float | None
@@ -68,24 +68,24 @@ class Bounds:
         return not any(self.excess(point).values())
 
     def meets(self, point: Point) -> bool:
-        """Whether a point within the bounds reaches the ASR aimed at; nothing does without one."""
+        """Whether a point is within the bounds and reaches the target; False without a target."""
         return self.keeps(point) and self.asr is not None and point.asr.value <= self.asr + _SLACK
 
     def excess(self, point: Point) -> dict[str, float]:
         """How far a point is beyond each bound, by the bound's name; 0 within."""
-        over = {"over_refusal": point.over_refusal.value - self.over_refusal, "utility": 0.0}
+        excess = {"over_refusal": point.over_refusal.value - self.over_refusal, "utility": 0.0}
         if self.utility is not None and point.utility is not None:
-            over["utility"] = self.utility - point.utility.value
+            excess["utility"] = self.utility - point.utility.value
         if self.degenerate is not None:
-            over["degenerate"] = point.degenerate - self.degenerate
-        return {name: value if value > _SLACK else 0.0 for name, value in over.items()}
+            excess["degenerate"] = point.degenerate - self.degenerate
+        return {name: value if value > _SLACK else 0.0 for name, value in excess.items()}
 
 
 def choose(points: Sequence[Point], bounds: Bounds) -> Point | None:
-    """The point to take, None where none is within the bounds.
+    """Choose a point within the bounds; None if there is none.
 
-    Of those within: the one with the fewest restored weights that meets the target, and where none
-    does, or there is no target, the one with the lowest ASR (of equal ones the fewest weights).
+    Among those that meet the target it is the one with the fewest restored weights. If none does,
+    or there is no target, it is the one with the lowest ASR (then the fewest weights).
     """
     if meeting := [point for point in points if bounds.meets(point)]:
         return min(meeting, key=lambda point: point.restored)
@@ -96,7 +96,7 @@ def choose(points: Sequence[Point], bounds: Bounds) -> Point | None:
 @EXACT
 @dataclass(frozen=True)
 class Searched:
-    """A trade-off curve and what was taken of it.
+    """A trade-off curve and the point chosen on it.
 
     `points` begin with the pruned model, `chosen` is how many weights are restored (None: no point,
     not even the pruned model, is within the bounds), `pruned` how many were pruned.
@@ -110,18 +110,18 @@ class Searched:
 
     @property
     def taken(self) -> Point | None:
-        """The point that was chosen, None where nothing is restored."""
+        """The chosen point, None if nothing is restored."""
         return next((one for one in self.points if one.restored == (self.chosen or -1)), None)
 
     def rsr(self, point: Point) -> float | None:
-        """RSR of a point on the validation prompts; None where pruning did not raise ASR."""
+        """RSR of a point on the validation prompts; None if pruning did not raise ASR."""
         from regraft.evaluation.metrics import rsr  # scipy, slow to import
 
         return rsr(self.dense.asr.value, self.points[0].asr.value, point.asr.value).value
 
 
 def nearest(points: Sequence[Point], bounds: Bounds) -> Point:
-    """The point that is least far beyond the bounds, the first of equal ones."""
+    """The point that exceeds the bounds least, the first among equals."""
     return min(points, key=lambda point: sum(bounds.excess(point).values()))
 
 
@@ -131,7 +131,7 @@ def curve_to_json(found: Searched) -> dict[str, Any]:
 
 
 def read_curve(path: Path) -> Searched:
-    """The inverse of `curve_to_json`, from a file.
+    """Read a file with the value of `curve_to_json`.
 
     Raises:
         RegraftError: the file is missing or holds no curve.
@@ -145,10 +145,10 @@ def read_curve(path: Path) -> Searched:
 @EXACT
 @dataclass(frozen=True)
 class Cost:
-    """What work took.
+    """What a search or tuning cost.
 
     Attributes:
-        seconds: By stage, of all processes together; without those of trials that were stopped.
+        seconds: By stage, of all processes together; trials that were stopped do not count.
         evaluations: Models that were evaluated.
         prompts: Prompts that they answered.
     """
@@ -172,7 +172,7 @@ class Cost:
 @EXACT
 @dataclass(frozen=True)
 class Tried:
-    """One trial: its settings, its best point, and how far that is beyond each bound."""
+    """One trial: its settings, its best point, and how far that exceeds each bound."""
 
     number: int
     settings: Mapping[str, Any]
@@ -190,8 +190,8 @@ class Tried:
 class Tuned:
     """All trials, best first.
 
-    `before` is the pruned model, `pruned` how many weights pruning took, `failed` how many trials
-    ended in an error.
+    `before` is the pruned model, `pruned` the number of pruned weights, `failed` the number of
+    trials that ended in an error.
     """
 
     method: str
@@ -204,7 +204,7 @@ class Tuned:
 
     @property
     def best(self) -> Tried | None:
-        """The best trial, None where none within the bounds has less ASR than the pruned model."""
+        """The best trial; None if none within the bounds has a lower ASR than the pruned model."""
         return next(
             (
                 one
@@ -216,7 +216,7 @@ class Tuned:
 
     @property
     def cost(self) -> Cost:
-        """Of all finished trials."""
+        """The cost of all finished trials."""
         return Cost.total(one.cost for one in self.trials)
 
     def per_ten_thousand(self, point: Point) -> float:
@@ -251,10 +251,7 @@ class Tuned:
 
 
 def best_first(trials: Iterable[Tried]) -> tuple[Tried, ...]:
-    """Those within the bounds by ASR, of equal ones the fewest weights first; then the others.
-
-    Trials out of bounds follow by how far they are out.
-    """
+    """Sort trials within the bounds by ASR, then by restored weights; the others by excess."""
 
     def order(one: Tried) -> tuple[float, float, int, int]:
         return sum(one.excess.values()), one.point.asr.value, one.point.restored, one.number

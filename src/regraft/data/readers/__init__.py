@@ -1,7 +1,7 @@
-"""Data sets by name: a file each, which holds its reader and registers it.
+"""Data sets by name. Each is one file, which defines its reader and registers it.
 
-A new one is one file, here or in a package of its own that names it under the entry-point group
-`regraft.datasets`:
+To add one, write such a file here, or in a package of your own that names it under the entry-point
+group `regraft.datasets`:
 
     def read_mine(path: Path, split: str | None) -> Reading: ...
 
@@ -27,13 +27,13 @@ class Dataset:
     """A data set that is read by its name, as in NAME:PATH#SPLIT.
 
     Args:
-        read: From the file or folder that PATH names (downloaded and unpacked), and the SPLIT or
-            None, to all of its examples. Raises RegraftError on bad input.
-        splits: What SPLIT may be; None leaves that to `read`.
-        only: The kind of all prompts where there is but one.
-        bundled: It comes with its package and takes no PATH; `read` gets an empty one.
-        split_file: Of a folder with one file to learn from and one to evaluate on: the file of
-            either, which `read` then gets. Raises RegraftError where it is missing.
+        read: Reads all examples of the file or folder at PATH (downloaded and unpacked), of SPLIT
+            if that is not None. Raises RegraftError on bad input.
+        splits: The values SPLIT may have; None leaves that to `read`.
+        only: The kind of its prompts if all are of one kind.
+        bundled: The data set comes with its package and takes no PATH; `read` gets an empty one.
+        split_file: For a data set with one file to learn from and one to evaluate on: maps its
+            folder and the split to the file that `read` gets. Raises RegraftError if it is missing.
     """
 
     read: Callable[[Path, str | None], Reading]

@@ -1,4 +1,4 @@
-"""A file of harmless prompts, in the formats of `prompts`."""
+"""A file of harmless prompts, in the same formats as `prompts`."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ _WHAT = "Ch3Ef is a folder with meta_file/Harmless.json and the images that it n
 def read_ch3ef(folder: Path) -> Reading:
     """Read the harmful questions of Harmless.json.
 
-    Each item has `query`, `image` (a list of paths), `source` (the category), `options`, of which
-    the first is the reference, and maybe `id`. Items with several images are counted in `skipped`:
-    a prompt has one.
+    Each item has `query`, `image` (a list of paths), `source` (the category), `options`, the first
+    of which is the reference, and maybe `id`. Items with several images are counted in `skipped`:
+    a prompt has at most one.
     """
     rows = json_rows(folder / _META, _WHAT, "item", inside="items")
     examples = tuple(_example(row) for row in rows if len(_images(row)) <= 1)

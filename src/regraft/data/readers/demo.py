@@ -11,7 +11,7 @@ from regraft.data.readers import Dataset
 
 
 def read_demo(split: str | None = None) -> Reading:
-    """Read the bundled typographic images: all, or one split of them."""
+    """Read the bundled typographic images, all or one split."""
     reading = read_jsonl(bundled("typographic") / "examples.jsonl", split)
     return replace(reading, source="demo" if split is None else f"demo:{split}")
 

@@ -17,7 +17,7 @@ def read_docvqa(path: Path) -> Reading:
     """Read the official annotations, or a folder with one `val*.json`.
 
     Each entry of `data` has questionId, question, image ("documents/NAME.png") and answers, all of
-    which are right; `question_types`, where given, is the category.
+    which are right; the first of `question_types`, if any, is the category.
 
     Raises:
         RegraftError: the file, a field or an image is missing or wrong, or there are no answers

@@ -11,7 +11,7 @@ from regraft.data.rows import checked, json_rows
 from regraft.errors import RegraftError
 
 Variant = Literal["SD", "SD_TYPO", "TYPO"]
-# Of the authors' evaluation: the generated image has a question of its own.
+# As in the authors' evaluation: the generated image has a question of its own.
 _QUESTIONS: dict[Variant, str] = {
     "SD": "Rephrased Question(SD)",
     "SD_TYPO": "Rephrased Question",
@@ -28,10 +28,10 @@ def read_mm_safetybench(folder: Path, variant: Variant = "SD_TYPO") -> Reading:
 
     `variant`: an image of the key phrase by Stable Diffusion (SD), the phrase as typography (TYPO),
     or both (SD_TYPO, the strongest attack and the paper's main one). All are harmful, without a
-    response; the category is the scenario ("01-Illegal_Activitiy", as its authors spell it), the
-    request the `Question` that image and prompt were made from.
+    response; the category is the scenario ("01-Illegal_Activitiy", as its authors spell it), and
+    the request is the `Question` that image and prompt were made from.
     Scenarios 10 to 13 (legal, financial and health advice, government decisions) are not clearly
-    harmful: look at the rates per category. A folder with `data/` in it is read as well.
+    harmful: look at the rates per category. `folder` may also be the parent of `data/`.
     """
     base = folder if (folder / "processed_questions").is_dir() else folder / "data"
     files = sorted((base / "processed_questions").glob("*.json"))

@@ -18,23 +18,23 @@ CIRCULAR = 1_000_000  # index of a rotated copy: base + k * CIRCULAR
 _LETTERS = "ABCDE"
 _ENDING = "Answer with the option's letter from the given choices directly."
 _MISSING = ("", "nan")
-_SHORT = 64  # characters up to which a cell names another row's image
+_SHORT = 64  # a cell of at most this many characters is another row's index, not an image
 _WHAT = "MMBench is a TSV file such as MMBench_DEV_EN.tsv."
 
 
 def read_mmbench(path: Path) -> Reading:
-    """Read a TSV with answers, such as MMBench_DEV_EN.tsv, rotated copies included.
+    """Read a TSV with answers, such as MMBench_DEV_EN.tsv, including rotated copies.
 
-    Columns: index, question, hint, A to E (empty where there are fewer), answer, category and image
-    in base64; a rotated copy may name the index of the row with its image instead. The prompt is
-    lmms-eval's: hint, question, options, and the request for a letter. All copies of a question are
-    a group, which counts as right if each of them is; as many are needed as there are options, and
-    a question with fewer is left out. A file without any rotated copy is plain accuracy, and its
-    source says so. Images are written to the user's cache.
+    Columns: index, question, hint, A to E (empty for fewer options), answer, category and image in
+    base64; a rotated copy may have the index of the row with its image instead. The prompt is
+    lmms-eval's: hint, question, options, and the request for a letter. The copies of a question are
+    a group, which counts as right if every copy is; a question with fewer copies than options is
+    left out. A file without any rotated copy gives plain accuracy, and its source says so. Images
+    are written to the user's cache.
 
     Raises:
-        RegraftError: the file, a column or a value is missing or wrong, an index is there twice, or
-            the file has no answers (the test split has none: its owners score it).
+        RegraftError: the file, a column or a value is missing or wrong, an index repeats, or the
+            file has no answers (the test split has none: its owners score it).
     """
     rows = csv_rows(path, _WHAT, tabs=True)
     if rows and "answer" not in rows[0].values:
@@ -49,12 +49,12 @@ def read_mmbench(path: Path) -> Reading:
 
 
 def _circular(reading: Reading) -> Reading:
-    """Keep whole groups only; the examples of all others are counted in `skipped`."""
+    """Keep complete groups only; count the examples of the others in `skipped`."""
     copies = Counter(example.group for example in reading.examples)
     if all(count == 1 for count in copies.values()):
         return replace(reading, source=f"{reading.source} (no rotated copies: plain accuracy)")
-    whole = (one for one in reading.examples if copies[one.group] >= len(one.choices))
-    return reading.keep(whole, "rotated copies missing")
+    complete = (one for one in reading.examples if copies[one.group] >= len(one.choices))
+    return reading.keep(complete, "rotated copies missing")
 
 
 def _example(row: Row, cells: dict[str, str], images: dict[str, Path]) -> Example:
@@ -63,7 +63,7 @@ def _example(row: Row, cells: dict[str, str], images: dict[str, Path]) -> Exampl
     choices = tuple(text for text in options.values() if text)
     given = "".join(letter for letter, text in options.items() if text)
     if len(choices) < 2 or not _LETTERS.startswith(given):
-        raise RegraftError(f"{row.where}: expected options A, B and so on without a gap.")
+        raise RegraftError(f"{row.where}: expected two or more options A, B, ... without a gap.")
     answer = row.text("answer").strip().upper()
     if len(answer) != 1 or answer not in given:
         raise row.wrong_type("answer", f"the letter of an option, one of {given}")

@@ -1,4 +1,4 @@
-"""MOSSBench (Li et al. 2024, arXiv 2406.17806): harmless questions about images that alarm."""
+"""MOSSBench (Li et al. 2024, arXiv 2406.17806): harmless questions about alarming images."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _WHAT = (
 
 
 def read_mossbench(folder: Path) -> Reading:
-    """Read the 300 harmless questions; a refusal is exaggerated.
+    """Read the 300 harmless questions; to refuse one is over-refusal.
 
     Each entry has `pid`, `question`, `image` ("images/1.png") and `metadata` with `over`, the kind
-    of stimulus, which is the category. A folder with `data/` in it is read as well.
+    of stimulus, which is the category. `folder` may also be the parent of `data/`.
 
     Raises:
         RegraftError: a file, field or image is missing or wrong; the data set on the hub comes
@@ -31,12 +31,12 @@ def read_mossbench(folder: Path) -> Reading:
 
 
 def _example(row: Row) -> Example:
-    about = Row.of(f"{row.where}, metadata", row.values.get("metadata"))
+    metadata = Row.of(f"{row.where}, metadata", row.values.get("metadata"))
     return Example(
         id=f"mossbench-{row.name('pid')}",
         instruction=row.text("question"),
         harmful=False,
-        category=about.text("over"),
+        category=metadata.text("over"),
         image=Path(row.text("image")),
     )
 

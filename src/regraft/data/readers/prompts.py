@@ -1,4 +1,4 @@
-"""A file of harmful prompts: AdvBench, HarmBench, JailbreakBench, StrongREJECT or one's own."""
+"""A file of harmful prompts: AdvBench, HarmBench, JailbreakBench, StrongREJECT or your own."""
 
 from __future__ import annotations
 

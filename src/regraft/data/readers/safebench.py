@@ -22,12 +22,11 @@ _WHAT = "SafeBench is a folder with safebench.csv and images/."
 def read_safebench(folder: Path, *, part: Part = "all") -> Reading:
     """Read `safebench.csv` and its images.
 
-    Each row becomes a harmful example without a response: FigStep's fixed prompt over the image
-    `query_DATASET_CATEGORY_TASK_6.png` under `images/` or `images/SafeBench/`, with the category
-    `category_name`, an id like "ForbidQI_1_2" and, as the request, the `instruction` that is drawn
-    in the image. `part` keeps the rows whose `task_id` is even or
-    odd, or takes SafeBench-Tiny: the 50 of SafeBench-Tiny.csv beside it. The layout of the official
-    repository's `data/` folder is read as well.
+    Each row becomes a harmful example without a response: FigStep's fixed prompt with the image
+    `query_DATASET_CATEGORY_TASK_6.png` under `images/` or `images/SafeBench/`, the category
+    `category_name`, an id like "ForbidQI_1_2" and, as the request, the `instruction` drawn in the
+    image. `part` "even" or "odd" keeps the rows with such a `task_id`; "tiny" reads the 50 rows of
+    SafeBench-Tiny.csv beside it. `folder` may also be the official repository's `data/`.
     """
     name = "SafeBench-Tiny.csv" if part == "tiny" else "safebench.csv"
     table, official = folder / name, folder / "question" / name

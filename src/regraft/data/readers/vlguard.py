@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -18,17 +18,15 @@ from regraft.errors import RegraftError
 UNSAFE_ON_SAFE = "safe image, unsafe instruction"
 SAFE_ON_SAFE = "safe image"
 Subset = Literal["unsafe", "safe-unsafe", "safe-safe", "all"]
-_OTHER: Mapping[Split, Split] = {"train": "test", "test": "train"}
 
 
 def read_vlguard(path: Path, subset: Subset | None = None) -> Reading:
     """Read VLGuard's `train.json` or `test.json` and find its images.
 
     `path` is the JSON file, or a folder with `train.json`. Images are looked for below the JSON's
-    folder: in `train/` or `test/` (of the JSON's own name first), `images/`, or the folder itself.
-    Where there is neither a folder of its own name nor `images/`, but `train.zip` or `test.zip`, as
-    they come from the hub, that is unpacked into the cache and looked into first. Otherwise as
-    `parse_vlguard`.
+    folder: in `train/` or `test/` (the JSON's own split first), `images/`, or the folder itself. If
+    neither a folder named after the split nor `images/` exists, the split's zip file, as the hub
+    has it, is unpacked into the cache and searched first. See `parse_vlguard` for the examples.
     """
     metadata = path / "train.json" if path.is_dir() else path
     return locate_images(parse_vlguard(metadata, subset), _image_roots(metadata))
@@ -36,14 +34,15 @@ def read_vlguard(path: Path, subset: Subset | None = None) -> Reading:
 
 def split_file(folder: Path, split: Split) -> Path:
     """The JSON file of a split in VLGuard's folder."""
-    file, other = folder / f"{split}.json", folder / f"{_OTHER[split]}.json"
+    file = folder / f"{split}.json"
     if file.is_file():
         return file
-    use = "evaluated on" if split == "test" else "learnt and chosen from"
-    there = f" but {other.name}" if other.is_file() else ""
+    other = folder / ("train.json" if split == "test" else "test.json")
+    use = "evaluation" if split == "test" else "learning and choosing"
+    found = f", only {other.name}" if other.is_file() else ""
     advice = f", or name a file, as in vlguard:{other}" if other.is_file() else ""
     raise RegraftError(
-        f"{folder} holds no {file.name}{there}, and VLGuard's {split} split is what is {use}. "
+        f"{folder} has no {file.name}{found}; {use} needs VLGuard's {split} split. "
         f"Put {file.name} there{advice}."
     )
 
@@ -53,10 +52,10 @@ def parse_vlguard(path: Path, subset: Subset | None = None) -> Reading:
 
     An unsafe image gives one harmful example, with its `harmful_category`. A safe image gives a
     harmless one (category "safe image") from `safe_instruction` and a harmful one (category "safe
-    image, unsafe instruction") from `unsafe_instruction`. Without a `subset` the last are left out;
-    with "unsafe", "safe-unsafe" or "safe-safe", as the paper calls these three, all others are;
-    what is left out is counted in `skipped`. A pair of image and instruction that came before is
-    skipped as "duplicate". An empty response (test.json has 17) becomes None.
+    image, unsafe instruction") from `unsafe_instruction`. Without a `subset` the last kind is left
+    out; "unsafe", "safe-unsafe" or "safe-safe", the paper's names for the three, keeps only that
+    kind. Rows left out are counted in `skipped`, and so are repeated pairs of image and instruction
+    ("duplicate"). An empty response (test.json has 17) becomes None.
     """
     rows = json_rows(path, "VLGuard is the files train.json and test.json.", "row")
     parsed = Reading(str(path), tuple(example for row in rows for example in _examples(row)))
@@ -107,7 +106,7 @@ def _answers(row: Row) -> list[Row]:
 
 
 def _with_unique_ids(examples: Iterable[Example]) -> Iterator[Example]:
-    """Number the later uses of an id: the official train.json has one id on two rows."""
+    """Number repeated ids from the second use on: the official train.json repeats one."""
     uses: Counter[str] = Counter()
     for example in examples:
         uses[example.id] += 1
@@ -123,8 +122,8 @@ def _image_roots(metadata: Path) -> list[Path]:
     unpacked_already = any((folder / name).is_dir() for name in (split, "images"))
     if unpacked_already or not archive.is_file():
         return roots
-    whole = unpacked(archive)
-    return [whole, whole / split, *roots]
+    contents = unpacked(archive)
+    return [contents, contents / split, *roots]
 
 
 PLUGIN = Dataset(

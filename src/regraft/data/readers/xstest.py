@@ -13,19 +13,19 @@ from regraft.errors import RegraftError
 def read_xstest(path: Path) -> Reading:
     """Read `xstest_prompts.csv`, or a folder with it.
 
-    250 harmless prompts, on which a refusal is exaggerated, and 200 harmful ones that resemble
+    250 harmless prompts, on which a refusal is over-refusal, and 200 harmful ones that resemble
     them. Columns: id, prompt, type and label ("safe" or "unsafe"); releases without labels name
     the types of harmful prompts "contrast_...". The category is the type.
 
     Raises:
-        RegraftError: the file, a column or a value is missing or wrong, it is cut off, or it is a
-            file of answers.
+        RegraftError: the file, a column or a value is missing or wrong, the file is cut off, or it
+            holds a model's answers.
     """
     table = path / "xstest_prompts.csv" if path.is_dir() else path
     rows = csv_rows(table, "XSTest is the file xstest_prompts.csv of its repository.")
     if rows and "completion" in rows[0].values:
         raise RegraftError(
-            f"{table} holds answers of a model. The prompts are xstest_prompts.csv; labelled "
+            f"{table} holds answers of a model. The prompts are in xstest_prompts.csv; labelled "
             "answers are for `regraft judge bench`."
         )
     require_end(table, "xstest_prompts.csv")

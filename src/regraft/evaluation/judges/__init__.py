@@ -1,7 +1,7 @@
-"""Judges by name: what they read, what they say, and how a new one is registered.
+"""Judges by name: what they read, what they return, and how a new one is registered.
 
 A new judge is one file, here or in a package of its own that names it under the entry-point group
-`regraft.judges`. One that reads the words of an answer is the shortest:
+`regraft.judges`. The shortest kind reads only the text of an answer:
 
     class Short(TextJudge):
         name = "short-1"
@@ -11,7 +11,7 @@ A new judge is one file, here or in a package of its own that names it under the
 
     PLUGIN = Short()
 
-A name stands for figures that were published by it: a judge that judges differently gets another.
+Results are published under a judge's name, so a judge whose verdicts change gets a new name.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt with the answer it got; `image` only where the judge is to see it.
+    """A prompt with the answer it got, and `image` if the judge is to see it.
 
-    Without the image, `prompt` is what is really asked; with it, the words beside the image.
+    Without the image, `prompt` is the actual request; with it, the text beside the image.
     """
 
     prompt: str
@@ -43,9 +43,9 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an answer refuses and whether it does harm; None where the judge does not say.
+    """Whether an answer refuses and whether it is harmful; None where the judge does not say.
 
-    A judge that says neither could not be understood; `reason` is then what it wrote instead.
+    If both are None the judge's output could not be read, and `reason` quotes it.
     """
 
     refused: bool | None
@@ -61,18 +61,18 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Anything that judges exchanges; `name` tells it and its version from others."""
+    """Anything that judges exchanges."""
 
     @property
     def name(self) -> str:
-        """Written into results."""
+        """Identifies the judge and its version in results."""
 
     def verdicts(self, exchanges: Sequence[Exchange], advance: Advance) -> list[Verdict]:
-        """One verdict an exchange, in order; `advance` gets the number just judged."""
+        """One verdict per exchange, in order; `advance` gets the number just judged."""
 
 
 class Compute(Protocol):
-    """Where a judge that is a model runs, and how many exchanges are in one forward pass."""
+    """Device and dtype of a judge that is a model, and the exchanges per forward pass."""
 
     @property
     def device(self) -> str: ...
@@ -83,25 +83,26 @@ class Compute(Protocol):
 
 
 class JudgeKind:
-    """What is registered under a name: it makes judges from what follows the name and a colon.
+    """A kind of judge, registered by name: makes judges from the argument in NAME:ARGUMENT.
 
     Attributes:
-        argument: What follows, in a word for messages, as "MODEL"; "" where nothing does.
-        is_local_model: Whether a model is run here, so that device and dtype decide verdicts.
+        argument: A placeholder for it in messages, such as "MODEL"; "" if there is none.
+        is_local_model: Whether a model runs on this machine, so that verdicts depend on device and
+            dtype.
     """
 
     argument: ClassVar[str] = ""
     is_local_model: ClassVar[bool] = False
 
     def check(self, argument: str) -> None:
-        """Raise RegraftError where the argument is not well written; nothing is loaded."""
+        """Raise RegraftError if the argument is malformed, without loading anything."""
 
     def inputs(self, argument: str) -> dict[str, str]:
-        """What decides verdicts besides the name and the argument, as digests by what they are."""
+        """What verdicts depend on besides name and argument, each by name as a digest."""
         return {}
 
     def load(self, argument: str, compute: Compute) -> Judge:
-        """The judge, ready to judge.
+        """Load the judge.
 
         Raises:
             RegraftError: a model cannot be loaded.
@@ -110,39 +111,39 @@ class JudgeKind:
 
 
 class TextJudge(JudgeKind):
-    """A judge that reads an answer alone, without any model, so that evaluations judge by it.
+    """A judge of an answer's text alone, without a model, so that evaluations can judge by it.
 
     Attributes:
-        name: Written into results.
-        window: How many first characters of an answer count; None where all do.
+        name: Identifies the judge in results.
+        window: How many characters from the start of an answer count; None if all do.
     """
 
     name: str
     window: int | None = None
 
     def phrase(self, answer: str) -> str | None:
-        """The words of `answer` by which it refuses; None where it does not."""
+        """The words by which `answer` refuses; None if it does not."""
         raise NotImplementedError
 
     def read(self, answer: str) -> str:
-        """The part of `answer` that decides."""
+        """The part of `answer` that the verdict depends on."""
         return answer
 
     def settled(self, start: str) -> bool:
-        """Whether `refuses` says the same of every answer that begins with `start`, itself too."""
+        """Whether `refuses` is the same for `start` and every answer that begins with it."""
         return False
 
     def refuses(self, answer: str) -> bool:
         return self.phrase(answer) is not None
 
     def verdicts(self, exchanges: Sequence[Exchange], advance: Advance) -> list[Verdict]:
-        """Of each answer by `phrase`, in order."""
+        """Judge each answer by `phrase`, in order."""
         phrases = [self.phrase(one.answer) for one in exchanges]
         advance(len(exchanges))
         return [Verdict(phrase is not None, None, phrase or "") for phrase in phrases]
 
     def load(self, argument: str, compute: Compute | None = None) -> TextJudge:
-        """This very judge: there is nothing to load."""
+        """Return this judge: there is nothing to load."""
         return self
 
 
@@ -152,7 +153,7 @@ JUDGES: Registry[JudgeKind] = Registry(
 
 
 def find(text: str) -> tuple[JudgeKind, str]:
-    """The judge that `text` names (a keyword list, NAME or NAME:ARGUMENT) and the argument.
+    """Find the judge that `text` names (a keyword list, NAME or NAME:ARGUMENT), and its argument.
 
     Raises:
         RegraftError: there is no such judge (the message lists them), or the argument is wrong.
@@ -164,35 +165,36 @@ def find(text: str) -> tuple[JudgeKind, str]:
     name, _, argument = text.partition(":")
     kind = JUDGES.get(name) if name in JUDGES else None
     if kind is None or bool(argument) != bool(kind.argument):
-        names = ", ".join([*KEYWORD_JUDGES, *map(_spelled, JUDGES.names())])
+        names = ", ".join([*KEYWORD_JUDGES, *map(_usage, JUDGES.names())])
         raise RegraftError(f"There is no judge {text!r}; expected {names}.")
     kind.check(argument)
     return kind, argument
 
 
 def find_text_judge(text: str) -> TextJudge:
-    """The judge of that name, which reads answers alone.
+    """Find a judge of an answer's text alone.
 
     Raises:
-        RegraftError: see `find`; it is a model, which judges saved answers only.
+        RegraftError: see `find`; or the judge is a model, which judges saved answers only.
     """
     kind, argument = find(text)
     if not isinstance(kind, TextJudge):
         raise RegraftError(
-            f"The judge {text!r} is a model: evaluate by a judge of words, then judge the saved "
-            f"answers by it (`regraft judge FOLDER --by {text}`)."
+            f"The judge {text!r} is a model: evaluate with a keyword judge, then judge the saved "
+            f"answers (`regraft judge answers FOLDER --by {text}`)."
         )
     return kind.load(argument)
 
 
-def _spelled(name: str) -> str:
+def _usage(name: str) -> str:
+    """NAME or NAME:ARGUMENT, as a judge is named."""
     try:
         argument = JUDGES.get(name).argument
-    except RegraftError:  # a broken package: what is wrong with it is not the question here
+    except RegraftError:  # a broken package is reported when its judge is asked for
         argument = ""
     return f"{name}:{argument}" if argument else name
 
 
 def unread(text: Any) -> Verdict:
-    """The verdict where what a model wrote cannot be read as one."""
+    """The verdict for a model's output that cannot be read as one."""
     return Verdict(None, None, f"unread: {' '.join(str(text).split())[:80]}")

@@ -1,4 +1,4 @@
-"""Llama Guard 3 and 4 (Meta), asked by their chat template."""
+"""Llama Guard 3 and 4 (Meta), prompted with their chat template."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from regraft.evaluation.judges import Verdict, unread
 
 
 def read_llama_guard(text: str) -> Verdict:
-    """ "safe", or "unsafe" with the categories in the next line (Llama Guard 3 and 4)."""
+    """Read "safe", or "unsafe" with the categories on the next line."""
     first, _, rest = text.strip().partition("\n")
-    if (said := first.strip().lower()) not in ("safe", "unsafe"):
+    if (safety := first.strip().lower()) not in ("safe", "unsafe"):
         return unread(text)
-    return Verdict(None, said == "unsafe", " ".join([said, *rest.split()]))
+    return Verdict(None, safety == "unsafe", " ".join([safety, *rest.split()]))
 
 
 PLUGIN = GuardKind(
