@@ -61,12 +61,12 @@ def test_a_ledger_adds_what_was_broken_off(tmp_path: Path) -> None:
     metered.loaded(net)
     path = tmp_path / "costs.json"
     ledger = Ledger(path, metered, CPU)
-    with pytest.raises(KeyboardInterrupt), ledger.of("prune", "wanda"):
+    with pytest.raises(KeyboardInterrupt), ledger.measure("prune", "wanda"):
         net(torch.ones(1, 2).requires_grad_())
         raise KeyboardInterrupt
-    with ledger.of("prune", "wanda"), torch.no_grad():
+    with ledger.measure("prune", "wanda"), torch.no_grad():
         net(torch.ones(1, 2))
-    with ledger.of("evaluate", "wanda"):
+    with ledger.measure("evaluate", "wanda"):
         pass  # was there already
     (cost,) = read_costs(path)
     assert (cost.stage, cost.of, cost.flops) == ("prune", "wanda", 8 * 3 + 8)
@@ -81,7 +81,7 @@ def _at_work(tmp_path: Path, stage: str = "prune") -> Iterator[tuple[nn.Module, 
     net, metered, path = nn.Linear(2, 2), Metered(Silent()), tmp_path / "costs.json"
     metered.loaded(net)
     ledger = Ledger(path, metered, CPU)
-    with ledger.of(stage), metered.task("Pruning", 9) as done, torch.no_grad():
+    with ledger.measure(stage), metered.task("Pruning", 9) as done, torch.no_grad():
         yield net, done, path
 
 
@@ -194,9 +194,9 @@ def test_the_peak_of_the_fullest_accelerator(
         "get_device_name": lambda _: "card",
     }.items():
         monkeypatch.setattr(torch.cuda, name, does)
-    monkeypatch.setattr(module, "_WORTH_TELLING", 0)
+    monkeypatch.setattr(module, "_WORTH_RECORDING", 0)
     path = tmp_path / "costs.json"
-    with Ledger(path, Metered(Silent()), torch.device("cuda")).of("prune"):
+    with Ledger(path, Metered(Silent()), torch.device("cuda")).measure("prune"):
         assert reset == [0, 1, 2]
     (cost,) = read_costs(path)
     assert (cost.peak_bytes, cost.device) == (9, "card")

@@ -276,10 +276,10 @@ def test_folders_that_make_no_page(
     one, other = (evaluation(tmp_path / name, asked, 3, 1) for name in ("a", "b"))
     runs = (tmp_path / "r", tmp_path / "s")
     for words, message in (
-        ((one, other), "Say where the report of several evaluations goes"),
+        ((one, other), "Name a folder for the report on several evaluations"),
         ((one, "--out", tmp_path / "data"), "holds something else than a report"),
         ((one, runs[0], "--out", tmp_path / "x"), "r/results.json"),
-        (runs, "runs are compared by `regraft analyse compare`"),
+        (runs, "compare runs with `regraft analyse compare`"),
         ((runs[0], "--out", tmp_path / "x"), "leave out --out"),
         ((tmp_path,), f"no recipe.yaml in it. `regraft report` takes the evaluations in it: {one}"),
         ((), "Name the folder of a run"),

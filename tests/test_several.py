@@ -519,7 +519,7 @@ def test_bad_input_of_bundles(
     assert "damaged or no zip file" in refused(tmp_path / "x.zip")
     assert "does not exist" in refused(tmp_path / "gone.zip")
     dense = folder_of_model(run, "one") / "evaluation" / "dense"
-    assert "A bundle is of a run" in refused(dense, "--bundle", tmp_path / "y.zip")
+    assert "A bundle holds a run" in refused(dense, "--bundle", tmp_path / "y.zip")
 
 
 def test_a_bundle_of_one_run(world: Path, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def run_one(
         warn_of_bundled(setup.dense, suite, progress.note)
     costs = Ledger(planned.run_dir.costs, metered, pick_device(recipe.compute.device))
     # The steps hold `setup` as it was; nothing but `make` reads the guard.
-    replace(setup, guard=costs.of).make(planned.steps)
+    replace(setup, guard=costs.measure).make(planned.steps)
     setup.cache.unload()
     if learns_from_both(recipe):
         count_pass(setup, planned.run_dir.calibration_pass)
