@@ -1149,7 +1149,7 @@ def test_the_estimate_of_a_run_counts_what_each_stage_takes(
 ) -> None:
     """Heads half of the layers each, the ten forward and backward passes of gain: of prompts."""
     monkeypatch.setattr(pipeline, "_speed", lambda *_: 1e9)
-    monkeypatch.setattr(pipeline, "_SHARE", {"cpu": 1})
+    monkeypatch.setattr(pipeline, "_EFFICIENCY", {"cpu": 1})
     dense = open_source(world.model)
     heads = sum(layer.heads for layer in dense.architecture.layers)
 

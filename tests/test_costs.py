@@ -211,7 +211,7 @@ def test_the_report_has_the_costs_by_stage() -> None:
         assert "0 FLOP" in page and "512 MiB" in page
     rows = render_markdown(study).splitlines()
     assert "| apply | 1 | 1.0 s | 0 FLOP | 512 MiB |" in rows
-    assert "| in all | – | 2.0 s | 2 TFLOP | 1 GiB |" in rows
+    assert "| total | – | 2.0 s | 2 TFLOP | 1 GiB |" in rows
     header = rows.index("| Stage | Models | Time | Operations | Peak memory |")
     assert rows[header - 1] == "" and rows[header - 2] == "**By stage**"
 
@@ -237,7 +237,7 @@ def test_costs_by_stage() -> None:
     assert [tuple(cell.text for cell in row) for row in stages.rows] == [
         ("prune", "1", "1.0 s", "10 FLOP", "0 MiB"),
         ("evaluate", "2", "5.0 s", "50 FLOP", "0 MiB"),
-        ("in all", "–", "6.0 s", "60 FLOP", "0 MiB"),
+        ("total", "–", "6.0 s", "60 FLOP", "0 MiB"),
     ]
 
 

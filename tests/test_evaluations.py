@@ -213,7 +213,7 @@ def test_what_is_no_pair_is_refused(
     again = evaluation(tmp_path / "again", asked, 4, 1, inputs={"model": "digest of dense"})
     other = evaluation(tmp_path / "x", asked, 4, 1, inputs={"model": "digest", "patch": "digest"})
     for folders, pair, message in (
-        ((), (pruned, dense), "Are --dense and --pruned exchanged?"),
+        ((), (pruned, dense), "Are --dense and --pruned swapped?"),
         ((), (dense, again), "are evaluations of the same model"),
         ((other,), (dense, pruned), "x is an evaluation of another model with a patch"),
     ):
@@ -242,7 +242,7 @@ def test_what_was_done_otherwise_is_noted(tmp_path: Path, asked: list[Example]) 
         evaluation(tmp_path / "b", asked, 9, 1, max_new_tokens=9),
     ]
     (note,) = comparing.run_of_evaluations(folders).notes
-    assert note == "b was evaluated in another way than a: max_new_tokens 9 instead of 64."
+    assert note == "b was evaluated differently from a: max_new_tokens 9 instead of 64."
 
 
 def test_images_that_changed_since_are_not_shown(tmp_path: Path, asked: list[Example]) -> None:

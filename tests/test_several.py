@@ -459,7 +459,7 @@ def _set_rsr(content: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "signed", "message"),
     [
-        (_first_verdict, False, "answers.jsonl is not what its digest says"),
+        (_first_verdict, False, "answers.jsonl does not match its digest"),
         (_first_verdict, True, "but the answers give"),
         (
             _changed("runs/one/evaluation/wanda-50/results.json", _set_asr),
