@@ -68,7 +68,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
     "report": (
         "reporting:report",
-        "Write a report (JSON, Markdown, HTML) on evaluations, or again on a finished run.",
+        "Write a report (JSON, Markdown, HTML) on evaluations, or rewrite that of a finished run.",
     ),
     "analyse": (
         "analysing:app",

@@ -34,7 +34,7 @@ OutFolder = Annotated[Path, _FOLDER]
 OutFile = Annotated[Path, _FILE]
 MaybeOutFolder = Annotated[Path | None, _FOLDER]
 MaybeOutFile = Annotated[Path | None, _FILE]
-Trust = Annotated[bool, Parameter(help="Run Python code that comes with the checkpoint.")]
+Trust = Annotated[bool, Parameter(help="Run the checkpoint's own Python code.")]
 Calibration = Annotated[CalibrationSettings, Flat]
 Compute = Annotated[ComputeSettings, Flat]
 

@@ -38,7 +38,7 @@ def _flag(name: str, settings: dict[str, type[PruneSettings]]) -> Any:
     first, *others = fields.values()
     text = first.description or ""
     if len(fields) < len(settings):
-        text = f"For {', '.join(fields)}: {text}"
+        text = f"{text} For {', '.join(fields)} only."
     if all(one.default == first.default for one in others):
         return first.annotation, Field(first.default, description=text)
     defaults = ", ".join(f"{one.default} for {by}" for by, one in fields.items())

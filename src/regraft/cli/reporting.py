@@ -33,7 +33,7 @@ def report(
     bundle: Bundled = None,
     texts: bool = False,
 ) -> None:
-    """Write a report (JSON, Markdown, HTML) on evaluations, or again on a finished run.
+    """Write a report (JSON, Markdown, HTML) on evaluations, or rewrite that of a finished run.
 
     Also bundles a run's results in a zip file, or checks such a bundle and shows its table.
 

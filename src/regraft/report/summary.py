@@ -238,17 +238,16 @@ def _tests_notes(study: Study) -> Iterator[str]:
         which, holm = "each model with the first", "all tests of this event in a table"
     else:
         against = f" and with {', '.join(study.against)}" if study.against else ""
-        which = f"a pruned model with the dense one, a method with the pruned model{against}"
+        which = f"the pruned model with the dense one, each method with the pruned model{against}"
         holm = "all tests of methods on this event in a table, without that of the pruned model"
-    seeds = "the RSR by seed" if len(study.seeds) > 1 else "only runs of several seeds"
+    seeds = "RSR by seed shows" if len(study.seeds) > 1 else "only several seeds can show"
     yield (
         f"Tests compare {which}: do attacks succeed (are prompts refused) equally often on the "
         "same prompts? The test is an exact permutation test clustered by prompt, McNemar's for "
         f'one model against one. Holm: p corrected for {holm}; "better" and "worse" mean a '
         f"corrected p < {SIGNIFICANCE}. Read ASR together with over-refusal and utility: a model "
         "that refuses everything has the lowest ASR. The tests say what to expect of these very "
-        "models on new prompts; how much models of other calibration seeds differ is shown by "
-        f"{seeds}."
+        f"models on new prompts; {seeds} how much models of other calibration seeds differ."
     )
 
 

@@ -222,10 +222,11 @@ class _Artifacts:
         run_dir = self.run_dir
         name, curve = run_dir.name(pruning.name, one.name), run_dir.curve(pruning.name, one.name)
         heads = tuple((layer, head) for layer, head in patch.about["heads"])
+        how = method_of(one).label(one)
         return _variant(
             name,
             self.evaluations[f"{pruning.name}/{one.name}"],
-            label=f"{name} ({method_of(one).label(one)})",
+            label=name if how == one.name else f"{name} ({how})",
             base=pruning.name,
             patch=str(run_dir.patch(pruning.name, one.name).relative_to(run_dir.path)),
             restored=patch.restored,
