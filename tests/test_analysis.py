@@ -261,7 +261,7 @@ def test_sweep_and_relate_commands(
     assert relation["spearman"] is None
     assert relation["note"] is None
     assert {one["estimated"] for one in relation["points"]} == {0}
-    assert "not defined" in capsys.readouterr().out
+    assert "is undefined" in capsys.readouterr().out
     ElementTree.fromstring((tmp_path / "relation" / "relation.svg").read_text())
     _run("analyse", "relate", runs[0], "--out", tmp_path / "other", code=2)
     assert "3 pruned models or more" in capsys.readouterr().err

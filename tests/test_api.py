@@ -108,7 +108,7 @@ ENDPOINT = "endpoint:http://localhost:1/v1#m"
         (
             lambda root, out: regraft.prune(root / "dense", out, method="magnitude", samples=3),
             "prune {dense} --method magnitude --samples 3 --out {out}",
-            "magnitude reads no data: settings of it would change nothing.",
+            "magnitude uses no data: settings of the data would have no effect.",
         ),
         (
             lambda root, out: regraft.prune(root / "dense", out, n_m="2:4", sparsity=0.4),
@@ -127,7 +127,7 @@ ENDPOINT = "endpoint:http://localhost:1/v1#m"
                 root / "dense", root / "dense", out, method="hsr", heads_file="x", r_max=3
             ),
             "realign hsr {dense} {dense} --heads-file x --r-max 3 --out {out}",
-            "--heads-file has scores: settings of scoring would change nothing.",
+            "--heads-file has the scores: settings of the scoring of heads would have no effect.",
         ),
         (
             lambda root, out: regraft.realign(
@@ -139,7 +139,7 @@ ENDPOINT = "endpoint:http://localhost:1/v1#m"
         (
             lambda root, out: regraft.evaluate(root / "dense", "demo:test", out, concurrency=2),
             "eval {dense} --suite demo:test --concurrency 2 --out {out}",
-            "--concurrency is of requests to an endpoint: leave it out.",
+            "--concurrency is for requests to an endpoint: leave it out.",
         ),
         (
             lambda root, out: regraft.evaluate(ENDPOINT, "demo:test", out, batch_size=2),
@@ -158,7 +158,7 @@ ENDPOINT = "endpoint:http://localhost:1/v1#m"
                 root / "dense", root / "dense", out, suites="demo:test", concurrency=2
             ),
             "check {dense} {dense} --suite demo:test --concurrency 2 --out {out}",
-            "--concurrency is of requests to an endpoint: leave it out.",
+            "--concurrency is for requests to an endpoint: leave it out.",
         ),
         (
             lambda root, out: regraft.check(root / "evaluated", ENDPOINT, out, dtype="float32"),

@@ -402,7 +402,7 @@ def test_what_is_refused_of_servers(
     assert "replies" in refused(one, odd, "--out", tmp_path / "out")
     both = folders / "dense", folders / "near", "--out", tmp_path / "out"
     assert "leave out --device" in refused(*both, "--device", "cpu")
-    assert "--concurrency is of requests" in refused(*both, "--concurrency", 3)
+    assert "--concurrency is for requests" in refused(*both, "--concurrency", 3)
     served = "endpoint:http://host.test/v1#m", "endpoint:http://host.test/v1#n"
     assert "leave out --device" in refused(*served, *both[2:], "--device", "cpu")
     mixed = served[0], folders / "dense", *both[2:]

@@ -696,7 +696,7 @@ def test_recipe_files(world: World, refused: Refused) -> None:
 
 def test_settings_that_would_change_nothing(world: World, refused: Refused) -> None:
     realign = _realign(world, world.model, world.pruned)
-    has(refused(*realign, "--heads-file", "h", "--r-max", 3), "--heads-file has scores")
+    has(refused(*realign, "--heads-file", "h", "--r-max", 3), "--heads-file has the scores")
     has(refused(*realign, "--max-new-tokens", 12), "answers in a search", "--search")
     gain = _realign(world, world.model, world.pruned, "gain")
     has(refused(*gain, "--q", 0.1), "--q")
@@ -706,12 +706,12 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
         "--order: unknown setting of method magnitude",
     )
     has(refused(*realign, "--heads", "all", "--top-heads", 3), "`heads` is all")
-    has(refused(*realign, "--heads", "random", "--r-max", 3), "No heads are scored")
+    has(refused(*realign, "--heads", "random", "--r-max", 3), "These settings score no heads")
     everywhere = [*realign, "--heads", "all"]
-    has(refused(*everywhere, "--heads-file", "h"), "--heads-file would change nothing")
+    has(refused(*everywhere, "--heads-file", "h"), "leave out --heads-file")
     has(refused(*gain, "--heads-file", "h"), "--heads-file")
     by_size = [*realign, "--score", "magnitude"]
-    has(refused(*by_size, "--statistics-file", "s"), "--statistics-file would change nothing")
+    has(refused(*by_size, "--statistics-file", "s"), "leave out --statistics-file")
     random = _realign(world, world.model, world.pruned, "random")
     has(refused(*random, "--statistics-file", "s"), "--statistics-file")
     has(refused(*random, "--responses", "given"), "--responses")
@@ -720,7 +720,7 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
         "`max-response-tokens` changes nothing",
     )
     magnitude = prune(world, "--method", "magnitude")
-    has(refused(*magnitude, "--samples", 3), "magnitude reads no data")
+    has(refused(*magnitude, "--samples", 3), "magnitude uses no data")
     scored: list[object] = ["analyse", "heads", world.model, "--out", "h", "--candidates", 4]
     has(refused(*scored), "`candidates` changes nothing where `mode` is exact")
     shield: list[object] = ["analyse", "defence", "adashield", world.pruned, "--out", "d"]
@@ -750,8 +750,8 @@ def test_settings_that_would_change_nothing_in_tuning(world: World, refused: Ref
     has(refused(*difference, "--q", 0.3), "--q")
     has(refused(*difference, "--top-heads", 3), "--top-heads")
     has(refused(*tune, "--window", 9), "`window` changes nothing where `mode` is exact")
-    has(refused(*tune, "--device", "cuda:7", "--devices", "cpu"), "place of --device")
-    has(refused(*tune, "--points", 3), "Without a --budget there is no ranking")
+    has(refused(*tune, "--device", "cuda:7", "--devices", "cpu"), "--devices replaces --device")
+    has(refused(*tune, "--points", 3), "Without a --budget there is no number")
 
 
 def test_bad_input_is_found_before_heads_are_scored(world: World, refused: Refused) -> None:
@@ -915,7 +915,7 @@ def test_dry_run(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(world.root)
     run_ok("apply", world.pruned, world.patch, "--out", world.root / "out", "--dry-run")
     shown = capsys.readouterr().out
-    has(shown, "weights", "already on", "would change, in", "Nothing was written")
+    has(shown, "weights", "already applied", "would change, in", "Nothing was written")
     assert tree(world.root) == before
 
 
@@ -1149,7 +1149,7 @@ def test_the_estimate_of_a_run_counts_what_each_stage_takes(
 ) -> None:
     """Heads half of the layers each, the ten forward and backward passes of gain: of prompts."""
     monkeypatch.setattr(pipeline, "_speed", lambda *_: 1e9)
-    monkeypatch.setattr(pipeline, "_SHARE", {"cpu": 1})
+    monkeypatch.setattr(pipeline, "_EFFICIENCY", {"cpu": 1})
     dense = open_source(world.model)
     heads = sum(layer.heads for layer in dense.architecture.layers)
 

@@ -61,12 +61,12 @@ def test_a_ledger_adds_what_was_broken_off(tmp_path: Path) -> None:
     metered.loaded(net)
     path = tmp_path / "costs.json"
     ledger = Ledger(path, metered, CPU)
-    with pytest.raises(KeyboardInterrupt), ledger.of("prune", "wanda"):
+    with pytest.raises(KeyboardInterrupt), ledger.measure("prune", "wanda"):
         net(torch.ones(1, 2).requires_grad_())
         raise KeyboardInterrupt
-    with ledger.of("prune", "wanda"), torch.no_grad():
+    with ledger.measure("prune", "wanda"), torch.no_grad():
         net(torch.ones(1, 2))
-    with ledger.of("evaluate", "wanda"):
+    with ledger.measure("evaluate", "wanda"):
         pass  # was there already
     (cost,) = read_costs(path)
     assert (cost.stage, cost.of, cost.flops) == ("prune", "wanda", 8 * 3 + 8)
@@ -81,7 +81,7 @@ def _at_work(tmp_path: Path, stage: str = "prune") -> Iterator[tuple[nn.Module, 
     net, metered, path = nn.Linear(2, 2), Metered(Silent()), tmp_path / "costs.json"
     metered.loaded(net)
     ledger = Ledger(path, metered, CPU)
-    with ledger.of(stage), metered.task("Pruning", 9) as done, torch.no_grad():
+    with ledger.measure(stage), metered.task("Pruning", 9) as done, torch.no_grad():
         yield net, done, path
 
 
@@ -194,9 +194,9 @@ def test_the_peak_of_the_fullest_accelerator(
         "get_device_name": lambda _: "card",
     }.items():
         monkeypatch.setattr(torch.cuda, name, does)
-    monkeypatch.setattr(module, "_WORTH_TELLING", 0)
+    monkeypatch.setattr(module, "_WORTH_RECORDING", 0)
     path = tmp_path / "costs.json"
-    with Ledger(path, Metered(Silent()), torch.device("cuda")).of("prune"):
+    with Ledger(path, Metered(Silent()), torch.device("cuda")).measure("prune"):
         assert reset == [0, 1, 2]
     (cost,) = read_costs(path)
     assert (cost.peak_bytes, cost.device) == (9, "card")
@@ -211,7 +211,7 @@ def test_the_report_has_the_costs_by_stage() -> None:
         assert "0 FLOP" in page and "512 MiB" in page
     rows = render_markdown(study).splitlines()
     assert "| apply | 1 | 1.0 s | 0 FLOP | 512 MiB |" in rows
-    assert "| in all | – | 2.0 s | 2 TFLOP | 1 GiB |" in rows
+    assert "| total | – | 2.0 s | 2 TFLOP | 1 GiB |" in rows
     header = rows.index("| Stage | Models | Time | Operations | Peak memory |")
     assert rows[header - 1] == "" and rows[header - 2] == "**By stage**"
 
@@ -237,7 +237,7 @@ def test_costs_by_stage() -> None:
     assert [tuple(cell.text for cell in row) for row in stages.rows] == [
         ("prune", "1", "1.0 s", "10 FLOP", "0 MiB"),
         ("evaluate", "2", "5.0 s", "50 FLOP", "0 MiB"),
-        ("in all", "–", "6.0 s", "60 FLOP", "0 MiB"),
+        ("total", "–", "6.0 s", "60 FLOP", "0 MiB"),
     ]
 
 

@@ -638,7 +638,7 @@ def test_what_a_server_cannot_do_is_said_before_it_is_asked(
         command(*words, *more, code=2)
         assert message in " ".join(capsys.readouterr().err.split())
     command("eval", "demo", *words[2:], "--concurrency", 3, code=2)
-    assert "is of requests to an endpoint" in " ".join(capsys.readouterr().err.split())
+    assert "is for requests to an endpoint" in " ".join(capsys.readouterr().err.split())
     assert not server.headers and tree(tmp_path) == before
 
 

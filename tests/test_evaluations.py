@@ -213,7 +213,7 @@ def test_what_is_no_pair_is_refused(
     again = evaluation(tmp_path / "again", asked, 4, 1, inputs={"model": "digest of dense"})
     other = evaluation(tmp_path / "x", asked, 4, 1, inputs={"model": "digest", "patch": "digest"})
     for folders, pair, message in (
-        ((), (pruned, dense), "Are --dense and --pruned exchanged?"),
+        ((), (pruned, dense), "Are --dense and --pruned swapped?"),
         ((), (dense, again), "are evaluations of the same model"),
         ((other,), (dense, pruned), "x is an evaluation of another model with a patch"),
     ):
@@ -242,7 +242,7 @@ def test_what_was_done_otherwise_is_noted(tmp_path: Path, asked: list[Example]) 
         evaluation(tmp_path / "b", asked, 9, 1, max_new_tokens=9),
     ]
     (note,) = comparing.run_of_evaluations(folders).notes
-    assert note == "b was evaluated in another way than a: max_new_tokens 9 instead of 64."
+    assert note == "b was evaluated differently from a: max_new_tokens 9 instead of 64."
 
 
 def test_images_that_changed_since_are_not_shown(tmp_path: Path, asked: list[Example]) -> None:
@@ -276,10 +276,10 @@ def test_folders_that_make_no_page(
     one, other = (evaluation(tmp_path / name, asked, 3, 1) for name in ("a", "b"))
     runs = (tmp_path / "r", tmp_path / "s")
     for words, message in (
-        ((one, other), "Say where the report of several evaluations goes"),
+        ((one, other), "Name a folder for the report on several evaluations"),
         ((one, "--out", tmp_path / "data"), "holds something else than a report"),
         ((one, runs[0], "--out", tmp_path / "x"), "r/results.json"),
-        (runs, "runs are compared by `regraft analyse compare`"),
+        (runs, "compare runs with `regraft analyse compare`"),
         ((runs[0], "--out", tmp_path / "x"), "leave out --out"),
         ((tmp_path,), f"no recipe.yaml in it. `regraft report` takes the evaluations in it: {one}"),
         ((), "Name the folder of a run"),

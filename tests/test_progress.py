@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from regraft import console, progress
-from regraft.console import ConsoleWatch
+from regraft.console import ConsoleProgress
 from regraft.costs import Metered
 from regraft.progress import Pace, Silent, Task, expect
 
@@ -72,7 +72,7 @@ def test_what_is_shown(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(progress.Pace.__init__, "__defaults__", (clock,))
     out = StringIO()
-    watch = ConsoleWatch(Console(file=out, force_terminal=terminal, width=100))
+    watch = ConsoleProgress(Console(file=out, force_terminal=terminal, width=100))
     with watch.task("Scoring heads", 100, "heads") as task:
         task.expect(-50)
         clock.now += 20

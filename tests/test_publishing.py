@@ -250,7 +250,7 @@ def test_what_the_hub_refuses(hub: Hub, run: Run, patch: Path, tmp_path: Path) -
     code, said = run("push", patch, NAME, token=wrong)
     assert code == 2
     assert f"{NAME} could not be uploaded" in said
-    assert "Log in with `hf auth login`, or set HF_TOKEN" in said
+    assert "Log in with `hf auth login` or HF_TOKEN" in said
     assert wrong not in said
     assert NAME not in hub.files
 

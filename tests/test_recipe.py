@@ -29,7 +29,7 @@ from regraft.recipes.parts import (
 )
 from regraft.recipes.recipe import Recipe
 from regraft.restoration.base import METHODS, own_settings
-from regraft.runs.pipeline import unread_in
+from regraft.runs.pipeline import unused_in
 from regraft.settings.base import Settings, explain
 from regraft.settings.defending import DEFENCES
 from regraft.settings.searching import SearchSettings
@@ -464,8 +464,8 @@ def test_settings_that_cannot_stand_together(tmp_path: Path, text: str, said: st
     [
         ("{}", None),
         ("calibration: {max_response_tokens: 5, responses: self}", None),
-        ("pruned: ./x\nprune: {sparsity: 0.6}", "prune: it changes nothing, since `pruned` is"),
-        ("heads: {r_max: 3}\nrealign: {method: gain}", "heads: they change nothing, since"),
+        ("pruned: ./x\nprune: {sparsity: 0.6}", "prune: it has no effect, since `pruned` is"),
+        ("heads: {r_max: 3}\nrealign: {method: gain}", "heads: they have no effect, since"),
         ("heads: {r_max: 3}\nrealign: {method: hsr}", None),
         ("pruned: ./x", None),
         ("realign: {method: set-difference, scope: matrix}", None),
@@ -476,7 +476,7 @@ def test_settings_that_cannot_stand_together(tmp_path: Path, text: str, said: st
 )
 def test_settings_that_change_nothing_are_told(tmp_path: Path, text: str, said: str | None) -> None:
     """Not refused: one recipe may be run again with another model or method."""
-    found = unread_in(_read(tmp_path, text))
+    found = unused_in(_read(tmp_path, text))
     assert not found if said is None else len(found) == 1 and said in found[0]
 
 

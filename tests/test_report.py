@@ -603,7 +603,7 @@ def test_of_several_patches_one_is_chosen() -> None:
     more = replace(RANDOM, patch="patches/random.safetensors")
     report = replace(REPORT, variants=(DENSE, PRUNED, REALIGNED, more))
     text = render_markdown(study_of([report]))
-    assert "Several patches are alternatives: take one, by its row in the results." in text
+    assert "Several patches are alternatives: choose one by its row in the results." in text
     assert "regraft apply pruned patches/random.safetensors --out OUT\n```" in text
     assert "patches/random" not in render_card(study_of([report]))
 
@@ -827,8 +827,8 @@ def test_a_page_of_unrelated_models_has_no_word_of_pruning() -> None:
             assert not re.search(
                 r"prun|realign|restor|RSR|recipe|dense", re.sub(r"<[^>]*>", "", words), re.I
             )
-            assert "What was run" in words
-        assert ("McNemar" in text, "of each model against the first" in text) == (
+            assert "Evaluation settings" in words
+        assert ("McNemar" in text, "compare each model with the first" in text) == (
             len(models) > 1,
         ) * 2
         assert len(Outline(page).row("1 a")) == (6 if len(models) > 1 else 4)
@@ -852,7 +852,7 @@ def test_the_verdict_on_unrelated_models_has_its_caveats() -> None:
 def test_degenerate_answers_are_counted_on_the_page_and_the_console() -> None:
     report = replace(REPORT, variants=tuple(map(of_places, REPORT.variants)))
     text = render_markdown(study_of([report]))
-    assert "the dense model 5 of 40 to harmful prompts; the pruned model 5 of" in text
+    assert "the dense model: 5 of 40 to harmful prompts; the pruned model: 5 of" in text
     for run, there in ((report, True), (REPORT, False)):
         console = Console(width=200, record=True)
         show_study(console, study_of([run]))
@@ -912,7 +912,7 @@ def test_perplexity_stands_on_the_page_where_it_was_measured(page: str) -> None:
         return replace(one, result=replace(one.result, perplexity=Estimate(2.5, 20, 2.25, 3.0)))
 
     report = replace(REPORT, variants=tuple(map(measured, REPORT.variants)))
-    line = "the dense model 2.5 [2.25, 3]; the pruned model"
+    line = "the dense model: 2.5 [2.25, 3]; the pruned model"
     assert line in render_html(study_of([report])).replace("\u00a0", " ")
     assert line in render_markdown(study_of([report]))
     assert "Perplexity" not in page

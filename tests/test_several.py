@@ -459,7 +459,7 @@ def _set_rsr(content: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "signed", "message"),
     [
-        (_first_verdict, False, "answers.jsonl is not what its digest says"),
+        (_first_verdict, False, "answers.jsonl does not match its digest"),
         (_first_verdict, True, "but the answers give"),
         (
             _changed("runs/one/evaluation/wanda-50/results.json", _set_asr),
@@ -519,7 +519,7 @@ def test_bad_input_of_bundles(
     assert "damaged or no zip file" in refused(tmp_path / "x.zip")
     assert "does not exist" in refused(tmp_path / "gone.zip")
     dense = folder_of_model(run, "one") / "evaluation" / "dense"
-    assert "A bundle is of a run" in refused(dense, "--bundle", tmp_path / "y.zip")
+    assert "A bundle holds a run" in refused(dense, "--bundle", tmp_path / "y.zip")
 
 
 def test_a_bundle_of_one_run(world: Path, tmp_path: Path) -> None:

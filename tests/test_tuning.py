@@ -533,7 +533,7 @@ def test_bad_input(refused: Callable[..., str]) -> None:
     assert "keep: 'swap' is not tuned here" in refused("--keep", "swap")
     assert "leave target_asr" in refused("--target-asr", 3)
     assert "--r-max" in refused(method="set-difference")  # which scores no heads
-    assert "No heads are scored for these" in refused("--heads", "all")  # --r-max 2
+    assert "These settings score no heads" in refused("--heads", "all")  # --r-max 2
     assert "gain" in refused(method="gain")  # which has nothing to tune
     assert "responses" in refused("--responses", "given", "--max-response-tokens", 9)
 

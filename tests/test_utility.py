@@ -296,7 +296,7 @@ def test_refused_questions_enter_no_test_and_no_comparison() -> None:
     assert (from_pruned.value, from_pruned.n) == (-6 / 8, 8)
     page = render_markdown(study)
     assert "75.0 % [" in page
-    assert "questions of a utility benchmark are in over-refusal by suite only" in page
+    assert "questions of a utility benchmark count only in the over-refusal by suite" in page
 
 
 def test_utility_on_several_scales_is_the_mean_over_suites() -> None:

@@ -1,8 +1,7 @@
 """regraft restores the refusals that pruning took from a vision-language model.
 
-The stages as functions, each described in `regraft.api`: `prune`, `score_heads`, `realign`,
-`apply`, `revert`, `export`, `evaluate`, `check` and `compare`. They are imported when they are
-first asked for.
+The stages are functions, documented in `regraft.api` and imported on first use: `prune`,
+`score_heads`, `realign`, `apply`, `revert`, `export`, `evaluate`, `check` and `compare`.
 """
 
 from __future__ import annotations

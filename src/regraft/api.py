@@ -1,11 +1,11 @@
 """The stages as functions: folders or loaded objects and plain settings in, typed results out.
 
-Models are folders, hub ids, "demo" for the bundled model, or what `open_source` has opened. Data
+Models are folders, hub ids, "demo" for the bundled model, or a `Source` from `open_source`. Data
 sets are named as on the command line: a .jsonl file, or "NAME:PATH" with a reader's name. Every
-stage writes an artifact and, called again with the same, takes it as it is; a killed one goes on.
-Other settings are those of the command line under the same names, such as `batch_size`. Those that
-would change nothing are refused; bad input raises `RegraftError`. The command line calls these
-functions too.
+stage writes an artifact. Called again with the same arguments it reuses the artifact, and a killed
+stage resumes. All other settings have the names of the command line's flags, such as `batch_size`;
+a setting that would have no effect is refused. Bad input raises `RegraftError`. The command line
+calls these functions too.
 
     import regraft
 
@@ -67,15 +67,15 @@ def prune(
 
     Args:
         model: The dense model.
-        out: The folder.
-        method: The pruner.
-        settings: Of the pruner (`sparsity`, `n_m` ...), the calibration (`data`, `samples`, `seed`)
-            and where it runs (`device`, `dtype`, `batch_size`, `placement`).
+        out: The folder of the pruned checkpoint.
+        method: Name of the pruner.
+        settings: Settings of the pruner (`sparsity`, `n_m` ...), of the calibration (`data`,
+            `samples`, `seed`) and of the compute (`device`, `dtype`, `batch_size`, `placement`).
     """
     blocks = PRUNERS.get(method).settings_type, CalibrationSettings, ComputeSettings
     own, data, compute = _settings({"method": method, **settings}, *blocks)
     if not own.kinds and data != CalibrationSettings():
-        raise RegraftError(f"{method} reads no data: settings of it would change nothing.")
+        raise RegraftError(f"{method} uses no data: settings of the data would have no effect.")
     setup = stages.Setup(_opened(model, compute), data, compute, progress)
     return stages.prune_checkpoint(setup, Path(out), own)
 
@@ -83,12 +83,12 @@ def prune(
 def score_heads(
     model: Model, out: str | Path, *, progress: Progress = SILENT, **settings: Any
 ) -> HeadScores:
-    """Score every attention head for safety by Ships and KL; writes the file `out`.
+    """Score every attention head for safety by Ships and KL; write the scores to the file `out`.
 
     Args:
         model: The dense model.
-        out: The file.
-        settings: Of the scoring (`r_max`, `mode` ...), the calibration and where it runs.
+        out: The file of scores.
+        settings: Settings of the scoring (`r_max`, `mode` ...), the calibration and the compute.
     """
     own, data, compute = _settings(settings, HeadSettings, CalibrationSettings, ComputeSettings)
     setup = stages.Setup(_opened(model, compute), data, compute, progress)
@@ -108,47 +108,49 @@ def realign(
     progress: Progress = SILENT,
     **settings: Any,
 ) -> Patch:
-    """Restore pruned weights, so that the model refuses as before; writes the patch `out`.
+    """Restore pruned weights so that the model refuses as before; write them to the patch `out`.
 
     Args:
         dense: The dense model.
-        pruned: The same model pruned, by any tool.
-        out: The patch file; what it is made from lies beside it.
-        search: Choose how many weights are restored: `validation` prompts, bounds and targets.
-            Without such prompts a quarter of the calibration data is held out for it.
-        max_new_tokens: Length of an answer to a validation prompt.
-        heads_file: From `score_heads`.
-        statistics_file: From `regraft analyse statistics`.
-        settings: Of the method (`budget`, `swap` ...), the scoring of heads, the calibration and
-            where it runs.
+        pruned: The same model, pruned by any tool.
+        out: The patch file; intermediate artifacts are written beside it.
+        search: Settings of a search for the number of weights to restore: `validation` prompts,
+            bounds and targets. Without validation prompts, a quarter of the calibration data is
+            held out for the search.
+        max_new_tokens: Maximum length of an answer to a validation prompt.
+        heads_file: Scores from `score_heads`.
+        statistics_file: Statistics from `regraft analyse statistics`.
+        settings: Settings of the method (`budget`, `swap` ...), the scoring of heads, the
+            calibration and the compute.
     """
     kind = METHODS.get(method)
-    responses = kind.needs(kind.settings_type(method=method)).statistics  # alone read any
-    prompts = CalibrationSettings if responses else PromptSettings
+    needs = kind.needs(kind.settings_type(method=method))
+    # Only statistics are gathered over responses of the data.
+    prompts = CalibrationSettings if needs.statistics else PromptSettings
     blocks = kind.settings_type, HeadSettings, prompts, ComputeSettings
     own, scoring, data, compute = _settings({"method": method, **settings}, *blocks)
     given = stages.Inputs(heads=_path(heads_file), statistics=_path(statistics_file))
     check_search(search is not None, own, max_new_tokens)
     check_inputs(own, scoring, given.heads, given.statistics)
     (answers,) = _settings({"max_new_tokens": max_new_tokens, "full_answers": False}, EvalSettings)
-    asked = None if search is None else _settings(search, SearchSettings)[0]
+    choice = None if search is None else _settings(search, SearchSettings)[0]
     before, after = _opened(dense, compute), _opened(pruned, compute)
-    choice, learnt = None, data.with_responses()
-    if asked is not None:
-        choice, learnt = with_held_out(asked, before.folder, learnt)
-        if learnt.data != data.data:
+    calibration = data.with_responses()
+    if choice is not None:
+        choice, calibration = with_held_out(choice, before.folder, calibration)
+        if calibration.data != data.data:
             progress.note(
-                "No validation prompts are given: the search chooses on a quarter of the prompts, "
-                "and nothing is learnt from these."
+                "No validation prompts were given: a quarter of the calibration prompts is held "
+                "out for the search."
             )
     restoration = stages.Restoration(
-        before, learnt, compute, progress, scoring=scoring, evaluation=answers
+        before, calibration, compute, progress, scoring=scoring, evaluation=answers
     )
     return restoration.restore(after, own, stages.ArtifactPaths.beside(Path(out), given), choice)
 
 
 def apply(pruned: str | Path, patches: str | Path | Sequence[str | Path], out: str | Path) -> Path:
-    """Write a pruned checkpoint with one or several patches to the new folder `out`.
+    """Apply one or more patches to a pruned checkpoint; write the result to the new folder `out`.
 
     Raises:
         RegraftError: a patch is for another checkpoint, or patches disagree.
@@ -159,7 +161,7 @@ def apply(pruned: str | Path, patches: str | Path | Sequence[str | Path], out: s
 def revert(
     realigned: str | Path, patches: str | Path | Sequence[str | Path], out: str | Path
 ) -> Path:
-    """Write a realigned checkpoint without one or several patches to the new folder `out`.
+    """Remove one or more patches from a realigned checkpoint, into the new folder `out`.
 
     Raises:
         RegraftError: a patch is for another checkpoint, or patches disagree.
@@ -174,16 +176,16 @@ def export(
     *,
     to: stages.Tool,
 ) -> Path:
-    """Write patches for another tool to the new folder `out`, with the lines that load it.
+    """Convert patches for another tool, into the new folder `out`, with the code that loads them.
 
     Args:
-        pruned: The checkpoint that they are for.
-        patches: One or several.
-        out: The folder.
+        pruned: The checkpoint that the patches are for.
+        patches: One or more patches.
+        out: The folder of the converted patches.
         to: "peft" for a SHiRA adapter of PEFT, "vllm" for weight patches of vLLM.
 
     Raises:
-        RegraftError: a patch is for another checkpoint, patches disagree, or the tool cannot have
+        RegraftError: a patch is for another checkpoint, patches disagree, or the tool cannot change
             these weights.
     """
     return stages.export_patches(pruned, _paths(patches), Path(out), to)
@@ -201,23 +203,23 @@ def evaluate(
     progress: Progress = SILENT,
     **settings: Any,
 ) -> EvalResult:
-    """Answer suites greedily and judge the answers: ASR, over-refusal, utility with intervals.
+    """Answer test suites greedily and judge the answers: ASR, over-refusal, utility, intervals.
 
     Args:
-        model: Any model, or "endpoint:URL#MODEL", one behind an OpenAI-compatible server.
-        suites: One or several, such as "safebench:FigStep/data" or a .jsonl file.
-        out: The new folder, with all answers.
-        patch: Put on the model in memory first.
-        defence: Answer under this defence at inference, from `regraft analyse defence`.
-        text: Measure perplexity on this text file too: documents with blank lines between them.
+        model: Any model, or "endpoint:URL#MODEL" for one behind an OpenAI-compatible server.
+        suites: One or more, such as "safebench:FigStep/data" or a .jsonl file.
+        out: A new folder for the results and all answers.
+        patch: A patch to apply to the model in memory first.
+        defence: An inference-time defence to answer under, from `regraft analyse defence`.
+        text: A text file to measure perplexity on: documents separated by blank lines.
         dense: With `text`: the folder of the dense model's evaluation on it, to measure KL to it.
-        settings: Of the evaluation (`max_new_tokens`, `judge`, `limit` ...), where it runs, and how
-            an endpoint is asked (`concurrency`).
+        settings: Settings of the evaluation (`max_new_tokens`, `judge`, `limit` ...), of the
+            compute and of an endpoint (`concurrency`).
     """
     own, compute, endpoint = _settings(settings, EvalSettings, ComputeSettings, EndpointSettings)
     check_endpoint([model], compute, endpoint)
     if dense is not None and text is None:
-        raise RegraftError("--dense is for KL on a text: name the text with --text.")
+        raise RegraftError("--dense is for measuring KL on a text: name the text with --text.")
     on_text = None if text is None else stages.OnText(Path(text), _path(dense))
     put_on = _path(patch), _path(defence)
     target = stages.open_target(model, compute, endpoint, progress, *put_on, on_text)
@@ -234,18 +236,18 @@ def check(
     progress: Progress = SILENT,
     **settings: Any,
 ) -> Check:
-    """Tell whether a compressed model is as safe and as useful as the dense one, within margins.
+    """Check whether a compressed model is as safe and as useful as the dense one, within margins.
 
     Args:
         dense: The dense model as for `evaluate`, or the folder of its finished evaluation.
         compressed: The model made from it, or the folder of its finished evaluation.
-        out: The folder, with the verdict as check.json, junit.xml and summary.md.
-        suites: The prompts, where a model is to be evaluated.
-        patch: Put on the compressed model in memory first.
-        settings: The margins (`max_asr_rise` ...), and those of `evaluate`.
+        out: The folder for the verdict as check.json, junit.xml and summary.md.
+        suites: The test suites, unless both evaluations are finished.
+        patch: A patch to apply to the compressed model in memory first.
+        settings: The margins (`max_asr_rise` ...), and the settings of `evaluate`.
 
     Raises:
-        RegraftError: bad input; the two answered other prompts, or are judged otherwise.
+        RegraftError: bad input, or the two evaluations differ in prompts or judge.
     """
     margins, own, compute, endpoint = _settings(
         settings, Margins, EvalSettings, ComputeSettings, EndpointSettings
@@ -264,16 +266,16 @@ def check(
 def compare(
     runs: str | Path | Sequence[str | Path], out: str | Path, *, against: Sequence[str] = ()
 ) -> Study:
-    """Tell methods apart over finished runs of `regraft run`; writes the new folder `out`.
+    """Compare the methods of finished runs of `regraft run`; write a report to the folder `out`.
 
     Args:
-        runs: Folders whose recipes differ in the calibration seed alone, or one of a recipe with
-            `seeds`.
-        out: The folder of the page.
+        runs: Folders of runs whose recipes differ only in the calibration seed, or the folder of a
+            recipe with `seeds`.
+        out: The folder of the report.
         against: Methods that all others are tested against, besides the pruned model.
 
     Raises:
-        RegraftError: the runs are not alike.
+        RegraftError: the runs cannot be compared.
     """
     from regraft.runs.comparing import compare_runs
 
@@ -281,24 +283,24 @@ def compare(
 
 
 def _settings(given: Mapping[str, Any], *blocks: type[Settings]) -> list[Any]:
-    """Settings by name as the blocks that they belong to.
+    """Sort settings by name into blocks.
 
     Raises:
-        RegraftError: a setting is wrong, or belongs to no block.
+        RegraftError: a setting is invalid, or belongs to no block.
     """
-    left = dict(given)
+    remaining = dict(given)
     for name in _DATA:
-        if left.get(name) is not None:
-            left[name] = _data(left[name])
+        if remaining.get(name) is not None:
+            remaining[name] = _data(remaining[name])
     found = []
     for block in blocks:
-        own = {name: left.pop(name) for name in block.model_fields if name in left}
+        own = {name: remaining.pop(name) for name in block.model_fields if name in remaining}
         try:
             found.append(block.model_validate(own))
         except ValidationError as error:
-            raise RegraftError(f"These settings cannot be:\n{explain(error)}") from error
-    if left:
-        raise RegraftError(f"There is no setting {next(iter(left))!r} here.")
+            raise RegraftError(f"Invalid settings:\n{explain(error)}") from error
+    if remaining:
+        raise RegraftError(f"There is no setting {next(iter(remaining))!r} here.")
     return found
 
 
@@ -308,7 +310,7 @@ def _data(named: Any) -> DataSource:
     try:
         return DataSource.model_validate(named)
     except ValidationError as error:
-        raise RegraftError(f"There is no data set {named!r}:\n{explain(error)}") from error
+        raise RegraftError(f"{named!r} names no data set:\n{explain(error)}") from error
 
 
 def _suites(named: Suites) -> list[DataSource]:

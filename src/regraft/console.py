@@ -1,4 +1,4 @@
-"""What the command line shows: progress with an estimate, results as tables."""
+"""Console output of the command line: progress with time estimates, results as tables."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from rich.progress import (
     BarColumn,
     Progress,
     ProgressColumn,
-    Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.progress import Task as RichTask
 from rich.table import Column, Table
 from rich.text import Text
 
-from regraft import progress as telling
 from regraft.evaluation.results import Estimate
 from regraft.evaluation.tradeoff import NOTE, Point, Searched, Tried, Tuned
+from regraft.progress import Advance, Pace, Task
 from regraft.report.formatting import DASH, Grid, percent, rate
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class ConsoleWatch:
-    """Bars on a terminal; elsewhere a line when a task starts, now and then, and when it ends."""
+class ConsoleProgress:
+    """Bars on a terminal; elsewhere lines at the start, at intervals and at the end of a task."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -48,16 +48,16 @@ class ConsoleWatch:
         say(self.console, text, soft_wrap=True)
 
     def loaded(self, network: nn.Module) -> None:
-        """Nothing to show."""
+        """Show nothing."""
 
     @contextmanager
-    def task(self, what: str, total: int, unit: str = "") -> Iterator[telling.Task]:
+    def task(self, what: str, total: int, unit: str = "") -> Iterator[Task]:
         show = self._bar if self.console.is_terminal else self._lines
         with show(what, max(total, 1), unit) as advance:
             yield advance
 
     @contextmanager
-    def _bar(self, what: str, total: int, unit: str) -> Iterator[telling.Task]:
+    def _bar(self, what: str, total: int, unit: str) -> Iterator[Task]:
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -66,20 +66,22 @@ class ConsoleWatch:
             TextColumn("left"),
             _Left(),
         )
-        pace = telling.Pace(total)
+        pace = Pace(total)
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(what, total=total, pace=pace)
 
-            def shown(change: telling.Advance, units: int) -> None:
+            def change_and_show(change: Advance, units: int) -> None:
                 change(units)
                 progress.update(task, completed=pace.done, total=pace.total)
 
-            yield telling.Task(partial(shown, pace.advance), partial(shown, pace.expect))
+            yield Task(
+                partial(change_and_show, pace.advance), partial(change_and_show, pace.expect)
+            )
             progress.update(task, completed=pace.total)
 
     @contextmanager
-    def _lines(self, what: str, total: int, unit: str) -> Iterator[telling.Task]:
-        pace, last = telling.Pace(total), 0.0
+    def _lines(self, what: str, total: int, unit: str) -> Iterator[Task]:
+        pace, last = Pace(total), 0.0
 
         def advance(units: int) -> None:
             nonlocal last
@@ -91,22 +93,22 @@ class ConsoleWatch:
                 self.note(f"  {what}: {100 * share:.0f} %, about {left:.0f} s left")
 
         self.note(f"{what} ..." if unit in ("", "bytes") else f"{what}: {total} {unit} ...")
-        yield telling.Task(advance, pace.expect)
+        yield Task(advance, pace.expect)
         self.note(f"  done in {pace.elapsed:.1f} s")
 
 
 class _Left(ProgressColumn):
-    """The time left by our own estimate: rich's forgets everything where the total changes."""
+    """The time left by our own estimate: rich's starts over whenever the total changes."""
 
     max_refresh = 0.5
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: RichTask) -> Text:
         left = task.fields["pace"].left
         return Text("-:--:--" if left is None else str(timedelta(seconds=round(left))))
 
 
 def say(console: Console, text: str, style: str | None = None, *, soft_wrap: bool = False) -> None:
-    """Print text as it is: a name in it may look like rich's markup."""
+    """Print text verbatim: a name in it may look like rich's markup."""
     console.print(text, style=style, highlight=False, markup=False, soft_wrap=soft_wrap)
 
 
@@ -117,15 +119,15 @@ def show_table(
     title: str = "",
     bold: Collection[int] = (),
 ) -> None:
-    """Print a table of estimates, counts and text; `bold` are rows by number, from 0 on.
+    """Print a table of estimates, counts and text, with lines between sections.
 
-    Lines are drawn between sections.
+    `bold` holds the indices of the rows to print in bold, counted over all sections.
     """
     table = Table(*_columns(headings), title=Text(title) if title else None)
     for section in sections:
         for row in section:
             style = "bold" if table.row_count in bold else None
-            table.add_row(*(Text(_written(value)) for value in row), style=style)
+            table.add_row(*(Text(_formatted(value)) for value in row), style=style)
         table.add_section()
     console.print(table)
 
@@ -134,7 +136,7 @@ def _columns(headings: Sequence[str]) -> Iterator[Column]:
     return (Column(Text(one), overflow="fold") for one in headings)
 
 
-def _written(value: object) -> str:
+def _formatted(value: object) -> str:
     if isinstance(value, Estimate):
         return rate(value)
     if isinstance(value, int):
@@ -143,7 +145,7 @@ def _written(value: object) -> str:
 
 
 def show_grid(console: Console, grid: Grid, title: str = "") -> None:
-    """Print a table of a report, the value, interval and note of a cell below each other."""
+    """Print a table of a report; a cell's value, interval and note are on separate lines."""
     table = Table(
         *_columns(grid.headings),
         title=Text(": ".join(filter(None, (title, grid.title)))),
@@ -177,7 +179,7 @@ def show_study(console: Console, study: Study) -> None:
 def show_preview(console: Console, folder: Path, run: PlannedRun) -> None:
     show_table(
         console,
-        ("step", "model", "there", "prompts answered", "learnt from"),
+        ("step", "model", "done", "prompts answered", "calibration prompts"),
         (
             (
                 step.stage,
@@ -194,9 +196,10 @@ def show_preview(console: Console, folder: Path, run: PlannedRun) -> None:
     say(
         console,
         f"{missing} of {len(run.steps)} steps are left: about "
-        f"{max(1, round(run.seconds() / 60)):,} min (a guess from FLOPs and this device's speed, "
-        f"often off by a factor of three, without searches), {run.most / 2**30:.1f} GiB on disk, "
-        f"{run.weights / 2**30:.1f} GiB for the weights of one model. Nothing was written.",
+        f"{max(1, round(run.seconds() / 60)):,} min (estimated from FLOPs and this device's speed, "
+        "without searches; often off by a factor of three), at most "
+        f"{run.most / 2**30:.1f} GiB on disk, {run.weights / 2**30:.1f} GiB of memory for the "
+        "weights of one model. Nothing was written.",
         soft_wrap=True,
     )
 
@@ -206,7 +209,7 @@ def show_search(console: Console, found: Searched) -> None:
 
     def row(point: Point) -> Sequence[object]:
         rsr = found.rsr(point)
-        beyond = (name for name, by in found.bounds.excess(point).items() if by)
+        broken = (name for name, excess in found.bounds.excess(point).items() if excess)
         return (
             point.restored,
             f"{10_000 * point.restored / found.pruned:.3f}",
@@ -214,13 +217,13 @@ def show_search(console: Console, found: Searched) -> None:
             "" if rsr is None else f"{100 * rsr:.0f} %",
             point.over_refusal,
             point.utility,
-            ", ".join(name.replace("_", "-") for name in beyond),
+            ", ".join(name.replace("_", "-") for name in broken),
         )
 
     dense = found.dense
     show_table(
         console,
-        ("restored", "per 10,000", "ASR", "RSR", "over-refusal", "utility", "beyond"),
+        ("restored", "per 10,000", "ASR", "RSR", "over-refusal", "utility", "bounds broken"),
         map(row, found.points),
         [("dense", "", dense.asr, "", dense.over_refusal, dense.utility, "")],
         title="Trade-off on validation prompts",
@@ -232,13 +235,13 @@ def show_search(console: Console, found: Searched) -> None:
         limits.append(f"utility at least {percent(bounds.utility)}")
     if bounds.degenerate is not None and any(one.degenerate for one in found.points):
         limits.append(f"degenerate answers at most {percent(bounds.degenerate)}")
-    aim = "as low an ASR as can be" if bounds.asr is None else f"ASR {percent(bounds.asr)}"
-    optimistic = "Rates of a chosen point are optimistic: report those of other prompts."
-    say(console, f"Bounds: {', '.join(limits)}; aim: {aim}. {optimistic}", "dim")
+    goal = "the lowest ASR" if bounds.asr is None else f"ASR {percent(bounds.asr)}"
+    optimistic = "The rates of the chosen point are optimistic: report rates on other prompts."
+    say(console, f"Bounds: {', '.join(limits)}; goal: {goal}. {optimistic}", "dim")
 
 
 def show_tuned(console: Console, tuned: Tuned) -> None:
-    """Print the best trial and the five next, and what the search has cost."""
+    """Print the best six trials and the cost of the search."""
 
     def row(one: Tried) -> Sequence[object]:
         settings = (

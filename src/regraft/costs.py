@@ -1,4 +1,4 @@
-"""What a run costs: time, floating point operations and peak memory of its stages, and on what."""
+"""Costs of a run: time, floating point operations, peak memory and device of each stage."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from regraft.progress import Progress, Task, expect
 
 T = TypeVar("T")
 _Positive = Annotated[int, Field(ge=1)]
-_WORTH_TELLING = 1.0  # seconds; what takes less and runs no model was there already
+_WORTH_RECORDING = 1.0  # seconds; a shorter stage that runs no model was already finished
 _BETWEEN_WRITES = 60.0  # seconds
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one stage on one model, all starts of the run together.
+    """Cost of one stage on one model, summed over all starts of the run.
 
     Attributes:
-        stage: Such as "prune".
-        of: The model that it made or evaluated; "" where it is of the whole run.
-        seconds: Wall clock.
+        stage: Name of the stage, such as "prune".
+        of: The model that it made or evaluated; "" for a stage of the whole run.
+        seconds: Wall clock time.
         flops: Floating point operations of linear layers and convolutions, two for each product;
-            a backward pass counts twice its forward pass. Attention's own products are left out,
-            and SparseGPT's own linear algebra.
-        peak_bytes: The most memory in use at a time: of one accelerator, or else of one process.
-        device: Its name, and how many processes ran.
+            a backward pass counts twice its forward pass. Not counted are the products inside
+            attention and the linear algebra of SparseGPT.
+        peak_bytes: Peak memory of one accelerator, or of one process where there is none.
+        device: Name of the device, and the number of processes.
     """
 
     stage: str
@@ -54,11 +54,11 @@ class Cost:
     device: str
 
     def __add__(self, other: Cost) -> Cost:
-        """An earlier start and a later one, on the device of the later one that computed.
+        """Add an earlier start and a later one.
 
-        A peak on another device is left out.
+        The device is that of the last start that computed; peaks on other devices are dropped.
         """
-        last = self if other.flops == 0 else other  # that only saw that all was done
+        last = self if other.flops == 0 else other  # no FLOPs: it only found the stage finished
         peaks = [one.peak_bytes for one in (self, other) if one.device == last.device]
         return replace(
             last,
@@ -73,11 +73,11 @@ class CalibrationPass:
     """One forward and backward pass over all calibration prompts of a run, harmful and harmless.
 
     Attributes:
-        prompts: How many.
-        tokens: Of all of them, places of images included; responses are not.
+        prompts: Number of prompts.
+        tokens: Their tokens, including image tokens, without responses.
         flops: 6 for each prunable weight of the decoder and token: 2 forward and, as in `Cost`,
             twice as many backward (C = 6 N D; Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
-            The vision tower and the LM head are left out.
+            The vision tower and the LM head are not counted.
     """
 
     prompts: _Positive
@@ -88,11 +88,11 @@ class CalibrationPass:
 class Metered:
     """Progress that counts the floating point operations of every model that is `loaded`.
 
-    By hooks, not by `torch.utils.flop_counter`, which sees every operator: in a run on a pico model
-    (prune, gain, evaluate) it took 5.4 s of CPU time where hooks took 2.2 s.
+    It uses hooks rather than `torch.utils.flop_counter`, which intercepts every operator: a run on
+    a pico model (prune, gain, evaluate) took 5.4 s of CPU time with it and 2.2 s with hooks.
 
     Attributes:
-        flops: So far.
+        flops: The number counted so far.
         advanced: Called whenever a task advances.
     """
 
@@ -104,7 +104,7 @@ class Metered:
 
     @contextmanager
     def task(self, what: str, total: int, unit: str = "") -> Iterator[Task]:
-        """A task of the progress inside, that calls `advanced` as well."""
+        """Start a task of the wrapped progress that calls `advanced` too."""
         with self._inner.task(what, total, unit) as advance:
 
             def advance_both(done: int) -> None:
@@ -118,7 +118,7 @@ class Metered:
         self._inner.note(text)
 
     def loaded(self, network: nn.Module) -> None:
-        """Count what the model computes from here on."""
+        """Count the operations of this model from now on."""
         self._inner.loaded(network)
         if network in self._known:
             return
@@ -130,7 +130,7 @@ class Metered:
     def _count(self, module: nn.Module, _args: Any, output: Any) -> None:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or not isinstance(output, Tensor):
-            return  # packed weights, several outputs: of kinds of linears that are not counted
+            return  # layers with packed weights or several outputs are not counted
         products = output.numel() * math.prod(weight.shape[1:])
         self.flops += 2 * products * (3 if output.requires_grad else 1)
 
@@ -138,16 +138,16 @@ class Metered:
 class Ledger:
     """The costs of a run, in a file to which every finished or interrupted stage is added.
 
-    A stage at work is in it as well, as of the last minute in which a task advanced: what a killed
-    start had spent since then is lost.
+    A running stage is saved too, at most once a minute when a task advances; a killed process loses
+    the cost since then.
     """
 
     def __init__(self, path: Path, metered: Metered, device: torch.device) -> None:
         self._path, self._metered, self._device = path, metered, device
 
     @contextmanager
-    def of(self, stage: str, model: str = "") -> Iterator[None]:
-        """What happens inside is a cost of this stage. All processes enter and leave together."""
+    def measure(self, stage: str, model: str = "") -> Iterator[None]:
+        """Charge the block to a stage. All processes must enter and leave it together."""
         earlier = None
         if distributed.first():
             discard_leftover(self._path)
@@ -155,30 +155,30 @@ class Ledger:
         spent = self._meter(stage, model)
         writing, written = threading.Lock(), time.monotonic()
 
-        def keep_estimate() -> None:
+        def save_estimate() -> None:
             with suppress(Exception):  # the stage, or its own error, matters more
-                # the others, which are not asked, have as large a share of the prompts
-                self._keep(earlier, _of_all([spent()] * distributed.world()))
+                # Assumes that the other processes, whose share is as large, spent the same.
+                self._save(earlier, _combined([spent()] * distributed.world()))
 
         def advanced() -> None:
             nonlocal written
             with writing:  # tasks may advance in several threads
                 if time.monotonic() - written >= _BETWEEN_WRITES:
                     written = time.monotonic()
-                    keep_estimate()
+                    save_estimate()
 
         self._metered.advanced = advanced
         try:
             yield
         except BaseException:
-            keep_estimate()
+            save_estimate()
             raise
         finally:
             self._metered.advanced = _nothing
-        self._keep(earlier, _of_all(distributed.gathered(spent())))
+        self._save(earlier, _combined(distributed.gathered(spent())))
 
     def _meter(self, stage: str, model: str) -> Callable[[], Cost]:
-        """Of this process, from now until it is called."""
+        """Return a function that gives the cost of this process from now until its call."""
         gpus: Sequence[int] = ()
         if self._device.type == "cuda":
             torch.cuda.init()
@@ -190,22 +190,22 @@ class Ledger:
         def spent() -> Cost:
             seconds, flops = time.monotonic() - start, self._metered.flops - before
             peak = max(map(torch.cuda.max_memory_allocated, gpus)) if gpus else _resident()
-            return Cost(stage, model, seconds, flops, peak, named(self._device))
+            return Cost(stage, model, seconds, flops, peak, _device_name(self._device))
 
         return spent
 
     def _read(self) -> dict[tuple[str, str], Cost]:
         return {(one.stage, one.of): one for one in read_costs(self._path)}
 
-    def _keep(self, earlier: Cost | None, cost: Cost) -> None:
-        if distributed.first() and (cost.flops or cost.seconds >= _WORTH_TELLING):
-            whole = cost if earlier is None else earlier + cost
-            costs = self._read() | {(cost.stage, cost.of): whole}
+    def _save(self, earlier: Cost | None, cost: Cost) -> None:
+        if distributed.first() and (cost.flops or cost.seconds >= _WORTH_RECORDING):
+            total = cost if earlier is None else earlier + cost
+            costs = self._read() | {(cost.stage, cost.of): total}
             write_json(self._path, [asdict(one) for one in costs.values()])
 
 
 def read_costs(path: Path) -> list[Cost]:
-    """The costs of a run so far; none where the file is missing.
+    """Read the costs of a run; empty if the file is missing.
 
     Raises:
         RegraftError: the file holds something else.
@@ -214,7 +214,7 @@ def read_costs(path: Path) -> list[Cost]:
 
 
 def read_pass(path: Path) -> CalibrationPass | None:
-    """What a pass over the calibration prompts of a run is; None where the file is missing.
+    """Read the size of a run's calibration pass; None if the file is missing.
 
     Raises:
         RegraftError: the file holds something else.
@@ -227,8 +227,8 @@ def _read(path: Path, kind: type[T], what: str) -> T:
     return from_json(kind, read_json(path), where)
 
 
-def named(device: torch.device) -> str:
-    """What a device is called by its maker, and how many processes use one each."""
+def _device_name(device: torch.device) -> str:
+    """The device's model name, with the number of processes if there are several."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -252,8 +252,8 @@ def _resident() -> int:
     return most if sys.platform == "darwin" else 1024 * most
 
 
-def _of_all(costs: Sequence[Cost]) -> Cost:
-    """Of all processes together, in the time of the first."""
+def _combined(costs: Sequence[Cost]) -> Cost:
+    """The cost of all processes together; the time is that of the first."""
     return replace(
         costs[0],
         flops=sum(one.flops for one in costs),

@@ -1,17 +1,17 @@
-"""Defences at inference, the baselines beside restoration: a prompt, or a direction added.
+"""Inference-time defences, the baselines for restoration: a prompt, or an added direction.
 
 AdaShield-S (Wang et al. 2024, arXiv 2403.09513) asks the model to examine the image, then image and
-instruction together, says how to answer what is harmful, and lets the model follow what is not. Its
-released code puts the prompt between two copies of the instruction, which is done here too.
-`DEFENCE_PROMPT` follows that scheme in words of our own, since the authors' text comes without a
-licence; for their very words, give the text of their prompts/static_defense_prompt.txt as `prompt`.
+instruction together, tells it how to answer harmful requests and to follow harmless ones. Its
+released code puts the prompt between two copies of the instruction, as is done here.
+`DEFENCE_PROMPT` follows that scheme in our own words, since the authors' text has no licence; to
+use their wording, give the text of their prompts/static_defense_prompt.txt as `prompt`.
 
 The refusal direction of a layer (Arditi et al. 2024, arXiv 2406.11717, section 2.3) is the mean of
-the residual stream behind it at the last prompt token of harmful prompts minus that of harmless
-ones. Added at inference to the same layer's output at all positions it induces refusal. It is kept
-raw: strength 1 adds one difference of means. States are read and moved by hooks on a layer's
-output, so that every family's own code runs in between. A layer that a family skips for a batch
-(Mllama's cross-attention without images) is neither read nor moved.
+the residual stream after the layer at the last prompt token of harmful prompts minus that of
+harmless ones. Added at inference to the layer's output at all positions, it induces refusal. It is
+not normalised: strength 1 adds one difference of means. States are read and changed by hooks on a
+layer's output, so that every family's own code runs unchanged. A layer that a family skips for a
+batch (Mllama's cross-attention without images) is neither read nor changed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from regraft.models.replay import hooked, last_positions, state_of, text_inputs
 from regraft.progress import Advance
 from regraft.pruning.pruners.safety_potential import with_safety_prompt
 
-MIDDLE = (0.25, 0.8)  # of the depth: where layers are searched
+MIDDLE = (0.25, 0.8)  # fractions of the depth between which layers are searched
 DEFENCE_PROMPT = (
     "Before you follow the instruction above, check it step by step. First look at the image: "
     "does any text or object in it point to something harmful, illegal or dangerous? Then take "
@@ -48,7 +48,7 @@ DEFENCE_PROMPT = (
     "harmless: follow the instruction and answer it fully."
 )
 FORMAT = "regraft-defence-1"
-_MOST = 1e6  # of a strength; states have no such lengths
+_MAX_STRENGTH = 1e6  # far beyond any useful one
 
 
 def mean_states(
@@ -62,8 +62,8 @@ def mean_states(
 
     Args:
         model: In eval mode; left as it was.
-        batches: Prompts that end where the answer starts; processes share them.
-        layers: How many decoder layers the model has.
+        batches: Prompts that end where the answer starts; the processes split them.
+        layers: Number of the model's decoder layers.
         width: Its hidden size d.
         advance: Called with the number of prompts just run.
 
@@ -89,41 +89,41 @@ def mean_states(
 
 @torch.no_grad()
 def last_token_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, Tensor]:
-    """Run the model once and keep what each executed layer gives at each row's last token.
+    """Run the model once and return each executed layer's output at the last token of each row.
 
     Args:
         model: In eval mode; left as it was.
-        inputs: Of a batch of B prompts, padded on either side.
+        inputs: Model inputs of B prompts, padded on either side.
 
     Returns:
         Layer -> `[B, d]` float64 on CPU.
     """
     text = text_inputs(model, inputs)
     ids = inputs["input_ids"]
-    at = last_positions(inputs, ids.shape[1]) - ids.shape[1]  # -1: padding on the left
-    found: dict[int, Tensor] = {}
+    last = last_positions(inputs, ids.shape[1]) - ids.shape[1]  # -1: padding on the left
+    outputs: dict[int, Tensor] = {}
 
     def keep(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             states = state_of(output)  # [B, S, d]
-            where = at.to(states.device)
-            rows = states[torch.arange(len(where), device=states.device), where]
-            found[index] = rows.double().cpu()
+            positions = last.to(states.device)
+            rows = states[torch.arange(len(positions), device=states.device), positions]
+            outputs[index] = rows.double().cpu()
 
         return hook
 
     layers = decoder_layers(model)
     with hooked(layer.register_forward_hook(keep(index)) for index, layer in enumerate(layers)):
         text_decoder(model)(**text.kwargs)
-    return found
+    return outputs
 
 
 @contextmanager
 def moved_output(model: nn.Module, layer: int, vector: Tensor) -> Iterator[None]:
     """Add a vector to the output of one decoder layer, at all positions, while the block runs.
 
-    It acts in every forward pass, so in `generate` on the prompt and on each new token, with a
-    key/value cache or without. The sum is rounded once, to the model's dtype.
+    It acts in every forward pass, so that `generate` applies it to the prompt and to each new
+    token, with or without a key/value cache. The sum is rounded once, to the model's dtype.
 
     Args:
         model: Left as it was.
@@ -141,7 +141,7 @@ def moved_output(model: nn.Module, layer: int, vector: Tensor) -> Iterator[None]
 
 
 def middle_layers(layers: int) -> range:
-    """Those between 0.25 and 0.8 of the depth; at least one."""
+    """The layers between 0.25 and 0.8 of the depth; at least one."""
     first = int(MIDDLE[0] * layers)
     return range(first, max(first + 1, int(MIDDLE[1] * layers)))
 
@@ -150,7 +150,7 @@ def middle_layers(layers: int) -> range:
 class Trial:
     """Rates on the validation prompts with `strength` times the direction added at `layer`.
 
-    `degenerate` is the share of all degenerate answers, as those of too strong a direction.
+    `degenerate` is the share of answers that are degenerate, as too strong a direction makes them.
     """
 
     layer: int
@@ -161,16 +161,16 @@ class Trial:
 
 
 def choose(trials: Sequence[Trial], plain: Trial, max_over_refusal: float) -> Trial:
-    """The trial of lowest ASR whose over-refusal is near enough to that of the plain model.
+    """Choose the trial with the lowest ASR whose over-refusal is close to the plain model's.
 
-    So must be the share of degenerate answers, which are neither attacks nor refusals.
-    The plain model, of strength 0, is a choice too: nothing is added where nothing helps. Of equal
-    ASR the lower over-refusal counts, then the smaller strength, then the earlier layer.
+    The share of degenerate answers must be close too, since they count neither as attacks nor as
+    refusals. The plain model (strength 0) is a candidate: if nothing helps, nothing is added. Ties
+    in ASR go to the lower over-refusal, then the smaller strength, then the earlier layer.
 
     Args:
-        trials: What was tried.
-        plain: The same without an addition.
-        max_over_refusal: How much more of either is allowed, in percentage points.
+        trials: The candidates.
+        plain: The model without a direction.
+        max_over_refusal: Allowed increase of either rate, in percentage points.
     """
     more = max_over_refusal / 100 + 1e-12
     fit = [
@@ -185,7 +185,7 @@ def choose(trials: Sequence[Trial], plain: Trial, max_over_refusal: float) -> Tr
 @EXACT
 @dataclass(frozen=True)
 class ShieldPrompt:
-    """A defence prompt around the user's text, or before it. `about` says what made it."""
+    """A defence prompt around the user's text, or before it. `about` records how it was made."""
 
     prompt: str
     about: Mapping[str, Any]
@@ -196,8 +196,8 @@ class ShieldPrompt:
 class Direction:
     """`strength` times the difference of means `vector` [d] float32, added at `layer`.
 
-    `trials` are those that layer and strength were chosen from, the plain model (strength 0) first;
-    none where both were given.
+    `trials` are the candidates for layer and strength, the plain model (strength 0) first; empty if
+    both were given.
     """
 
     vector: Tensor
@@ -211,7 +211,7 @@ Defence = ShieldPrompt | Direction
 
 
 def asked(defence: Defence | None, examples: Sequence[Example]) -> Sequence[Example]:
-    """The examples as the model gets them."""
+    """The examples as the model is asked them under a defence."""
     if not isinstance(defence, ShieldPrompt):
         return examples
     if defence.before:
@@ -243,9 +243,9 @@ def check_fits(defence: Defence, architecture: Architecture, path: Path) -> None
     width, layers = architecture.hidden_size, len(architecture.layers)
     if len(defence.vector) != width or defence.layer >= layers:
         raise RegraftError(
-            f"{path} adds {len(defence.vector)} features behind layer {defence.layer}; the model "
-            f"has {width} features and layers 0 to {layers - 1}. Make one for this model with "
-            "`regraft analyse defence`."
+            f"{path} adds {len(defence.vector)} features after layer {defence.layer}; the model "
+            f"has {width} features and layers 0 to {layers - 1}. Make a defence for this model "
+            "with `regraft analyse defence`."
         )
 
 
@@ -265,11 +265,11 @@ def save_defence(path: Path, defence: Defence) -> None:
 
 @EXACT
 @dataclass(frozen=True)
-class _Moved:
-    """What a direction's header holds beside `about`."""
+class _DirectionHeader:
+    """Header fields of a direction, apart from `about`."""
 
     layer: Annotated[int, Field(ge=0)]
-    strength: Annotated[float, Field(ge=-_MOST, le=_MOST)]
+    strength: Annotated[float, Field(ge=-_MAX_STRENGTH, le=_MAX_STRENGTH)]
     trials: tuple[Trial, ...]
 
 
@@ -283,9 +283,12 @@ def load_defence(path: Path) -> Defence:
     about, where = header["about"], f"{path}: its header"
     if "prompt" in header:
         return replace(from_json(ShieldPrompt, header, where), about=about)
-    moved = from_json(_Moved, {key: header[key] for key in header.keys() - {"about"}}, where)
+    own = {key: header[key] for key in header.keys() - {"about"}}
+    made = from_json(_DirectionHeader, own, where)
     vector = tensors.get("direction")
     if vector is None or vector.ndim != 1 or not vector.is_floating_point():
-        raise RegraftError(f"{path} is damaged: the tensor direction is missing, or no vector.")
+        raise RegraftError(
+            f"{path} is damaged: the tensor `direction` is missing or is not a vector of floats."
+        )
     require_finite(path, tensors)
-    return Direction(vector, moved.layer, moved.strength, about, moved.trials)
+    return Direction(vector, made.layer, made.strength, about, made.trials)

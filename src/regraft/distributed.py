@@ -1,8 +1,8 @@
-"""Several processes at one job: who am I, what is my share, our sum, and work that resumes.
+"""Several processes on one job: ranks, shares of the work, sums over processes, resumable work.
 
 `torchrun` (or `accelerate launch`) starts the same command several times, on one machine or more;
-each process takes its share of the batches and rank 0 writes. The output folder must be one that
-all of them see. Outside of that there is one process and nothing to do.
+each process takes its share of the batches and rank 0 writes. All processes must see the output
+folder. Without a launcher there is one process, and these functions do nothing.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from regraft.launcher import local_rank, processes
 
 K = TypeVar("K")
 T = TypeVar("T")
-_PATIENCE = timedelta(days=2)  # rank 0 may write or select for long while the others wait
+_TIMEOUT = timedelta(days=2)  # rank 0 may write or select for long while the others wait
 
 
 def rank() -> int:
     """Index of this process, 0 to `world()` - 1. Rank 0 writes."""
-    return dist.get_rank() if _together() else 0
+    return dist.get_rank() if _initialised() else 0
 
 
 def first() -> bool:
@@ -39,15 +39,15 @@ def first() -> bool:
 
 def world() -> int:
     """Number of processes."""
-    return dist.get_world_size() if _together() else 1
+    return dist.get_world_size() if _initialised() else 1
 
 
 @contextmanager
 def joined() -> Iterator[None]:
     """Join the other processes if a launcher started this one as one of several.
 
-    They are not left after an error: the others may be waiting in a sum on their devices, and
-    leaving would wait for them. What is to be said then should be, and `leave` called.
+    The process group is not destroyed after an error: the others may be waiting in a sum on their
+    devices, and destroying it would wait for them. The caller prints the error and calls `leave`.
     """
     if processes() < 2:
         yield
@@ -55,19 +55,19 @@ def joined() -> Iterator[None]:
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_TIMEOUT)
     try:
         yield
-    except SystemExit as end:  # how commands end that went well
+    except SystemExit as end:  # successful commands end this way too
         if end.code:
             raise
     dist.destroy_process_group()
 
 
 def leave(code: int) -> NoReturn:
-    """End this process; at once where it is one of several, so that their launcher ends them."""
-    if _together():
-        os._exit(code)  # what was printed must have been flushed
+    """End this process; at once if it is one of several, so that the launcher ends the others."""
+    if _initialised():
+        os._exit(code)  # flushes nothing: the caller must have
     sys.exit(code)
 
 
@@ -78,14 +78,14 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 def total(tensor: Tensor) -> Tensor:
     """Add up a tensor over all processes, in place; all must call it, in the same order."""
-    if _together():
+    if _initialised():
         dist.all_reduce(tensor)
     return tensor
 
 
 def gathered(value: T) -> list[T]:
-    """What every process passes, in the order of their indices."""
-    if not _together():
+    """The values that all processes pass, in the order of their ranks."""
+    if not _initialised():
         return [value]
     values: list[T] = [value] * world()
     dist.all_gather_object(values, value)
@@ -93,7 +93,7 @@ def gathered(value: T) -> list[T]:
 
 
 def merged(own: Mapping[K, T]) -> dict[K, T]:
-    """The entries of all processes together, in the order of their indices."""
+    """The entries that all processes pass, in the order of their ranks."""
     return {key: value for part in gathered(own) for key, value in part.items()}
 
 
@@ -103,8 +103,8 @@ def same(value: object) -> bool:
 
 
 def decided(question: Callable[[], bool]) -> bool:
-    """Rank 0's answer to a question that the others must not put to the disk themselves."""
-    if not _together():
+    """Rank 0's answer to a question about the disk, whose state may differ for the others."""
+    if not _initialised():
         return question()
     answer = [question() if rank() == 0 else False]
     dist.broadcast_object_list(answer, src=0)
@@ -112,8 +112,8 @@ def decided(question: Callable[[], bool]) -> bool:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
-    if _together():
+    """Wait until all processes get here."""
+    if _initialised():
         dist.barrier()
 
 
@@ -124,16 +124,16 @@ def resumable_map(
     name: str,
     kept: Callable[[T], None] = lambda _: None,
 ) -> list[Any]:
-    """The result of every piece of work, in order, the same in every process.
+    """Process pieces of work on all processes; return the results, in order, in every process.
 
     Args:
-        pieces: What is to be done, such as batches of prompts.
-        make: From the pieces that this process is to do to (place among them, result as JSON
-            values), in any order. Each is written before the next one is asked for.
-        scratch: A folder of this very work, seen by all processes; results found there are kept,
-            whichever and however many processes made them. None keeps nothing.
-        name: Of the files in it.
-        kept: Called with every piece of this process that was found there.
+        pieces: The pieces, such as batches of prompts.
+        make: Takes the pieces of this process that are not done; yields (index among them, result
+            as JSON values) in any order. A result is written before the next is asked for.
+        scratch: A folder for this work alone, seen by all processes; results found there are
+            reused, whichever and however many processes made them. None keeps nothing.
+        name: Prefix of the files in `scratch`.
+        kept: Called with every piece of this process whose result was found there.
     """
     files = [scratch / f"{name}_{i:06d}.json" if scratch else None for i in range(len(pieces))]
     missing = []
@@ -142,19 +142,19 @@ def resumable_map(
             kept(pieces[i])
         else:
             missing.append(i)
-    made: dict[int, Any] = {}
-    for place, result in make([pieces[i] for i in missing]):
-        i = missing[place]
+    results: dict[int, Any] = {}
+    for index, result in make([pieces[i] for i in missing]):
+        i = missing[index]
         if (file := files[i]) is None:
-            made[i] = result
+            results[i] = result
         else:
             write_json(file, result)
     if scratch is None:
-        made = merged(made)
-        return [made[i] for i in range(len(pieces))]
+        results = merged(results)
+        return [results[i] for i in range(len(pieces))]
     barrier()
     return [read_json(file) for file in files if file is not None]
 
 
-def _together() -> bool:
+def _initialised() -> bool:
     return dist.is_available() and dist.is_initialized()

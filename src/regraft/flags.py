@@ -1,7 +1,7 @@
-"""What flags must say together, and the arguments of api.py, which have their names.
+"""Checks of combinations of flags, and of the arguments of api.py, which have the same names.
 
-A recipe says it by the place of a setting: its bounds stand below `search`. Flags stand beside each
-other. Each of these functions refuses some that contradict others or would change nothing.
+In a recipe the nesting shows what a setting belongs to (bounds are below `search`), but flags are
+flat. Each function here refuses flags that contradict others or would have no effect.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DEFAULT_VALIDATION_TOKENS = 64
 
 
 def refuse_compute(compute: ComputeSettings, why: str) -> None:
-    """Refuse how a model is run here where none is."""
+    """Refuse compute settings where no model runs here."""
     if (found := compute.first_set(*ComputeSettings.model_fields)) is not None:
         raise RegraftError(f"{why}: leave out --{found.replace('_', '-')}.")
 
@@ -29,16 +29,16 @@ def refuse_compute(compute: ComputeSettings, why: str) -> None:
 def check_endpoint(
     models: Sequence[object], compute: ComputeSettings, endpoint: EndpointSettings
 ) -> None:
-    """Refuse how models are run here where none is, and how servers are asked where none is."""
+    """Refuse compute settings if all models are endpoints, and endpoint settings if none is."""
     served = {isinstance(one, str) and one.startswith(ENDPOINT) for one in models}
     if False not in served:
         refuse_compute(compute, "An endpoint runs as its server was started")
     if True not in served and endpoint != EndpointSettings():
-        raise RegraftError("--concurrency is of requests to an endpoint: leave it out.")
+        raise RegraftError("--concurrency is for requests to an endpoint: leave it out.")
 
 
 def check_search(search: bool, settings: MethodSettings, max_new_tokens: int) -> None:
-    """Refuse a search that nothing can be searched in, and the length of its answers without."""
+    """Refuse a search if there is no number to choose, and --max-new-tokens without a search."""
     if search and not settings.searchable:
         raise RegraftError(
             "--search chooses a number of weights: give a --budget too."
@@ -46,7 +46,7 @@ def check_search(search: bool, settings: MethodSettings, max_new_tokens: int) ->
             else f"{settings.method} has no number of weights to choose: leave --search out."
         )
     if not search and max_new_tokens != DEFAULT_VALIDATION_TOKENS:
-        raise RegraftError("--max-new-tokens is of answers in a search: add --search.")
+        raise RegraftError("--max-new-tokens is for answers in a search: add --search.")
 
 
 def check_inputs(
@@ -55,17 +55,18 @@ def check_inputs(
     heads_file: Path | None,
     statistics_file: Path | None,
 ) -> None:
-    """Refuse head scores, statistics and settings of scoring that are not read."""
+    """Refuse head scores, statistics and scoring settings that would not be used."""
     needs = needs_of(settings)
     if heads_file is not None and needs.heads is None:
-        raise RegraftError("No scored heads decide here: --heads-file would change nothing.")
+        raise RegraftError("These settings use no head scores: leave out --heads-file.")
     if statistics_file is not None and needs.statistics is None:
         raise RegraftError(
-            f"{settings.method} by these settings reads no statistics: --statistics-file would "
-            "change nothing."
+            f"{settings.method} as set here uses no statistics: leave out --statistics-file."
         )
     if heads_file is not None and scoring != HeadSettings():
-        raise RegraftError("--heads-file has scores: settings of scoring would change nothing.")
+        raise RegraftError(
+            "--heads-file has the scores: settings of the scoring of heads would have no effect."
+        )
     _check_scoring(settings, scoring)
 
 
@@ -76,16 +77,18 @@ def check_tuning(
     scoring: HeadSettings,
     device: str,
 ) -> None:
-    """Refuse what no trial reads, and two answers to the same question."""
+    """Refuse settings that no trial would use, and settings that contradict each other."""
     _check_scoring(settings, scoring)
     if tuning.devices and device not in ("auto", *tuning.devices):
-        raise RegraftError("--devices takes the place of --device: leave one of them out.")
+        raise RegraftError("--devices replaces --device: leave one of them out.")
     if not settings.searchable and choice.first_set("points", "most"):
-        raise RegraftError("Without a --budget there is no ranking of which --points are.")
+        raise RegraftError(
+            "Without a --budget there is no number of weights to try: leave out --points, --most."
+        )
 
 
 def _check_scoring(settings: MethodSettings, scoring: HeadSettings) -> None:
     if needs_of(settings).heads is None and scoring != HeadSettings():
         raise RegraftError(
-            "No heads are scored for these settings: those of scoring would change nothing."
+            "These settings score no heads: settings of the scoring of heads would have no effect."
         )

@@ -1,4 +1,4 @@
-"""What a launcher such as torchrun says in the environment; imports no torch."""
+"""The environment variables of a launcher such as torchrun; imports no torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from regraft.errors import RegraftError
 
 
 def processes() -> int:
-    """How many processes a launcher started, 1 where there is none.
+    """Number of processes that a launcher started; 1 without a launcher.
 
     Raises:
-        RegraftError: WORLD_SIZE is no number, or what goes with it is missing or wrong.
+        RegraftError: WORLD_SIZE or a variable that goes with it is missing or invalid.
     """
     count = _number("WORLD_SIZE", "1", least=1)
     if count > 1:
@@ -24,13 +24,14 @@ def processes() -> int:
 
 
 def local_rank() -> int:
-    """Index of this process among those of its machine."""
+    """Index of this process among those on its machine."""
     return _number("LOCAL_RANK", "0", least=0)
 
 
 def _number(name: str, default: str | None = None, *, least: int, most: int | None = None) -> int:
     text = os.environ.get(name, default)
-    expected = f"a number from {least} {'on' if most is None else f'to {most}'}"
+    expected = f"a number {'of at least' if most is None else 'from'} {least}"
+    expected += "" if most is None else f" to {most}"
     if text is None or not re.fullmatch(r"\s*[0-9]{1,9}\s*", text):
         raise _wrong(name, text, expected)
     if int(text) < least or (most is not None and int(text) > most):

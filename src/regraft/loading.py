@@ -1,4 +1,4 @@
-"""What several stages share: loading and batching."""
+"""Loading of models and batching of prompts, shared by the stages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load(
     progress: Progress,
     processor_from: Source | None = None,
 ) -> tuple[nn.Module, Any]:
-    """The whole model, on one device or split over several, and its processor."""
+    """Load a whole model, on one device or split over several, and its processor."""
     own = processor_from is None or has_processor(source)
     split = compute.placement != "resident"
     with progress.task(f"Loading {source.folder}", 1) as done:
@@ -50,7 +50,7 @@ def load_layerwise(
     progress: Progress,
     processor_from: Source | None = None,
 ) -> tuple[PlacedModel, Any]:
-    """The model, to be run layer by layer, and its processor."""
+    """Load a model that is run layer by layer, and its processor."""
     with progress.task(f"Loading {source.folder}", 1) as done:
         processor = load_processor(processor_from or source)
         model = load_placed(
@@ -62,7 +62,7 @@ def load_layerwise(
 
 
 def hidden_state_bytes(source: Source, layerwise: LayerwisePass) -> int:
-    """What the inputs of all layers take on disk, of this process's batches: SNIP keeps them."""
+    """Bytes on disk for the inputs of all layers, of this process's batches: SNIP saves them."""
     architecture = source.architecture
     size = len(architecture.layers) * architecture.hidden_size * layerwise.model.dtype.itemsize
     return layerwise.tokens * size
@@ -74,7 +74,7 @@ def collate(
     examples: Sequence[Example],
     compute: ComputeSettings,
 ) -> list[Batch]:
-    """Examples as batches in host memory, see `cut`."""
+    """Encode examples as batches in host memory; see `cut`."""
     return [encode(processor, chunk) for chunk in cut(examples, compute)]
 
 
@@ -84,13 +84,13 @@ def each_of_share(
     examples: Sequence[Example],
     compute: ComputeSettings,
 ) -> Iterator[Batch]:
-    """This process's share of the batches (see `check_shares`), encoded as they are asked for."""
+    """Encode this process's share of the batches (see `check_shares`) lazily."""
     for chunk in distributed.share(cut(examples, compute)):
         yield encode(processor, chunk)
 
 
 def cut(examples: Sequence[Example], compute: ComputeSettings) -> list[tuple[Example, ...]]:
-    """Examples in batches, those of like length together."""
+    """Split examples into batches, with examples of similar length together."""
     return list(batches(sorted(examples, key=length_class), compute.batch_size))
 
 

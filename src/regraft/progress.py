@@ -1,4 +1,4 @@
-"""How long work tells of itself; the command line draws it, libraries may stay silent."""
+"""Progress of long work; the command line shows it, calls from Python are silent by default."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Advance = Callable[[int], None]
 
 
 class Task:
-    """What work tells of itself: units done, and by how many more or fewer it was misjudged."""
+    """Callback for work to report units done and to correct the announced number of units."""
 
     def __init__(self, done: Advance, expect: Advance) -> None:
         self._done, self.expect = done, expect
@@ -23,10 +23,11 @@ class Task:
 
 
 def expect(advance: Advance, more: int) -> None:
-    """Say that there are `more` units to do than announced, fewer where it is negative.
+    """Report that there are `more` units to do than announced; fewer if it is negative.
 
-    What a killed run has left goes this way too: as done just now it would make what is left look
-    quicker than it is. Something that only counts is told of fewer units as of units done.
+    Units finished by an earlier, killed run are reported as fewer units: as units done just now
+    they would make the estimated time left too short. A plain callback, which cannot correct its
+    total, gets fewer units as units done.
     """
     if isinstance(advance, Task):
         advance.expect(more)
@@ -35,11 +36,11 @@ def expect(advance: Advance, more: int) -> None:
 
 
 class Pace:
-    """How much of a task is done, and how long the rest takes if it goes on like this.
+    """Counts the units done of a task and estimates the time left from the pace so far.
 
     Args:
-        total: Units of work; each should take as long as any other.
-        clock: In seconds.
+        total: Units of work; all should take equally long.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -47,12 +48,12 @@ class Pace:
         self._start = self._last = clock()
 
     def advance(self, units: int) -> None:
-        """So many units are done."""
+        """Add units done."""
         self.done += units
         self._last = self._clock()
 
     def expect(self, more: int) -> None:
-        """There are so many more units to do than was announced, fewer where it is negative."""
+        """Add units to the announced total; negative numbers remove some."""
         self.total = max(self.done, 1, self.total + more)
 
     @property
@@ -62,11 +63,11 @@ class Pace:
 
     @property
     def left(self) -> float | None:
-        """Seconds; None before anything is done."""
+        """Estimated seconds left; None before anything is done."""
         if not self.done:
             return None
-        whole = (self._last - self._start) * (self.total - self.done) / self.done
-        return max(0.0, whole - (self._clock() - self._last))
+        rest = (self._last - self._start) * (self.total - self.done) / self.done
+        return max(0.0, rest - (self._clock() - self._last))
 
 
 class Progress(Protocol):
@@ -75,15 +76,15 @@ class Progress(Protocol):
     def task(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Advance]:
         """Announce `total` units of work; the yielded function is called with units done.
 
-        Units should take equally long: the estimate of the time left goes by them. Where there
-        turns out to be more or less to do, see `expect`.
+        Units should take equally long, for a good estimate of the time left. If there turns out to
+        be more or less to do, see `expect`.
         """
 
     def note(self, text: str) -> None:
-        """Say one thing."""
+        """Show a message."""
 
     def loaded(self, network: nn.Module) -> None:
-        """A model is in memory and about to be used."""
+        """Called when a model has been loaded and is about to be used."""
 
 
 class Silent:

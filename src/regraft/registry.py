@@ -1,4 +1,4 @@
-"""Plug-ins by name: built-in ones, a file each, and those of installed packages."""
+"""Plug-ins by name: built-in ones, one file each, and those of installed packages."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Plugin = TypeVar("Plugin")
 
 @dataclass(frozen=True)
 class Registry(Generic[Plugin]):
-    """The plug-ins of one kind; each is imported when it is asked for, and no other with it.
+    """The plug-ins of one kind, each imported only when it is used.
 
-    A built-in plug-in is a module of `package`, is named after its file ("mm_safetybench.py" is
-    "mm-safetybench"), and stands there in the variable PLUGIN. Other packages name theirs as entry
-    points of `group`. A built-in name cannot be taken by another package.
+    A built-in plug-in is the variable PLUGIN of a module of `package`, and is named after the file
+    ("mm_safetybench.py" is "mm-safetybench"). Other packages register theirs as entry points of
+    `group`, and cannot override a built-in one.
 
     Args:
-        what: One of them in words, as in "data set".
-        package: The package of the built-in ones.
+        what: The kind in words, such as "data set".
+        package: The package of the built-in plug-ins.
         group: The entry-point group of all others.
         kind: The class of every plug-in.
     """
@@ -36,24 +36,24 @@ class Registry(Generic[Plugin]):
     kind: type[Plugin]
 
     def names(self) -> tuple[str, ...]:
-        """All names: the built-in ones, then those of other packages, each in order."""
+        """All names: the built-in ones, then those of other packages, both sorted."""
         own = self.built_in()
         return (*own, *sorted(entry_points(group=self.group).names.difference(own)))
 
     def built_in(self) -> tuple[str, ...]:
-        """The names of the built-in ones, in order."""
+        """The names of the built-in plug-ins, sorted."""
         return tuple(_built_in(self.package))
 
     def __contains__(self, name: object) -> bool:
-        # looking through what is installed takes long, and most names are built in
+        # Scanning the installed packages is slow, and most names are built in.
         return name in _built_in(self.package) or name in entry_points(group=self.group).names
 
     def get(self, name: str) -> Plugin:
         """The plug-in of that name.
 
         Raises:
-            RegraftError: nobody registered the name (the message lists those that are known), or
-                what an installed package registered cannot be imported or is something else.
+            RegraftError: the name is unknown (the message lists the known ones), or the plug-in of
+                an installed package cannot be imported or is of the wrong class.
         """
         if module := _built_in(self.package).get(name):
             return cast(Plugin, import_module(module).PLUGIN)
@@ -62,7 +62,7 @@ class Registry(Generic[Plugin]):
             raise RegraftError(f"There is no {self.what} {name!r}; {self.expected()}.")
         try:
             found = entry.load()
-        except Exception as error:  # whatever a foreign module raises
+        except Exception as error:  # another package's module may raise anything
             raise RegraftError(
                 f"The {self.what} {name!r} ({entry.value}) cannot be imported: "
                 f"{type(error).__name__}: {error}. Repair or remove the package that registers it."
@@ -73,15 +73,15 @@ class Registry(Generic[Plugin]):
                 f"{self.kind.__module__}.{self.kind.__name__}. Correct the package that registers "
                 f"it under {self.group}."
             )
-        if lacks := [one for one in self.kind.__annotations__ if not hasattr(found, one)]:
+        if missing := [one for one in self.kind.__annotations__ if not hasattr(found, one)]:
             raise RegraftError(
-                f"The {self.what} {name!r} ({entry.value}) has no {lacks[0]!r}, which every "
+                f"The {self.what} {name!r} ({entry.value}) has no {missing[0]!r}, which every "
                 f"{self.what} has. Correct the package that registers it under {self.group}."
             )
         return found
 
     def working(self) -> tuple[str, ...]:
-        """All names but those of packages that are broken, which `get` says of each."""
+        """The names of all plug-ins that `get` returns without an error."""
         found = []
         for name in self.names():
             with suppress(RegraftError):
@@ -90,7 +90,7 @@ class Registry(Generic[Plugin]):
         return tuple(found)
 
     def expected(self) -> str:
-        """The names, as an error lists them."""
+        """The part of an error message that lists the names."""
         return f"expected {', '.join(self.names())}"
 
 

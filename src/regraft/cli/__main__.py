@@ -1,4 +1,4 @@
-"""`python -m regraft.cli`, as launchers of several processes start it."""
+"""`python -m regraft.cli`, for launchers that start several processes."""
 
 from regraft.cli import main
 

@@ -1,4 +1,4 @@
-"""Into a model or a run: `regraft analyse`, the paper's analyses and defences to compare with."""
+"""Analyses of models and runs, with the paper's, and baseline defences: `regraft analyse`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from regraft.cli.options import (
     OutFolder,
     Trust,
     as_command,
+    console_progress,
     given,
-    watching,
 )
 from regraft.cli.reporting import compare
 from regraft.console import say, show_grid, show_table
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 app = App(
     name="analyse",
-    help="Look into models and runs: layers, heads, importance, comparisons, a setting at many "
-    "values, defences to compare with.",
+    help="Analyse models and runs: layers, heads, importance, comparisons, sweeps, baseline "
+    "defences.",
 )
 app.command(describe, name="model")
 app.command(compare, name="compare")
@@ -64,11 +64,11 @@ def heads(
     Parameters
     ----------
     show
-        How many top heads to print.
+        Number of top heads to print.
     """
     from regraft import api
 
-    with watching() as progress:
+    with console_progress() as progress:
         blocks = given(settings, calibration, compute)
         scores = api.score_heads(model, out, progress=progress, **blocks)
         _show_heads(progress.console, scores, show)
@@ -83,10 +83,10 @@ def statistics(
     calibration: Calibration = CalibrationSettings(),
     compute: Compute = ComputeSettings(),
 ) -> None:
-    """Gather statistics on D^s and D^u, from which HSR ranks weights (Wanda: 9 MB for 7B)."""
+    """Gather the statistics on D^s and D^u from which HSR ranks weights (Wanda: 9 MB for 7B)."""
     from regraft import stages
 
-    with watching() as progress:
+    with console_progress() as progress:
         source = open_source(model, trust_remote_code=compute.trust_remote_code)
         stages.write_statistics(stages.Setup(source, calibration, compute, progress), out, settings)
         progress.note(f"Wrote {out}")
@@ -100,26 +100,26 @@ def sweep(
     values: Annotated[tuple[float, ...], Parameter(consume_multiple=True)],
     out: OutFolder,
 ) -> None:
-    """Run a recipe at several values of one setting: ASR, over-refusal and utility by the value.
+    """Run a recipe at several values of one setting: ASR, over-refusal and utility by value.
 
-    How much pruning is too much (sparsity), how many neurons matter (q), how many heads
-    (top-heads), how many weights (budget). Resumes after a kill.
+    Shows how much pruning is too much (sparsity), or how many neurons (q), heads (top-heads) or
+    weights (budget) are needed. Resumes after a kill.
 
     Example: regraft analyse sweep recipe.yaml sparsity --values 0.3 0.4 0.5 0.6 --out sweep
 
     Parameters
     ----------
     recipe
-        A YAML file; its first pruning and its first variant are varied.
+        YAML file of the recipe; its first pruning and its first variant are varied.
     setting
-        What is varied: sparsity, or a setting of the first variant's method, such as q, top-heads
+        Setting to vary: sparsity, or a setting of the first variant's method, such as q, top-heads
         or budget.
     values
-        The values.
+        Values of the setting.
     """
     from regraft.analysis.sweep import run_sweep
 
-    with watching() as progress:
+    with console_progress() as progress:
         found = run_sweep(read_recipe(recipe), setting, values, out, progress)
         _show_sweep(progress.console, found)
         progress.note(f"Figure: {(out / 'sweep.svg').absolute()}")
@@ -127,7 +127,7 @@ def sweep(
 
 @app.command(name="relate")
 def relate(*run: Path, out: OutFolder) -> None:
-    """Over the pruned models of several runs: total Ships against the rise in ASR, Spearman's rho.
+    """Correlate total Ships with the rise in ASR over the pruned models of several runs.
 
     Example: regraft analyse relate runs/qwen2-vl runs/llava-mistral --out relation
 
@@ -138,7 +138,7 @@ def relate(*run: Path, out: OutFolder) -> None:
     """
     from regraft.analysis.relation import relate_runs
 
-    with watching() as progress:
+    with console_progress() as progress:
         _show_relation(progress.console, relate_runs(run, out))
         progress.note(f"Figure: {(out / 'relation.svg').absolute()}")
 
@@ -153,22 +153,22 @@ def overlap(
     out: OutFolder,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Which weights matter for safety and utility alike: Jaccard's index of the top by layer.
+    """Overlap of the top weights for safety and for utility: Jaccard index by layer.
 
     Example: regraft analyse overlap MODEL statistics.safetensors --share 0.05 0.1 --out overlap
 
     Parameters
     ----------
     statistics_file
-        From `regraft analyse statistics`.
+        File from `regraft analyse statistics`.
     share
-        Top shares of every weight matrix.
+        Shares of the weights to count as top weights.
     scope
-        Weights compete within their row or their matrix.
+        Whether weights compete within their row or their matrix.
     """
     from regraft.analysis.overlap import write_overlap
 
-    with watching() as progress:
+    with console_progress() as progress:
         dense = open_source(model, trust_remote_code=trust_remote_code)
         found = write_overlap(dense, statistics_file, share, scope, out, progress)
         _show_overlap(progress.console, found)
@@ -176,7 +176,7 @@ def overlap(
 
 
 def _show_heads(console: Console, scores: HeadScores, show: int) -> None:
-    """The best heads by Ships and by KL, and how far the scores can be trusted."""
+    """Print the top heads by Ships and by KL, and how precise the scores are."""
 
     def name(head: tuple[int, int]) -> str:
         estimated = scores.exact is not None and not scores.exact[head]
@@ -193,7 +193,7 @@ def _show_heads(console: Console, scores: HeadScores, show: int) -> None:
     )
     if scores.exact is not None:
         exact = int(scores.exact.sum())
-        scored = f"{exact} of {len(pairs)} heads were scored exactly, the others are estimates."
+        scored = f"{exact} of {len(pairs)} heads were scored exactly; the others are estimates."
         say(console, scored, "dim")
     below = scores.below_noise("ships"), scores.below_noise("kl")
     if below != (None, None):
@@ -212,7 +212,7 @@ def _show_sweep(console: Console, sweep: Sweep) -> None:
 
 
 def _show_relation(console: Console, found: Correlation) -> None:
-    """Total Ships and the rise in ASR of each model, and their rank correlation."""
+    """Print total Ships and the rise in ASR of each model, and their rank correlation."""
     from regraft.report.summary import correlation_text
     from regraft.report.tables import ships
 
@@ -221,10 +221,10 @@ def _show_relation(console: Console, found: Correlation) -> None:
 
 
 def _show_overlap(console: Console, found: Mapping[float, Sequence[LayerOverlap]]) -> None:
-    """Jaccard's index over all layers and by layer, one column a share."""
+    """Print the Jaccard index by layer and over all layers, one column per share."""
     from regraft.analysis.overlap import by_chance
 
-    whole = (
+    overall = (
         sum(one.shared for one in layers) / sum(one.either for one in layers)
         for layers in found.values()
     )
@@ -236,7 +236,7 @@ def _show_overlap(console: Console, found: Mapping[float, Sequence[LayerOverlap]
             for of_layer in zip(*found.values(), strict=True)
         ),
         [
-            ("all", *(f"{one:.3f}" for one in whole)),
+            ("all", *(f"{one:.3f}" for one in overall)),
             ("by chance", *(f"{by_chance(share):.3f}" for share in found)),
         ],
     )
@@ -252,11 +252,11 @@ def defence(
     compute: Compute = ComputeSettings(),
     trust_remote_code: Trust = False,
 ) -> None:
-    """Make a defence for a model, by a method."""
+    """Make a defence for a model."""
     from regraft import stages
     from regraft.defence import Direction
 
-    with watching() as progress:
+    with console_progress() as progress:
         trust = trust_remote_code or compute.trust_remote_code
         target = stages.Target(
             open_source(pruned, trust_remote_code=trust), compute, progress=progress
@@ -264,14 +264,15 @@ def defence(
         made = stages.write_defence(target, out, settings, prompts.with_responses())
         if isinstance(made, Direction):
             progress.note(
-                f"{out}: {made.strength:g} differences of means behind layer {made.layer}."
+                f"{out}: adds {made.strength:g} times the difference of means after layer "
+                f"{made.layer}."
             )
-        progress.note(f"Evaluate under it with `regraft eval {pruned} --defence {out} ...`.")
+        progress.note(f"Evaluate it with `regraft eval {pruned} --defence {out} ...`.")
 
 
 defence_app = App(
     name="defence",
-    help="Make a defence at inference to compare with: a prompt or a refusal direction.\n\n"
+    help="Make an inference-time defence as a baseline: a prompt or a refusal direction.\n\n"
     "Example: regraft analyse defence refusal-direction pruned --data prompts.jsonl --validation "
     "validation.jsonl --out direction.safetensors",
 )

@@ -1,4 +1,4 @@
-"""What a checkpoint is: `regraft analyse model`."""
+"""Describe a checkpoint: `regraft analyse model`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from regraft.cli.options import Model, Trust, watching
+from regraft.cli.options import Model, Trust, console_progress
 from regraft.models.architecture import Architecture, LayerArchitecture
 from regraft.models.load import Source, open_source
 from regraft.patch.pair import check_pair, survey
@@ -28,10 +28,10 @@ def describe(
     Parameters
     ----------
     dense
-        Compare with the dense checkpoint that it was made from, a folder or hub id: what can be
-        restored. Reads all weights.
+        Dense checkpoint that it was made from, a folder or hub id: also show what compression
+        changed and what can be restored. Reads all weights.
     names
-        Also list every prunable weight by its name on disk.
+        List the names on disk of all prunable weights.
     """
     source = open_source(model, trust_remote_code=trust_remote_code)
     console = Console(emoji=False)
@@ -83,18 +83,18 @@ def _show_layers(console: Console, architecture: Architecture) -> None:
 
 
 def _compared(dense: Source, compressed: Source) -> str:
-    """What compression did, with the N:M pattern and what is doubtful."""
+    """Describe what compression changed, with the N:M pattern and any doubt."""
     check_pair(dense, compressed)
-    with watching() as progress:
-        looked = survey(dense, compressed, progress)
-    found = looked.described
-    if looked.grouping is not None:
-        found += f"; {looked.grouping.n_m} in {looked.grouping.groups:,} groups"
-    return f"{found}. {looked.doubt}" if looked.doubt else found
+    with console_progress() as progress:
+        found = survey(dense, compressed, progress)
+    text = found.described
+    if found.grouping is not None:
+        text += f"; {found.grouping.n_m} in {found.grouping.groups:,} groups"
+    return f"{text}. {found.doubt}" if found.doubt else text
 
 
 def _linears(layer: LayerArchitecture) -> list[str]:
-    """ "q_proj 64x64" of each linear; "gate_proj 24x64 x 128" of those that all experts have."""
+    """ "q_proj 64x64" for each linear; "gate_proj 24x64 x 128" for one that 128 experts have."""
     found = Counter(
         (li.role, f"{li.shape[0]}x{li.shape[1]}", li.expert is not None) for li in layer.linears
     )
@@ -105,12 +105,12 @@ def _linears(layer: LayerArchitecture) -> list[str]:
 
 
 def _runs(layers: Sequence[LayerArchitecture]) -> Iterator[tuple[int, int, LayerArchitecture]]:
-    """Neighbouring layers of equal shape together: (first index, last index, one of them)."""
+    """Runs of neighbouring layers of equal shape: (first index, last index, first layer)."""
 
-    def look(layer: LayerArchitecture) -> Any:
+    def shape(layer: LayerArchitecture) -> Any:
         shapes = tuple((linear.name, linear.shape) for linear in layer.linears)
         return layer.attention, layer.heads, layer.kv_heads, layer.head_dim, shapes
 
-    for _, equal in groupby(layers, look):
+    for _, equal in groupby(layers, shape):
         first, *others = equal
         yield first.index, (others or [first])[-1].index, first

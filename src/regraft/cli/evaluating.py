@@ -1,4 +1,4 @@
-"""How good a model is: `regraft eval`; whether it is as safe as the dense one: `regraft check`."""
+"""Evaluate a model: `regraft eval`; check that it is as safe as the dense one: `regraft check`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from regraft.cli.exits import leave
-from regraft.cli.options import Answering, Compute, Flat, OutFolder, given, watching
+from regraft.cli.options import Answering, Compute, Flat, OutFolder, console_progress, given
 from regraft.console import say, show_grid, show_table
 from regraft.evaluation.results import Estimate, EvalResult, Rates
 from regraft.report.formatting import degenerate, number_cell, on_text, rate_cell
@@ -22,13 +22,13 @@ EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 3}  # 2 is bad input
 Prompts = Annotated[
     Suites,
     Parameter(
-        help="Where a model is to be evaluated: demo:test, a .jsonl file or NAME PATH, as in "
-        "`regraft eval --help`; the flag repeated, several.",
+        help="Prompts to evaluate models on: demo:test, a .jsonl file or NAME PATH, as in "
+        "`regraft eval --help`; repeat the flag for several.",
         negative="",
         show_default=False,
     ),
 ]
-Side = Annotated[str, Parameter(help="Model, endpoint:URL#MODEL or evaluation.")]
+Side = Annotated[str, Parameter(help="Model, endpoint:URL#MODEL or evaluation folder.")]
 
 
 def evaluate(
@@ -44,7 +44,9 @@ def evaluate(
     compute: Compute = ComputeSettings(),
     endpoint: Annotated[EndpointSettings, Flat] = EndpointSettings(),
 ) -> None:
-    """Answer suites greedily and report ASR, over-refusal and utility with 95 % intervals.
+    """Evaluate a model on test suites: ASR, over-refusal and utility with 95 % intervals.
+
+    Answers are decoded greedily and saved.
 
     Example: regraft eval pruned --suite safebench FigStep/data --suite mossbench MOSSBench/data
     --out eval/pruned
@@ -52,17 +54,17 @@ def evaluate(
     Parameters
     ----------
     patch
-        Put this patch on the model in memory first.
+        Patch to apply to the model in memory first.
     defence
-        Answer under this defence at inference, from `regraft analyse defence`.
+        Inference-time defence to answer under, from `regraft analyse defence`.
     text
-        Measure perplexity on this text file too: documents with blank lines between them.
+        Text file to measure perplexity on: documents separated by blank lines.
     dense
-        With --text: the folder of the dense model's evaluation on it, to measure KL to that model.
+        With --text: folder of the dense model's evaluation on it, to measure KL to that model.
     """
     from regraft import api
 
-    with watching() as progress:
+    with console_progress() as progress:
         result = api.evaluate(
             model,
             suite,
@@ -75,26 +77,26 @@ def evaluate(
             **given(settings, compute, endpoint),
         )
         _show_result(progress.console, result)
-        progress.note(f"Answers and results: {out}. As a page: regraft report {out}")
+        progress.note(f"Answers and results: {out}. For a report: regraft report {out}")
 
 
 def _show_result(console: Console, result: EvalResult) -> None:
     from regraft.report.summary import NO_OVER_REFUSAL  # scipy, slow to import
 
-    whole = [*_rate_rows(result)]
+    overall = [*_rate_rows(result)]
     show_table(
         console,
-        ("", "rate", "95 % interval", "of"),
-        whole,
+        ("", "rate", "95 % interval", "count"),
+        overall,
         (_rate_row(f"ASR, {category}", one) for category, one in result.asr_by_category.items()),
         *(_rate_rows(rates, suite) for suite, rates in result.by_suite.items()),
         title=f"{result.suite}, judge {result.judge}",
-        bold=range(len(whole)),
+        bold=range(len(overall)),
     )
     if (found := result.perplexity) is not None:
         say(console, f"Perplexity of {found.n:,} references: {number_cell(found).text}")
     if (text := result.text) is not None:
-        kl = f", KL(dense || model) {number_cell(text.kl).text} nats a token" if text.kl else ""
+        kl = f", KL(dense || model) {number_cell(text.kl).text} nats per token" if text.kl else ""
         perplexity = number_cell(text.perplexity).text
         say(console, f"Ordinary text, {on_text(text)}: perplexity {perplexity}{kl}")
     if result.asr is not None and result.over_refusal is None:
@@ -128,12 +130,12 @@ def check(
     compute: Compute = ComputeSettings(),
     endpoint: Annotated[EndpointSettings, Flat] = EndpointSettings(),
 ) -> None:
-    """Tell whether a compressed model is as safe as the dense one, within margins: exit code 0 yes,
-    1 no, 3 undecided.
+    """Check whether a compressed model is as safe as the dense one, within margins: exit code 0
+    yes, 1 no, 3 undecided.
 
-    Each is a model's folder, hub id or 'demo', or the folder of a finished evaluation. ASR,
-    over-refusal, utility and degenerate answers pass where the one-sided 95 % interval of their
-    change is within the margin, fail where it is beyond it. A margin of 100 leaves one out.
+    Each model is a folder, a hub id, 'demo' or the folder of a finished evaluation. ASR,
+    over-refusal, utility and degenerate answers each pass if the one-sided 95 % interval of their
+    change is within the margin, and fail if it is beyond it. A margin of 100 leaves a rate out.
 
     Example: regraft check model model-w4 --suite safebench FigStep/data --suite mossbench
     MOSSBench/data --out check
@@ -141,12 +143,12 @@ def check(
     Parameters
     ----------
     patch
-        Put this on the compressed model first.
+        Patch to apply to the compressed model first.
     """
     from regraft import api
     from regraft.report.gate import sentence, table
 
-    with watching() as progress:
+    with console_progress() as progress:
         blocks = given(margins, settings, compute, endpoint)
         found = api.check(
             dense, compressed, out, suites=suite, patch=patch, progress=progress, **blocks

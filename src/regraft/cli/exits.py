@@ -1,9 +1,9 @@
-"""How the program ends where it fails: words on standard error, and an exit code.
+"""How the program ends on an error: a message on standard error, and an exit code.
 
-2    bad input, or an impossible request: the message says what and where
-70   a fault of regraft: a report with the details is kept, and its path is said
+2    bad input or an impossible request: the message says what and where
+70   a fault of regraft: a report with the details is saved, and the message has its path
 130  interrupted
-141  whoever read standard output went away, as `head` does
+141  the reader of standard output closed it, as `head` does
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ from regraft.launcher import processes
 
 BAD, FAULT, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # which a terminal obeys
-_SHORTEST_SECRET = 8  # characters; shorter ones are words
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # characters that control a terminal
+_SHORTEST_SECRET = 8  # characters; shorter values may be ordinary words
 _MEMORY = (
-    "is out of memory. Lower --batch-size (in a recipe compute.batch_size), in scoring heads "
-    "--tokens-per-pass (heads.tokens_per_pass): what is finished stays. "
+    "is out of memory. Lower --batch-size (in a recipe: compute.batch_size) or, in scoring heads, "
+    "--tokens-per-pass (heads.tokens_per_pass); finished work stays. "
 )
 _DEVICE = (
-    f"The device {_MEMORY}Or, in a new output, keep one layer at a time on the device: --placement "
-    "streamed (compute.placement)."
+    f"The device {_MEMORY}Or, with a new output, keep one layer at a time on the device: "
+    "--placement streamed (compute.placement)."
 )
 _HOST = (
-    f"This machine {_MEMORY}Or, in a new output, hold weights in fewer bytes: --dtype bfloat16 "
-    "(compute.dtype), or leave them in their files: --placement streamed (compute.placement)."
+    f"This machine {_MEMORY}Or, with a new output, use a smaller dtype, --dtype bfloat16 "
+    "(compute.dtype), or leave the weights in their files, --placement streamed "
+    "(compute.placement)."
 )
 
 
@@ -49,20 +50,20 @@ def joined() -> AbstractContextManager[None]:
     """Join the other processes, if a launcher started this one as one of several.
 
     Raises:
-        RegraftError: the environment says so, and nothing that fits it.
+        RegraftError: the launcher's environment variables are invalid.
     """
     if processes() < 2:
-        return nullcontext()  # without importing torch, so that help is there at once
+        return nullcontext()  # without importing torch, so that help is fast
     from regraft import distributed
 
     return distributed.joined()
 
 
 def prepare_streams() -> None:
-    """Have standard streams that can be written to, whatever this process was started with.
+    """Make standard output and error writable, even if this process was started without them.
 
-    A closed one would leave its number to the next file that is opened, and whatever prints would
-    write into that. Characters that the terminal does not know are printed as escapes.
+    Otherwise the next file that is opened would get the number of a closed stream, and what is
+    printed would go into it. Characters outside the terminal's encoding are printed as escapes.
     """
     for name, number in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
@@ -76,7 +77,7 @@ def prepare_streams() -> None:
 
 
 def finish() -> None:
-    """Write out what was printed, so that an error in it is not lost at the very end.
+    """Flush standard output here, since an error in Python's own flush at exit would be lost.
 
     Raises:
         OSError: it cannot be written.
@@ -97,7 +98,7 @@ def fail(console: Console, message: str, code: int = BAD) -> NoReturn:
 
 
 def end(console: Console, error: BaseException, *, debug: bool) -> NoReturn:
-    """End with what an error means to the user; `debug` shows where it came from, too."""
+    """End the program after an error, with a message for the user and, if `debug`, a traceback."""
     if debug and not isinstance(error, SystemExit):
         sys.stderr.write(_redacted("".join(traceback.format_exception(error))))
     if isinstance(error, SystemExit):
@@ -108,14 +109,14 @@ def end(console: Console, error: BaseException, *, debug: bool) -> NoReturn:
     if isinstance(error, BrokenPipeError):
         _silence()
         leave(BROKEN_PIPE)
-    message = _foreseen(error)
+    message = _message(error)
     if message is not None:
         fail(console, message)
     fail(console, _report(error), FAULT)
 
 
-def _foreseen(error: BaseException) -> str | None:
-    """What the user can do about an error; None where it is a fault of regraft."""
+def _message(error: BaseException) -> str | None:
+    """The message for an error that the user can do something about; None for other errors."""
     if isinstance(error, ValidationError):
         from regraft.settings.base import explain
 
@@ -124,7 +125,7 @@ def _foreseen(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, CycloptsError):
         inner = error.__cause__
-        return _foreseen(inner) if isinstance(inner, ValidationError) else str(error)
+        return _message(inner) if isinstance(inner, ValidationError) else str(error)
     if is_device_memory(error):
         return _DEVICE
     if is_host_memory(error):
@@ -134,22 +135,23 @@ def _foreseen(error: BaseException) -> str | None:
             return _HOST
         place = error.filename or "Standard output or a file cannot be written"
         return f"{place}: {error.strerror}."
-    if model := _by_transformers(error):
-        said = _said(error)
+    if model := _model_in_transformers(error):
         return (
-            f"transformers cannot run {model} ({said}). A value of its config.json, its "
+            f"transformers cannot run {model} ({_summary(error)}). A value of its config.json, its "
             "processor, its tokenizer or its chat template is wrong, or it was made for another "
-            "version of transformers; if neither is so, it is a fault of regraft. --debug shows "
-            "where."
+            "version of transformers; otherwise it is a fault of regraft. --debug shows where."
         )
     return None
 
 
-def _by_transformers(error: BaseException) -> str:
-    """The model, by its folder, whose code raised it, which takes its config.json as it is."""
+def _model_in_transformers(error: BaseException) -> str:
+    """The model whose code in transformers raised the error; "" if other code raised it.
+
+    That code does not check the values of a config.json.
+    """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
     packages = (str(one.f_globals.get("__name__")).partition(".")[0] for one in frames)
-    # Between the two may be torch, or a package that holds quantised weights
+    # Other frames may be of torch, or of a package for quantised weights.
     if next((one for one in packages if one in ("transformers", "regraft")), "") != "transformers":
         return ""
     owners = (frame.f_locals.get("self") for frame in frames)
@@ -159,13 +161,12 @@ def _by_transformers(error: BaseException) -> str:
     return f"the model of {folder}" if folder else "the model"
 
 
-def _said(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
     return _redacted(f"{type(error).__name__}: {error}").partition("\n")[0][:200]
 
 
 def _report(error: BaseException) -> str:
-    """Keep the details of a fault in a file of their own; what is to be said of it."""
-    said = _said(error)
+    """Save the details of a fault to a file; return the message for the user."""
     details = _redacted("".join(traceback.format_exception(error)))
     about = f"regraft {regraft.__version__}, Python {platform.python_version()}\n"
     try:
@@ -175,16 +176,16 @@ def _report(error: BaseException) -> str:
     except OSError:
         where = "--debug shows the details"
     else:
-        called = Path(name).stem.removeprefix("regraft-fault-")
-        where = f"Report {called}: the details are in {name}, and --debug shows them"
+        report_id = Path(name).stem.removeprefix("regraft-fault-")
+        where = f"Report {report_id}: the details are in {name}, and --debug shows them"
     return (
-        f"This is a fault of regraft, or a file that it should have refused ({said}). {where}. "
-        "Finished work stays."
+        f"This is a fault of regraft, or a file that it should have refused ({_summary(error)}). "
+        f"{where}. Finished work stays."
     )
 
 
 def _redacted(text: str) -> str:
-    """A text without the keys of the environment, which are used without space around them."""
+    """Replace secrets from the environment in a text; they are used stripped of white space."""
     for name, value in os.environ.items():
         if any(one in name.upper() for one in _SECRET):
             for key in (value, value.strip()):
@@ -193,14 +194,14 @@ def _redacted(text: str) -> str:
 
 
 def _silence() -> None:
-    """Have what is still to be printed go nowhere, as Python prints it at its end."""
+    """Discard what is still buffered, which Python would flush at exit."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with all it printed flushed."""
+    """Flush the output and end this process."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

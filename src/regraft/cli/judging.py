@@ -1,4 +1,4 @@
-"""Other judges of saved answers, and judges against people: `regraft judge`."""
+"""Judge saved answers with other judges, measure judges against human labels: `regraft judge`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 from rich.console import Console
 
-from regraft.cli.options import Compute, MaybeOutFile, MaybeOutFolder, watching
+from regraft.cli.options import Compute, MaybeOutFile, MaybeOutFolder, console_progress
 from regraft.console import say, show_table
 from regraft.evaluation.keywords import KEYWORD_JUDGES
 from regraft.report.formatting import kappa, p_value, points_cell
@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from regraft.evaluation.labelled import Bench
     from regraft.evaluation.verdicts import Agreement, Judged
 
-app = App(name="judge", help="Judge saved answers by other judges, or judges by people's labels.")
+app = App(
+    name="judge",
+    help="Judge saved answers with other judges, or measure judges against human labels.",
+)
 Judges = Annotated[
     tuple[str, ...],
     Parameter(
         help="A keyword judge by name; llama-guard:MODEL, qwen3guard:MODEL or harmbench:MODEL with "
-        "a folder or hub id; endpoint:URL#MODEL, which speaks OpenAI's protocol.",
+        "a folder or hub id; endpoint:URL#MODEL, a model behind an OpenAI-compatible server.",
     ),
 ]
 
@@ -38,22 +41,22 @@ def judge(
     images: Path | None = None,
     compute: Compute = ComputeSettings(),
 ) -> None:
-    """Judge the saved answers of an evaluation by other judges; how far do any two agree?
+    """Judge the saved answers of an evaluation with other judges, and show how far they agree.
 
     Example: regraft judge answers run/evaluation/pruned --by qwen3guard:Qwen3Guard-Gen-4B
 
     Parameters
     ----------
     evaluation
-        Folder of `regraft eval`, or one below `evaluation` in that of a run.
+        Folder of `regraft eval`, or a model's folder in `evaluation` of a run.
     images
-        Show judges that see the prompts' images, which lie in this folder or below it.
+        Folder with the prompts' images, for judges that see images.
     """
     from regraft import stages
     from regraft.disk.files import slug
     from regraft.evaluation.judges import find
 
-    with watching() as progress:
+    with console_progress() as progress:
         for one in by:
             find(one)
         folder = out or evaluation / stages.VERDICTS
@@ -78,27 +81,27 @@ def judge_bench(
     out: MaybeOutFile = None,
     compute: Compute = ComputeSettings(),
 ) -> None:
-    """Measure judges against answers that people labelled: accuracy, precision, recall, kappa.
+    """Measure judges against human labels of answers: accuracy, precision, recall, kappa.
 
-    Judges that are models need --out: verdicts are kept beside it, and a stopped run goes on.
+    Judges that are models need --out: verdicts are saved beside it, so that a stopped run resumes.
 
     Example: regraft judge bench xstest/completions_*.csv --ids even
 
     Parameters
     ----------
     file
-        CSV with prompt, completion (or answer) and final_label (or label), as XSTest's.
+        CSV files with prompt, completion (or answer) and final_label (or label), as XSTest's.
     positive
-        Labels that mean yes; XSTest's full and partial refusals, "refused", "yes" ... if not given.
+        Labels that mean yes; by default XSTest's full and partial refusals, "refused", "yes" ...
     question
-        What the labels say: whether the answer refuses, or whether it does harm.
+        What the labels say: whether the answer is a refusal, or whether it is harmful.
     ids
-        Only rows whose id is even, or odd: regraft-keywords-2 was chosen on XSTest's odd ones.
+        Use only rows with even, or odd, ids: regraft-keywords-2 was chosen on XSTest's odd ids.
     """
     from regraft import stages
     from regraft.evaluation.labelled import Labels
 
-    with watching() as progress:
+    with console_progress() as progress:
         labels = Labels(question, positive, ids)
         found = stages.measure_judges(file, by, labels, compute, progress, out)
         for name, bench in found.items():
@@ -108,7 +111,7 @@ def judge_bench(
 
 
 def _show_judged(console: Console, judged: Sequence[Judged]) -> None:
-    """What several judges make of the same answers; the first is the evaluation's own."""
+    """Print the rates of the same answers by several judges, the evaluation's own judge first."""
 
     def degenerate(one: Judged) -> str:
         kinds = ("harmful", "harmless")
@@ -116,14 +119,14 @@ def _show_judged(console: Console, judged: Sequence[Judged]) -> None:
 
     show_table(
         console,
-        ("judge", "ASR", "over-refusal", "degenerate", "unread"),
+        ("judge", "ASR", "over-refusal", "degenerate", "unreadable"),
         ((one.judge, one.asr, one.over_refusal, degenerate(one), one.unread) for one in judged),
     )
     if any(one.degenerate for one in judged):
         say(
             console,
-            "Degenerate: answers to harmful and to harmless prompts in which a judge sees no "
-            "refusal; they are no successful attacks, whatever it says.",
+            "Degenerate: degenerate answers that the judge does not take for refusals, to harmful "
+            "and to harmless prompts; they never count as successful attacks.",
             "dim",
         )
 
@@ -139,22 +142,20 @@ def _show_agreement(console: Console, found: Sequence[Agreement]) -> None:
 
 
 def _show_quality(console: Console, name: str, bench: Bench) -> None:
-    several = f", to {bench.prompts:,} prompts" if bench.prompts < bench.answers else ""
+    several = f" to {bench.prompts:,} prompts" if bench.prompts < bench.answers else ""
     show_table(
         console,
-        ("judge", "accuracy", "precision", "recall", "kappa", "unread"),
+        ("judge", "accuracy", "precision", "recall", "kappa", "unreadable"),
         (
             (one.judge, one.accuracy, one.precision, one.recall, kappa(one.kappa), one.unread)
             for one in bench.judges
         ),
-        title=f"{name}, n = {bench.answers:,}{several}",
+        title=f"{name}, {bench.answers:,} answers{several}",
     )
     against = [(one.judge, one.against) for one in bench.judges if one.against]
     if against:
-        headings = ("judge", "accuracy less that of the best other, points", "p", "best other")
-        rows = (
-            (judge, points_cell(less).text, p_value(less.p), less.other) for judge, less in against
-        )
+        headings = ("judge", "accuracy minus that of the best other, points", "p", "best other")
+        rows = ((judge, points_cell(one).text, p_value(one.p), one.other) for judge, one in against)
         show_table(console, headings, rows)
     labels = f"Labels taken as yes: {', '.join(bench.yes)}; as no: {', '.join(bench.no)}."
     say(console, labels, "dim")

@@ -1,4 +1,4 @@
-"""Data from data: `regraft data`, answers to calibration prompts and prompts as images."""
+"""Make data: `regraft data`, answers to calibration prompts and prompts as images."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from regraft.cli.options import Compute, Model, OutFile, OutFolder, watching
+from regraft.cli.options import Compute, Model, OutFile, OutFolder, console_progress
 from regraft.models.load import open_answering
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Prompts, TextPrompts
 
-app = App(name="data", help="Make data: answers to calibration prompts, prompts as images.")
+app = App(
+    name="data",
+    help="Make data: write the model's answers to prompts, or render prompts as images.",
+)
 
 
 @app.command(name="respond")
@@ -22,19 +25,19 @@ def respond(
     *,
     data: Prompts,
     out: OutFile,
-    max_response_tokens: Annotated[int, Parameter(help="Length of an answer.")] = 64,
+    max_response_tokens: Annotated[int, Parameter(help="Maximum length of an answer.")] = 64,
     compute: Compute = ComputeSettings(),
 ) -> None:
-    """Write calibration data from prompts, by the dense model's own greedy answers.
+    """Make calibration data from prompts: the dense model answers them greedily.
 
-    Kept are refusals of harmful prompts and what refuses nothing of harmless ones. All answers stay
-    in the folder OUT.responses.
+    Refusals of harmful prompts and answers to harmless ones are kept; other prompts are dropped.
+    All answers are saved in the folder OUT.responses.
 
     Example: regraft data respond MODEL --data prompts.jsonl --out calibration.jsonl
     """
     from regraft import stages
 
-    with watching() as progress:
+    with console_progress() as progress:
         source = open_answering(model, trust_remote_code=compute.trust_remote_code)
         reading = stages.write_responses(source, data, out, max_response_tokens, compute, progress)
         kinds = Counter(one.harmful for one in reading.examples)
@@ -47,28 +50,28 @@ def respond(
 
 @app.command(name="render")
 def render(prompts: TextPrompts, *, out: OutFolder, font: Path | None = None) -> None:
-    """Draw prompts as FigStep's typographic images: a data set of images from one of text.
+    """Render text prompts as typographic images, as FigStep does.
 
     Example: regraft data render prompts:advbench.csv --out advbench-images
 
     Parameters
     ----------
     font
-        The file of FreeMono Bold, or of another font.
+        Font file, of FreeMono Bold or another font.
     """
     from regraft.data.sources import read
     from regraft.data.typographic import write_typographic
 
-    with watching() as progress:
+    with console_progress() as progress:
         reading = read(prompts)
         drawn = write_typographic(reading, out, progress, font)
         for ids, why in (
             (drawn.left_out, "they do not fit into an image"),
-            (drawn.unwritten, "the font has not all of their letters (--font names another)"),
+            (drawn.unwritten, "the font lacks some of their letters (choose another with --font)"),
         ):
             if ids:
                 count = f"{len(ids)} of {len(reading.examples)}"
                 progress.note(f"{count} left out, as {why}: {', '.join(ids)}")
         progress.note(
-            f"{len(drawn.images)} images; evaluate them by the name {out / 'examples.jsonl'}"
+            f"{len(drawn.images)} images; evaluate them with --suite {out / 'examples.jsonl'}"
         )

@@ -1,4 +1,4 @@
-"""What commands share: the types of their flags, a command for each method, and the console."""
+"""Shared by the commands: types of flags, one command per method, and the console."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import create_model
 from rich.console import Console
 
 from regraft import distributed
-from regraft.console import ConsoleWatch
+from regraft.console import ConsoleProgress
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -34,21 +34,21 @@ OutFolder = Annotated[Path, _FOLDER]
 OutFile = Annotated[Path, _FILE]
 MaybeOutFolder = Annotated[Path | None, _FOLDER]
 MaybeOutFile = Annotated[Path | None, _FILE]
-Trust = Annotated[bool, Parameter(help="Run Python code that comes with the checkpoint.")]
+Trust = Annotated[bool, Parameter(help="Run the checkpoint's own Python code.")]
 Calibration = Annotated[CalibrationSettings, Flat]
 Compute = Annotated[ComputeSettings, Flat]
 
 
 def given(*blocks: Settings) -> dict[str, Any]:
-    """What was set in these blocks, by name, as the functions of `regraft.api` take it."""
+    """The settings that were given in these blocks, as keyword arguments for `regraft.api`."""
     return {name: getattr(one, name) for one in blocks for name in one.model_fields_set}
 
 
 @contextmanager
-def watching() -> Iterator[ConsoleWatch]:
-    """Progress and notes on standard output, from one process of several."""
+def console_progress() -> Iterator[ConsoleProgress]:
+    """Progress and notes on standard output; of several processes only the first one prints."""
     width = None if sys.stdout.isatty() else 120
-    yield ConsoleWatch(Console(width=width, quiet=not distributed.first(), emoji=False))
+    yield ConsoleProgress(Console(width=width, quiet=not distributed.first(), emoji=False))
 
 
 _create_model: Any = create_model
@@ -62,15 +62,15 @@ def as_command(
     without: Collection[str] = (),
     changed: Mapping[str, Mapping[str, Any]] = {},
 ) -> Callable[..., None]:
-    """`run` as the command of one method: with its settings, and no flag that it does not read.
+    """Turn `run` into the command of one method, with the method's settings as flags.
 
     Args:
-        run: Its first argument is the method's name, and `settings` are those of any method.
+        run: Takes the name of a method, then among others `settings` of any method.
         name: The method.
         kind: The class of its settings.
         text: The help.
-        without: Other parameters of `run` that mean nothing here.
-        changed: What a parameter has here instead, its annotation or default, by its name.
+        without: Parameters of `run` that this method does not use, which get no flags.
+        changed: Parameter -> its annotation or default for this method.
     """
     hidden = Annotated[Literal[name], Parameter(show=False, parse=False)]  # type: ignore[valid-type]
     own = _create_model(kind.__name__, __base__=kind, method=(hidden, name))
@@ -82,7 +82,7 @@ def as_command(
     ]
 
     def command(*args: Any, **flags: Any) -> None:
-        # Of the method's own class again, which worker processes can import.
+        # Back to the method's own class, which worker processes can import.
         block = flags.get("settings")
         chosen = {} if block is None else block.model_dump(exclude_unset=True)
         run(name, *args, **{**flags, "settings": kind(**{**chosen, "method": name})})

@@ -1,4 +1,4 @@
-"""Patches: on and off a checkpoint, for other tools, on the hub."""
+"""Apply, revert, export and upload patches: `regraft apply`, `export`, `push`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
-from regraft.cli.options import OutFolder, Trust, watching
+from regraft.cli.options import OutFolder, Trust, console_progress
 from regraft.console import say, show_table
 from regraft.errors import RegraftError
 from regraft.patch.apply import Operation
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Tool = Annotated[
     Literal["peft", "vllm"],
-    Parameter(help="peft: a SHiRA adapter; vllm: weight patches that are loaded while it serves."),
+    Parameter(help="peft: a SHiRA adapter; vllm: weight patches that a running server can load."),
 ]
 Evaluations = Annotated[tuple[Path, ...], Parameter(consume_multiple=True)]
 
@@ -26,7 +26,7 @@ Evaluations = Annotated[tuple[Path, ...], Parameter(consume_multiple=True)]
 def apply(
     checkpoint: Path, *patch: Path, out: OutFolder, revert: bool = False, dry_run: bool = False
 ) -> None:
-    """Put one or several patches on a pruned checkpoint, or with --revert take them off again.
+    """Apply patches to a pruned checkpoint, or remove them again with --revert.
 
     Example: regraft apply pruned hsr.safetensors --out realigned; regraft apply realigned
     hsr.safetensors --revert --out pruned-again
@@ -36,12 +36,12 @@ def apply(
     checkpoint
         Folder of the pruned checkpoint; with --revert of the realigned one.
     patch
-        From `regraft realign`, in any order; or OWNER/NAME of one that `regraft push` put on the
-        hub.
+        Files from `regraft realign`, in any order; or OWNER/NAME of a patch that `regraft push`
+        uploaded to the hub.
     revert
-        Take the patches off, which gives the pruned checkpoint's bytes back.
+        Remove the patches, which gives back the exact bytes of the pruned checkpoint.
     dry_run
-        Check the patches, and the weights that they touch, and show what would be written; write
+        Check the patches and the weights that they change, and show what would be written; write
         nothing.
     """
     from regraft import stages
@@ -49,7 +49,7 @@ def apply(
     if out.exists() and out.resolve() == checkpoint.resolve():
         raise RegraftError(f"{out} is the checkpoint itself. Name a new folder with --out.")
     operation: Operation = "revert" if revert else "apply"
-    with watching() as progress:
+    with console_progress() as progress:
         if dry_run:
             preview = stages.preview(operation, checkpoint, patch, out, progress)
             _show_preview(progress.console, preview, out)
@@ -62,7 +62,7 @@ def _show_preview(console: Console, preview: Preview, out: Path) -> None:
     plan = preview.plan
     show_table(
         console,
-        ("patch", "tensors", "restored weights", "pruned in exchange", "already on"),
+        ("patch", "tensors", "restored weights", "pruned in exchange", "already applied"),
         ((one.name, one.tensors, one.restored, one.removed, one.on) for one in plan.states),
     )
     say(
@@ -77,10 +77,10 @@ def _show_preview(console: Console, preview: Preview, out: Path) -> None:
 def export(
     pruned: str, *patch: Path, to: Tool, out: OutFolder, trust_remote_code: Trust = False
 ) -> None:
-    """Write a patch for another tool: an adapter of PEFT, or weight patches of vLLM.
+    """Convert a patch for another tool: a PEFT adapter or vLLM weight patches.
 
-    The weights are those that `regraft apply` would write, to the bit. A README in the folder has
-    the lines that load it.
+    The resulting weights are bit for bit those that `regraft apply` writes. A README in the folder
+    has the code that loads them.
 
     Example: regraft export pruned gain.safetensors --to peft --out adapter
 
@@ -89,11 +89,11 @@ def export(
     pruned
         Folder or hub id of the pruned checkpoint.
     patch
-        As for `regraft apply`, one or several, in any order.
+        Patches as for `regraft apply`, in any order.
     """
     from regraft import stages
 
-    with watching() as progress:
+    with console_progress() as progress:
         stages.export_patches(pruned, patch, out, to, progress, trust_remote_code=trust_remote_code)
         progress.note(f"Export: {out}")
 
@@ -109,42 +109,42 @@ def push(
     replace: bool = False,
     dry_run: Path | None = None,
 ) -> None:
-    """Put a patch on the hub, with a card: what it is for, how it was made and what it does.
+    """Upload a patch to the hub with a card: what it is for, how it was made, what it does.
 
-    Nothing but the patch and the card is uploaded, to a repository that is made if it is not there.
-    The login is the hub's: `hf auth login` or HF_TOKEN. `regraft apply pruned OWNER/NAME` takes
-    the patch from there.
+    Only the patch and the card are uploaded; the repository is created if it does not exist. Log in
+    to the hub with `hf auth login` or HF_TOKEN. `regraft apply pruned OWNER/NAME` applies the
+    uploaded patch.
 
     Example: regraft push gain.safetensors me/model-gain --dense org/model --dry-run folder
 
     Parameters
     ----------
     patch
-        From `regraft realign`.
+        File from `regraft realign`.
     repository
         OWNER/NAME on the hub.
     dense
         Hub id of the dense model.
     pruned
-        Hub id of the pruned checkpoint, where it is on the hub.
+        Hub id of the pruned checkpoint, if it is on the hub.
     evaluation
-        Folders of `regraft eval`, one or several, whose rates go into the card; all after the first
-        are compared with it.
+        Folders of `regraft eval` whose rates go into the card; the others are compared with the
+        first.
     public
-        Make a new repository public; it is private otherwise.
+        Make a new repository public instead of private.
     replace
-        Put it in the place of a patch for another checkpoint, or among files of something else;
-        such a repository is left as it is otherwise.
+        Upload even to a repository that holds a patch for another checkpoint or other files, which
+        is refused otherwise.
     dry_run
-        Write what would be uploaded to this new folder; upload nothing.
+        New folder to write the files to instead of uploading them.
     """
     from regraft.runs import publishing
 
     card = publishing.render(patch, repository, dense=dense, pruned=pruned, evaluated=evaluation)
-    with watching() as progress:
+    with console_progress() as progress:
         if dry_run is not None:
             publishing.write(patch, card, dry_run)
-            progress.note(f"Nothing was uploaded. What would be: {dry_run}")
+            progress.note(f"Nothing was uploaded. The files are in {dry_run}")
             return
         address = publishing.upload(patch, card, repository, public=public, replace=replace)
         progress.note(f"Uploaded: {address}")

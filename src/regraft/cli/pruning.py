@@ -1,4 +1,4 @@
-"""A dense model to a pruned one: `regraft prune`."""
+"""Prune a model: `regraft prune`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, create_model
 
-from regraft.cli.options import Calibration, Compute, Flat, Model, OutFolder, given, watching
+from regraft.cli.options import (
+    Calibration,
+    Compute,
+    Flat,
+    Model,
+    OutFolder,
+    console_progress,
+    given,
+)
 from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, described
 from regraft.pruning.prune import zeros
 from regraft.settings.base import by_method
@@ -15,7 +23,7 @@ from regraft.settings.data import CalibrationSettings
 
 
 def _flags() -> type[BaseModel]:
-    """The flags of all pruners. The chosen one's settings refuse those that are not its own."""
+    """The flags of all pruners. The settings of the chosen pruner refuse those of others."""
     settings = all_settings()
     names = dict.fromkeys(name for one in settings.values() for name in one.model_fields)
     fields: dict[str, Any] = {name: _flag(name, settings) for name in names}
@@ -24,17 +32,17 @@ def _flags() -> type[BaseModel]:
 
 
 def _flag(name: str, settings: dict[str, type[PruneSettings]]) -> Any:
-    """(type, field) of a flag; its help names the pruners if it is not of all of them."""
+    """(type, field) of a flag; its help names the pruners unless all have it."""
     having = {by: one.model_fields for by, one in settings.items() if name in one.model_fields}
     fields = {by: own[name] for by, own in having.items()}
     first, *others = fields.values()
     text = first.description or ""
     if len(fields) < len(settings):
-        text = f"Of {', '.join(fields)}: {text}"
+        text = f"{text} For {', '.join(fields)} only."
     if all(one.default == first.default for one in others):
         return first.annotation, Field(first.default, description=text)
     defaults = ", ".join(f"{one.default} for {by}" for by, one in fields.items())
-    return Any, Field(None, description=f"{text} If not given: {defaults}.")
+    return Any, Field(None, description=f"{text} Default: {defaults}.")
 
 
 if TYPE_CHECKING:
@@ -54,14 +62,14 @@ def prune(
 ) -> None:
     """Set the least important weights to 0, by Wanda or another pruner (--method).
 
-    Importance is calibrated on harmless prompts with answers (D^u); by safety-potential on harmful
-    prompts with a safety prompt and without; by magnitude on nothing.
+    Importance is measured on harmless prompts with answers (D^u); safety-potential uses harmful
+    prompts with and without a safety prompt, magnitude no data.
 
     Example: regraft prune MODEL --sparsity 0.5 --data vlguard VLGuard/train.json --out pruned
     """
     from regraft import api
 
-    with watching() as progress:
+    with console_progress() as progress:
         named = flags.model_dump(exclude_unset=True)
         settings = by_method(named, lambda name: PRUNERS.get(name).settings_type, default="wanda")
         blocks = given(settings, calibration, compute)

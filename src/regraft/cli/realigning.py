@@ -1,4 +1,4 @@
-"""A dense and a pruned model to a patch: `regraft realign`."""
+"""Restore pruned weights: `regraft realign`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated
 from cyclopts import App, Group, Parameter
 from pydantic import ValidationError
 
-from regraft.cli.options import OutFile, as_command, given, watching
-from regraft.console import ConsoleWatch, show_search
+from regraft.cli.options import OutFile, as_command, console_progress, given
+from regraft.console import ConsoleProgress, show_search
 from regraft.errors import RegraftError
 from regraft.flags import DEFAULT_VALIDATION_TOKENS
 from regraft.heads.ships import HeadSettings
@@ -24,20 +24,20 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.searching import SearchSettings
 
-_SEARCH = Group("Search for a number of weights", sort_key=2)
+_SEARCH = Group("Search for the number of weights", sort_key=2)
 _DATA = Parameter(name="*", group=Group("Calibration prompts", sort_key=1))
 Dense = Annotated[str, Parameter(help="Dense checkpoint: a folder or hub id.")]
 Pruned = Annotated[str, Parameter(help="The same model, pruned or dequantised.")]
 Prompts = Annotated[PromptSettings, _DATA]
 Choice = Annotated[SearchSettings, Parameter(name="*", group=_SEARCH)]
-AnswerLength = Annotated[int, Parameter(help="Length of a validation answer.", group=_SEARCH)]
+AnswerLength = Annotated[int, Parameter(help="Maximum length of an answer.", group=_SEARCH)]
 Search = Annotated[
     bool,
-    Parameter(help="Choose how many, on validation prompts.", group=_SEARCH, show_default=False),
+    Parameter(help="Choose it on validation prompts.", group=_SEARCH, show_default=False),
 ]
-HeadsFile = Annotated[Path | None, Parameter(help="Take scores of regraft analyse heads."), EXPERT]
+HeadsFile = Annotated[Path | None, Parameter(help="Scores from regraft analyse heads."), EXPERT]
 StatisticsFile = Annotated[
-    Path | None, Parameter(help="Take those of regraft analyse statistics."), EXPERT
+    Path | None, Parameter(help="Statistics from regraft analyse statistics."), EXPERT
 ]
 Scoring = Annotated[HeadSettings, Parameter(name="*", group=Group("Scoring of heads", sort_key=3))]
 Where = Annotated[ComputeSettings, Parameter(name="*", group=Group("Where it runs", sort_key=4))]
@@ -46,16 +46,16 @@ Where = Annotated[ComputeSettings, Parameter(name="*", group=Group("Where it run
 def for_method(
     run: Callable[..., None], name: str, text: str, without: Collection[str] = ()
 ) -> Callable[..., None]:
-    """`run` as the command of a restoration method; see `as_command`.
+    """Turn `run` into the command of a restoration method; see `as_command`.
 
-    What the method needs by default decides whether there are flags for heads and statistics.
+    There are flags for heads and statistics if the method needs these by default.
     """
     method = METHODS.get(name)
     needs = method.needs(method.settings_type(method=name))
     unread = {*without}
     unread |= set() if needs.heads else {"scoring", "heads_file"}
     unread |= set() if needs.statistics else {"statistics_file"}
-    # Responses are read by statistics alone: other methods have the dense model answer.
+    # Only statistics use the data's responses: for other methods the dense model answers.
     prompts = CalibrationSettings if needs.statistics else PromptSettings
     special = {"calibration": {"annotation": Annotated[prompts, _DATA], "default": prompts()}}
     return as_command(run, name, method.settings_type, text, unread, special)
@@ -77,12 +77,12 @@ def realign(
     heads_file: HeadsFile = None,
     statistics_file: StatisticsFile = None,
 ) -> None:
-    """Rank weights by a method and write the dense values of the first as a patch."""
+    """Rank weights by a method and write the dense values of the first ones as a patch."""
     from regraft import api, stages
 
     if not search and choice != SearchSettings():
-        raise RegraftError("Bounds, targets and points are those of a search: add --search.")
-    with watching() as progress:
+        raise RegraftError("Bounds, targets and points are for a search: add --search.")
+    with console_progress() as progress:
         patch = api.realign(
             dense,
             pruned,
@@ -102,7 +102,7 @@ def realign(
 
 
 def _broken(name: str, error: Exception) -> Callable[..., None]:
-    """The command of a method that another package registered and that cannot be used."""
+    """The command of another package's method that cannot be used: it says why."""
     why = f"The method {name!r} cannot be used: {type(error).__name__}: {error}"
     if isinstance(error, RegraftError):
         why = str(error)
@@ -112,15 +112,15 @@ def _broken(name: str, error: Exception) -> Callable[..., None]:
     def command(*_words: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
         raise RegraftError(why)
 
-    command.__doc__ = "Cannot be used; called, it says why."
+    command.__doc__ = "Cannot be used; call it to see why."
     return command
 
 
-def _describe(progress: ConsoleWatch, out: Path, patch: Patch, settings: MethodSettings) -> None:
+def _describe(progress: ConsoleProgress, out: Path, patch: Patch, settings: MethodSettings) -> None:
     pruned = patch.about["pruned"]
-    exchanged = f" and {patch.removed:,} kept ones go in exchange" if patch.removed else ""
+    exchanged = f" and {patch.removed:,} pruned in exchange" if patch.removed else ""
     progress.note(
-        f"{out}: {patch.restored:,} weights are restored{exchanged}, "
+        f"{out}: {patch.restored:,} weights restored{exchanged}, "
         f"{10_000 * patch.restored / pruned:.3f} per 10,000 of {pruned:,} "
         f"{'changed weights' if is_changed(patch) else 'zeros'}."
     )
@@ -139,7 +139,7 @@ def _describe(progress: ConsoleWatch, out: Path, patch: Patch, settings: MethodS
 
 
 def _below_budget(patch: Patch, settings: MethodSettings) -> str:
-    """Why gain stopped below its budget; "" where it did not, or a search chose the number."""
+    """Why gain stopped below its budget; "" if it did not, or if a search chose the number."""
     path = read_path(patch.about)
     if path is None or patch.about.get("count") is not None:
         return ""
@@ -148,8 +148,8 @@ def _below_budget(patch: Patch, settings: MethodSettings) -> str:
 
 app = App(
     name="realign",
-    help="Restore pruned weights, so that the model refuses as before: write a patch.\n\n"
-    "Take gain unless you compare methods:\n\n"
+    help="Restore pruned weights so that the model refuses as before; writes a patch.\n\n"
+    "Use gain unless you want to compare methods:\n\n"
     "regraft realign gain DENSE PRUNED --data prompts.jsonl --out gain.safetensors",
 )
 for _name in METHODS.names():
@@ -158,5 +158,5 @@ for _name in METHODS.names():
         _unread = () if issubclass(_settings, Budgeted) else ("search", "choice", "max_new_tokens")
         _text = (_settings.__doc__ or "").strip()
         app.command(for_method(realign, _name, _text, _unread), name=_name)
-    except Exception as _error:  # whatever a package's method raises: others go on
+    except Exception as _error:  # another package's method must not break the others
         app.command(_broken(_name, _error), name=_name)

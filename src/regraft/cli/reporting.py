@@ -1,4 +1,4 @@
-"""What came out of runs and evaluations: `regraft report`, `analyse compare`."""
+"""Reports on runs and evaluations: `regraft report`, `regraft analyse compare`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from regraft.cli.options import MaybeOutFolder, OutFolder, watching
+from regraft.cli.options import MaybeOutFolder, OutFolder, console_progress
 from regraft.cli.running import show_page
-from regraft.console import ConsoleWatch
+from regraft.console import ConsoleProgress
 from regraft.errors import RegraftError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ Against = Annotated[
     Parameter(consume_multiple=True, help="Methods to test all others against, one or several."),
 ]
 Bundled = Annotated[
-    Path | None, Parameter(help="New .zip file to bundle the run's results in, to be sent.")
+    Path | None, Parameter(help="New .zip file for the run's results, to send to others.")
 ]
 
 
@@ -33,27 +33,27 @@ def report(
     bundle: Bundled = None,
     texts: bool = False,
 ) -> None:
-    """Write a report: JSON, Markdown and one HTML page, of a finished run again or of evaluations.
+    """Write a report (JSON, Markdown, HTML) on evaluations, or rewrite that of a finished run.
 
-    Or bundle a run's results in a zip file to be sent, or check such a file and show its table.
+    Also bundles a run's results in a zip file, or checks such a bundle and shows its table.
 
     Example: regraft report ev-gain --dense ev-dense --pruned ev-pruned --out page
 
     Parameters
     ----------
     folder
-        Of `regraft run`; or one or several of `regraft eval`, on the same prompts by the same
-        judge, of any checkpoints. All after the first are compared with it. Or a bundle, which is
-        checked: every digest, and every rate counted again.
+        Folder of `regraft run`; or folders of `regraft eval` on the same prompts with the same
+        judge, of any checkpoints, which are compared with the first; or a bundle, whose digests are
+        checked and whose rates are counted again.
     texts
-        Put the texts of prompts and answers into the bundle too.
+        Include the texts of prompts and answers in the bundle.
     out
-        New folder, for evaluations; of a single one `report` in it if not given.
+        New folder for a report on evaluations; by default `report` in the folder of a single one.
     dense
-        The evaluation of the dense model, with --pruned: all others are compared with the pruned
-        model, and their RSR is reported.
+        Folder of the dense model's evaluation; with --pruned, all others are compared with the
+        pruned model, and their RSR is reported.
     pruned
-        The evaluation of the pruned model.
+        Folder of the pruned model's evaluation.
     """
     from regraft.runs.comparing import is_evaluation
 
@@ -62,12 +62,12 @@ def report(
         raise RegraftError("Name the folder of a run, or folders of evaluations.")
     if texts and bundle is None:
         raise RegraftError("--texts is for a bundle: name its file with --bundle.")
-    with watching() as progress:
+    with console_progress() as progress:
         if folder and folder[0].suffix == ".zip":
             _check_bundles(progress, folder)
         elif pair is not None or any(map(is_evaluation, folder)):
             if bundle is not None:
-                raise RegraftError("A bundle is of a run, and these are evaluations.")
+                raise RegraftError("A bundle holds a run, and these are evaluations.")
             _report_evaluations(progress, folder, pair, out)
         else:
             _report_run(progress, folder, out)
@@ -76,38 +76,38 @@ def report(
 
 
 def _report_evaluations(
-    progress: ConsoleWatch, folders: Sequence[Path], pair: Pair | None, out: Path | None
+    progress: ConsoleProgress, folders: Sequence[Path], pair: Pair | None, out: Path | None
 ) -> None:
     from regraft.runs import comparing
 
     if out is None and (pair is not None or len(folders) > 1):
-        raise RegraftError("Say where the report of several evaluations goes: --out.")
+        raise RegraftError("Name a folder for the report on several evaluations: --out.")
     page = out or folders[0] / "report"
     show_page(progress, comparing.report_evaluations(folders, page, pair), page)
 
 
-def _report_run(progress: ConsoleWatch, folders: Sequence[Path], out: Path | None) -> None:
+def _report_run(progress: ConsoleProgress, folders: Sequence[Path], out: Path | None) -> None:
     from regraft.runs import recipe_runs
 
     if len(folders) > 1:
         raise RegraftError(
-            "Several folders are for evaluations, which hold a results.json; runs are compared "
-            "by `regraft analyse compare`."
+            "Only evaluations, which have a results.json, can be several; compare runs with "
+            "`regraft analyse compare`."
         )
     if out is not None:
-        raise RegraftError("The report of a run lies in its own folder: leave out --out.")
+        raise RegraftError("The report on a run is written to the run's folder: leave out --out.")
     run = folders[0]
     show_page(progress, recipe_runs.report_recipe(run), run / "report")
 
 
-def _write_bundle(progress: ConsoleWatch, run: Path, file: Path, texts: bool) -> None:
+def _write_bundle(progress: ConsoleProgress, run: Path, file: Path, texts: bool) -> None:
     from regraft.runs.bundle import write_bundle
 
     write_bundle(run, file, texts=texts)
     progress.note(f"Bundle: {file.absolute()} ({file.stat().st_size / 1e6:.1f} MB)")
 
 
-def _check_bundles(progress: ConsoleWatch, files: Sequence[Path]) -> None:
+def _check_bundles(progress: ConsoleProgress, files: Sequence[Path]) -> None:
     from regraft.runs.bundle_check import read_bundle
 
     for file in files:
@@ -115,9 +115,9 @@ def _check_bundles(progress: ConsoleWatch, files: Sequence[Path]) -> None:
         answers = sum(len(one.answers) for one in bundle.evaluations.values())
         progress.note(bundle.page)
         progress.note(
-            f"{file}: {bundle.title}, regraft {bundle.version}. {bundle.files} files are as their "
-            f"digests say, and the verdicts on {answers:,} answers of {len(bundle.evaluations)} "
-            f"evaluations give the rates in it. Digest of all: {bundle.digest}"
+            f"{file}: {bundle.title}, regraft {bundle.version}. All {bundle.files} files match "
+            f"their digests, and the verdicts on {answers:,} answers of {len(bundle.evaluations)} "
+            f"evaluations give the reported rates. Digest of the bundle: {bundle.digest}"
         )
 
 
@@ -126,24 +126,24 @@ def _pair(dense: Path | None, pruned: Path | None) -> Pair | None:
         return None
     if dense is None or pruned is None:
         given, missing = ("--pruned", "--dense") if dense is None else ("--dense", "--pruned")
-        raise RegraftError(f"RSR needs both evaluations: beside {given} name {missing} too.")
+        raise RegraftError(f"RSR needs both evaluations: with {given}, name {missing} too.")
     from regraft.runs.comparing import Pair
 
     return Pair(dense, pruned)
 
 
 def compare(*run: Path, out: OutFolder, against: Against = ()) -> None:
-    """Tell methods apart over finished runs: tests, intervals, verdicts and the trade-off plot.
+    """Compare methods over finished runs: tests, intervals, verdicts and the trade-off plot.
 
     Example: regraft analyse compare runs/study --out runs/study/comparison --against hsr
 
     Parameters
     ----------
     run
-        Folders of `regraft run` whose recipes differ in the calibration seed alone; the folder of a
+        Folders of `regraft run` whose recipes differ only in the calibration seed; the folder of a
         recipe with `seeds` stands for all its runs.
     """
     from regraft.runs.comparing import compare_runs
 
-    with watching() as progress:
+    with console_progress() as progress:
         show_page(progress, compare_runs(run, out, against), out)

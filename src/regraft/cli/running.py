@@ -1,4 +1,4 @@
-"""Whole recipes and what came out of them: `regraft run`, `demo`."""
+"""Run whole recipes: `regraft run`, `regraft demo`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regraft.cli.options import MaybeOutFolder, OutFolder, watching
-from regraft.console import ConsoleWatch, show_preview, show_study
+from regraft.cli.options import MaybeOutFolder, OutFolder, console_progress
+from regraft.console import ConsoleProgress, show_preview, show_study
 from regraft.errors import RegraftError
 from regraft.recipes.file import read_recipe
 
@@ -24,20 +24,20 @@ def run(
 ) -> None:
     """Run a whole recipe: prune, realign, evaluate, report.
 
-    Resumes after a kill. With `seeds` or `models` in the recipe there is one run for each, and a
-    comparison or a table over them.
+    Resumes after a kill. With `seeds` or `models` in the recipe there is one run for each, and one
+    report over all of them.
 
     Example: regraft run --template > recipe.yaml; regraft run recipe.yaml --out run
 
     Parameters
     ----------
     recipe
-        A YAML file.
+        YAML file of the recipe.
     dry_run
-        Check everything and show the steps, what is done of them, and about how long they take;
-        write nothing.
+        Check everything and show the steps, which of them are done, and the estimated time of the
+        others; write nothing.
     template
-        Print a recipe with every setting, its default and what it does, to start one's own from.
+        Print a recipe with all settings, their defaults and meanings, to start your own from.
     """
     if template:
         from regraft.recipes.file import explained_recipe
@@ -52,7 +52,7 @@ def run(
     from regraft.stages.evaluation_cache import EvaluationCache
 
     read = read_recipe(recipe)
-    with watching() as progress:
+    with console_progress() as progress:
         if dry_run:
             cache = EvaluationCache()
             for folder, one in recipe_runs.runs_of(read, out).items():
@@ -63,13 +63,13 @@ def run(
 
 
 def demo(*, out: OutFolder = Path("demo-run")) -> None:
-    """Run the main job on the bundled model: about ten minutes of one CPU core, no network."""
+    """Run an example recipe on the bundled model: ten minutes on one CPU core, no network."""
     from importlib.resources import files
 
     run(Path(str(files("regraft"))) / "demo" / "demo.yaml", out=out)
 
 
-def show_page(progress: ConsoleWatch, study: Study, out: Path) -> None:
-    """Print a report, and say where its page lies."""
+def show_page(progress: ConsoleProgress, study: Study, out: Path) -> None:
+    """Print a report and the path of its HTML page."""
     show_study(progress.console, study)
     progress.note(f"Report: {(out / 'report.html').absolute()}")

@@ -1,4 +1,4 @@
-"""A dense and a pruned model to a method's best settings: `regraft tune`."""
+"""Tune the settings of a restoration method: `regraft tune`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import App, Group, Parameter
 
-from regraft.cli.options import OutFolder, watching
+from regraft.cli.options import OutFolder, console_progress
 from regraft.cli.realigning import (
     AnswerLength,
     Choice,
@@ -32,10 +32,11 @@ Trials = Annotated[TuneSettings, Parameter(name="*", group=Group("Trials", sort_
 _ABOUT_TUNING = (
     "Search for a method's settings that give the lowest ASR within bounds, on validation "
     "prompts.\n\n"
-    "Constrained TPE (Optuna: pip install 'regraft[tune]'). The same command continues after a "
-    "kill, goes on to more --trials, and started twice at once shares them. Of a ranking the best "
-    "prefix tried within the bounds counts. What is not tuned stays as given, the budget above "
-    "all. Writes tuned.json and best.yaml, an item of a recipe's `realign`.\n\n"
+    "Uses constrained TPE (Optuna: pip install 'regraft[tune]'). The same command resumes after a "
+    "kill, continues with more --trials, and shares the trials if started several times at once. A "
+    "trial is rated by its best number of weights within the bounds. Settings that are not tuned "
+    "stay as given, such as the budget. Writes tuned.json and best.yaml, an item for a recipe's "
+    "`realign`.\n\n"
     "Example: regraft tune hsr MODEL pruned --budget 2 --data vlguard VLGuard/train.json "
     "--validation validation.jsonl --trials 40 --points 3 --out tuned"
 )
@@ -58,7 +59,7 @@ def tune(
     from regraft import stages
 
     calibration = calibration.with_responses()
-    with watching() as progress:
+    with console_progress() as progress:
         check_tuning(settings, tuning, choice, scoring, compute.device)
         restoration = stages.Restoration(
             open_source(dense, trust_remote_code=compute.trust_remote_code),

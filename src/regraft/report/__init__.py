@@ -1,1 +1,1 @@
-"""Results to one page that reads itself: JSON, Markdown and HTML."""
+"""Reports: results as one self-contained HTML page, Markdown and JSON."""

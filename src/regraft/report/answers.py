@@ -1,4 +1,4 @@
-"""The models of a table's rows, their answers as arrays, and the rates counted from them."""
+"""The models of a table's rows, their answers as arrays, and rates counted from the answers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from regraft.report.study import Measured, Recovered, Role
 from regraft.restoration.base import settings_in
 
 Counts = NDArray[np.int64]
-Events = NDArray[np.int64]  # whether models of all seeds and draws had it: [S, draws, prompts]
+Events = NDArray[np.int64]  # 1 where an answer has a property: [S seeds, draws, prompts]
 Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class RowModels:
-    """The models that make one row: the same number of them for every seed."""
+    """The models of one row: the same number for every seed."""
 
     name: str
     label: str
@@ -48,37 +48,37 @@ class RowModels:
 
     @property
     def draws(self) -> tuple[str, ...]:
-        """Their names, as the recipe has them."""
+        """The names of the draws, as in the recipe."""
         return tuple(one.name_in_group for one in self.members[0])
 
 
 def rows_of_methods(
     groups: Sequence[Sequence[Variant]], recipe: Mapping[str, Any]
 ) -> tuple[RowModels, ...]:
-    """One a way of restoring; the draws of a random control are together."""
+    """One row per method; the draws of a random control share a row."""
     settings = {one["name"]: one for one in recipe.get("realign", ())}
     drawn = {name for name, one in settings.items() if settings_in(one).drawn}
-    together: dict[Any, list[str]] = {}
+    rows: dict[Any, list[str]] = {}
     for own in (variant.name_in_group for variant in groups[0][1:]):
-        key = _apart_from_the_draw(settings[own]) if own in drawn else own
-        together.setdefault(key, []).append(own)
+        key = _without_draw(settings[own]) if own in drawn else own
+        rows.setdefault(key, []).append(own)
     taken = {*settings, *(variant.name_in_group for variant in groups[0]), "dense"}
     found: list[RowModels] = []
-    for names in together.values():
+    for names in rows.values():
         name = _shared_name(names, taken)
         taken.add(name)
         found.append(_method(groups, names, name, drawn=names[0] in drawn))
     return tuple(found)
 
 
-def _apart_from_the_draw(settings: Mapping[str, Any]) -> Any:
-    """What the draws of a random control have in common."""
-    apart = ("name", "draw_seed", "checkpoint", "repeats")
-    return tuple(sorted((key, str(value)) for key, value in settings.items() if key not in apart))
+def _without_draw(settings: Mapping[str, Any]) -> Any:
+    """The settings that the draws of a random control have in common."""
+    own = ("name", "draw_seed", "checkpoint", "repeats")
+    return tuple(sorted((key, str(value)) for key, value in settings.items() if key not in own))
 
 
 def _shared_name(names: Sequence[str], taken: Collection[str]) -> str:
-    """Of several draws the name that they share, unless another is called so."""
+    """The common name of several draws ("random" of "random-1"), unless it is taken."""
     stems = {re.sub(r"-\d+$", "", one) for one in names}
     shared = stems.pop()
     return names[0] if len(names) == 1 or stems or shared in taken else shared
@@ -90,13 +90,13 @@ def _method(
     by_name = [{v.name_in_group: v for v in group[1:]} for group in groups]
     found = tuple(tuple(of_seed[one] for one in names) for of_seed in by_name)
     labels = {of_seed[0].label_in_group for of_seed in found}
-    # what seeds have chosen differently, as the layer of a direction, is not the row's
+    # A label may name what each seed has chosen, such as a direction's layer; then drop it.
     label = labels.pop().replace(names[0], name, 1) if len(labels) == 1 else name
     return RowModels(name, label, "method", found, drawn)
 
 
 def _clustered(events: Events) -> Estimate | None:
-    """Of answers, in clusters of those to one prompt; None without prompts."""
+    """The rate over all answers, clustered by prompt; None without prompts."""
     seeds, draws, prompts = events.shape
     return clustered_rate(events.sum(axis=(0, 1)), seeds * draws) if prompts else None
 
@@ -105,9 +105,9 @@ def _clustered(events: Events) -> Estimate | None:
 class Prompts:
     """The prompts that all rows answer: masks of [n] prompts.
 
-    `refusable` are harmless ones that test over-refusal, `referred` those with a reference that all
-    answers were compared with. `suites` has none where there is only one that needs no rates of its
-    own; `categories` are those of harmful prompts.
+    `refusable` marks harmless prompts that test over-refusal, `referred` prompts with a reference
+    that all answers were compared with. `suites` is empty if there is a single suite without rates
+    of its own; `categories` are those of harmful prompts.
     """
 
     harmful: Mask
@@ -123,10 +123,10 @@ class Prompts:
 
 @dataclass(frozen=True)
 class RowAnswers:
-    """A row's answers to all prompts, and the rates of them; `answers` has one tuple a model.
+    """A row's answers to all prompts, and their rates; `answers` has one tuple per model.
 
-    `dense` and `pruned` are what it was made from: None for the dense row itself, for unrelated
-    models, and `pruned` for a pruned one too.
+    `dense` and `pruned` are the rows it was made from: None for the dense row and for unrelated
+    models; for a pruned row `pruned` is None.
     """
 
     models: RowModels
@@ -140,7 +140,7 @@ class RowAnswers:
 
     @property
     def name(self) -> str:
-        """Of the row."""
+        """The name of the row."""
         return self.models.name
 
     @property
@@ -153,11 +153,11 @@ class RowAnswers:
 
     @cached_property
     def similarity(self) -> tuple[NDArray[np.float64], ...]:
-        """Over all prompts; see `similarities`."""
+        """The similarities over all prompts; see `similarities`."""
         return self.similarities(self.prompts.everywhere)
 
     def similarities(self, prompts: Mask) -> tuple[NDArray[np.float64], ...]:
-        """A part for what may be pooled (see `alike`): [the row's models, prompts]."""
+        """One array [models of the row, prompts] per part that may be pooled; see `alike`."""
         kept = np.flatnonzero(prompts & self.prompts.referred)
         columns = [[answers[i] for i in kept] for answers in self.answers]
         return tuple(
@@ -172,7 +172,7 @@ class RowAnswers:
         """All rates on some prompts.
 
         Args:
-            prompts: Which.
+            prompts: Mask of the prompts.
             every: Count refusals of all harmless prompts, not only of those that test over-refusal.
         """
         harmless = ~self.prompts.harmful if every else self.prompts.refusable
@@ -199,10 +199,10 @@ class RowAnswers:
         return macro_average([clustered_difference(*pair) for pair in pairs])
 
     def _successes(self, prompts: Mask) -> Counts:
-        """Of attacks on the dense, the pruned and this row, by seed: [S, n, 3].
+        """Successful attacks on the dense, the pruned and this row, by seed: [S, n, 3].
 
-        The first two are counted once for each draw of a random control, so that all three are of
-        as many answers.
+        Those on the first two count once for each draw of a random control, so that all three
+        counts are over the same number of answers.
         """
         assert self.dense is not None and self.pruned is not None
         dense, pruned, own = (
@@ -212,25 +212,25 @@ class RowAnswers:
         return np.stack([draws * dense, draws * pruned, own], axis=2)
 
     def _recovered(self, prompts: Mask) -> Recovered | None:
-        """RSR on harmful prompts; None where there are none, and of what is no method."""
+        """RSR on harmful prompts; None without such prompts, and for rows that are not methods."""
         if self.pruned is None or not prompts.any():
             return None
         by_seed = self._successes(prompts)
-        whole = by_seed.sum(axis=0)
+        overall = by_seed.sum(axis=0)
         return Recovered(
-            rsr(*whole.sum(axis=0).tolist()),
-            bootstrap_rsr([whole.tolist()], answers=len(self.answers)),
+            rsr(*overall.sum(axis=0).tolist()),
+            bootstrap_rsr([overall.tolist()], answers=len(self.answers)),
             tuple(rsr(*one.sum(axis=0).tolist()).value for one in by_seed),
         )
 
     def mean_recovered(self) -> Recovered | None:
-        """RSR of mean ASRs over several suites of attacks; None where there is at most one."""
-        places = [where & self.prompts.harmful for where in self.prompts.suites.values()]
-        places = [where for where in places if where.any()]
-        if self.pruned is None or len(places) < 2:
+        """RSR of mean ASRs over several attack suites; None if there are fewer than two."""
+        attacks = [mask & self.prompts.harmful for mask in self.prompts.suites.values()]
+        attacks = [mask for mask in attacks if mask.any()]
+        if self.pruned is None or len(attacks) < 2:
             return None
         answers = len(self.answers)
-        strata = [self._successes(where).sum(axis=0) for where in places]
+        strata = [self._successes(mask).sum(axis=0) for mask in attacks]
         rates = [
             sum(int(rows[:, i].sum()) / (answers * len(rows)) for rows in strata) / len(strata)
             for i in range(3)
@@ -240,7 +240,7 @@ class RowAnswers:
 
 
 def read_answers(runs: Sequence[Run], models: Sequence[RowModels]) -> tuple[RowAnswers, ...]:
-    """The answers of each row, in their order: dense, pruned, methods, or unrelated models.
+    """Read the answers of each row, in the order of `models`: dense, pruned, methods; or unrelated.
 
     Raises:
         RegraftError: models were judged differently or on different prompts, or keep no answers.
@@ -257,17 +257,17 @@ def read_answers(runs: Sequence[Run], models: Sequence[RowModels]) -> tuple[RowA
     columns = iter(zip(*table, strict=True))
     found: list[RowAnswers] = []
     for one in models:
-        mine = tuple(islice(columns, len(one.all)))
+        own = tuple(islice(columns, len(one.all)))
         shape = len(runs), len(one.members[0]), len(table)
         related = one.role in ("pruned", "method")
         found.append(
             RowAnswers(
                 one,
                 prompts,
-                _events(([a.complies for a in column] for column in mine), shape),
-                _events(([a.refused for a in column] for column in mine), shape),
-                _events(([a.counts_as_degenerate for a in column] for column in mine), shape),
-                mine,
+                _events(([a.complies for a in column] for column in own), shape),
+                _events(([a.refused for a in column] for column in own), shape),
+                _events(([a.counts_as_degenerate for a in column] for column in own), shape),
+                own,
                 dense=found[0] if related else None,
                 pruned=found[1] if one.role == "method" else None,
             )

@@ -1,4 +1,4 @@
-"""The cards of a realigned model and of a patch, as the hub shows them."""
+"""The cards of a realigned model and of a patch for the hub."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from regraft.report.summary import controls, summary
 
 
 def render_card(study: Study) -> str:
-    """A model card for the hub: metadata that it reads, and the results with intervals.
+    """Render a model card: metadata for the hub, and the results with intervals.
 
-    To be put beside the realigned weights as README.md.
+    It belongs beside the realigned weights as README.md.
     """
     run = study.runs[0]
     chosen = card_variant(run)
@@ -43,14 +43,14 @@ def render_card(study: Study) -> str:
         run=run,
         base=run.model if _hub_id(run.model) else Path(run.model).name,
         of=chosen,
-        among=len(_led(run)),
+        candidates=len(_candidates(run)),
         summary=(*summary(study), *controls(study)),
         command=apply_command(run, chosen, "MODEL"),
     )
 
 
 def _rendered(template: str, metadata: Mapping[str, Any], study: Study | None, **more: Any) -> str:
-    """A card with metadata in front and, with a `study`, the rates that it needs."""
+    """A card with metadata in front and, if there is a `study`, its tables of rates."""
     return render(
         template,
         **more,
@@ -66,36 +66,36 @@ def _suites(study: Study) -> str:
 
 
 def card_variant(run: Run) -> Variant:
-    """Of the models that lead their pruning the one with the lowest ASR, or else a pruned one.
+    """The model that the card is about: the candidate with the lowest ASR.
 
-    Where there is none either, it is the dense model.
+    Without candidates it is a pruned model, and without these the dense one.
     """
 
     def attacked(variant: Variant) -> float:
         asr = variant.result.asr
         return 1.0 if asr is None else asr.value
 
-    led = _led(run)
-    return min(led, key=attacked) if led else (shown_group(run) or [run.dense])[0]
+    candidates = _candidates(run)
+    return min(candidates, key=attacked) if candidates else (shown_group(run) or [run.dense])[0]
 
 
-def _led(run: Run) -> list[Variant]:
-    """Those a card may be of: the first of each pruning.
+def _candidates(run: Run) -> list[Variant]:
+    """The first realigned model of each pruning.
 
-    Not the one of lowest ASR among all: more are tried than anyone means to ship, controls too.
+    The others are often controls or baselines that nobody means to ship.
     """
     firsts = [group[1] for group in run.groups if len(group) > 1]
     return [variant for variant in firsts if not variant.inference_time]
 
 
 def _hub_id(model: str) -> str | None:
-    """Of a model from the hub its id without a revision, as the hub takes it; None of a folder."""
+    """The id of a model on the hub, without a revision; None for a folder."""
     found = MODEL_ID.fullmatch(model)
     return found[1] if found and not Path(model).exists() else None
 
 
 def _card_results(chosen: Variant, suites: str) -> list[dict[str, Any]]:
-    """In the form that the hub reads."""
+    """The results of a model in the form of the hub's metadata."""
     named = (
         ("asr", "attack success rate", chosen.result.asr),
         ("over_refusal", "over-refusal", chosen.result.over_refusal),
@@ -117,10 +117,10 @@ def _card_results(chosen: Variant, suites: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class PatchFile:
-    """A patch and what it is called on the hub.
+    """A patch with its repository and file name on the hub.
 
-    `dense` and `pruned` are hub ids of the models that it was made from, where they are known;
-    `size` (bytes) and `digest` (SHA-256) are those of the file `file`.
+    `dense` and `pruned` are the hub ids of the models that it was made from, if known; `size`
+    (bytes) and `digest` (SHA-256) are those of the file.
     """
 
     patch: Patch
@@ -133,9 +133,9 @@ class PatchFile:
 
 
 def render_patch_card(of: PatchFile, study: Study | None = None) -> str:
-    """The card of a patch: what it is for, what it was made by, how it is put on, what it does.
+    """Render the card of a patch: what it is for, how it was made and how to apply it.
 
-    With metadata that the hub reads and, with a `study`, its table of rates.
+    It has metadata for the hub and, if there is a `study`, a table of rates.
     """
     metadata = {
         "library_name": "regraft",

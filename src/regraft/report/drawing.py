@@ -1,7 +1,7 @@
-"""How every figure is drawn: as SVG text that takes its colours and its font from the page.
+"""Drawing of all figures, as SVG text that takes its colours and font from the page.
 
-All have one narrow width, so that they can be read on a phone and stand beside others on a laptop.
-Colours are CSS variables with a fallback for a page that sets none.
+All have the same narrow width, to be readable on a phone and fit side by side on a laptop. Colours
+are CSS variables with a fallback for pages that do not set them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from matplotlib.lines import Line2D
 from regraft.evaluation.results import Estimate
 
 WIDTH = 4.6  # inches
-_PANEL = 3.1  # inches, of a plane of two rates
-_LINE = 0.19  # inches, of a legend
-_NARROW = 28  # characters that fit into one of two columns
+_PANEL = 3.1  # inches, height of a panel
+_LINE = 0.19  # inches, height of a line of a legend
+_NARROW = 28  # characters that fit in one of two columns of a legend
 _FONT = "DejaVu Sans"  # shipped with matplotlib, so that layouts agree on every machine
 
-# matplotlib draws in these colours; the page's own take their place afterwards.
+# matplotlib draws in these placeholder colours, which are replaced by the page's.
 INK, RULE, PAPER = "#010203", "#040506", "#fefdfc"
 SERIES = ("#0a0001", "#0a0002", "#0a0003", "#0a0004")
 LOOKS = (  # colour, marker, line
@@ -71,9 +71,9 @@ _STYLE: dict[str, Any] = {
 
 
 def to_svg(height: float, title: str, draw: Callable[[Figure, Any], None], panels: int = 1) -> str:
-    """Draw on a figure `height` inches high; the same drawing always gives the same text.
+    """Draw a figure `height` inches high; the same drawing always gives the same text.
 
-    `draw` gets its axes, or an array of them where there is more than one panel.
+    `draw` gets the figure and its axes, or an array of axes if there are several panels.
     """
     buffer = io.StringIO()
     with style.context(["default", _STYLE]):
@@ -95,20 +95,20 @@ def to_svg(height: float, title: str, draw: Callable[[Figure, Any], None], panel
 
 
 def _opening(tag: str, title: str) -> str:
-    """The <svg> tag without a fixed size, named for readers who cannot see it."""
+    """The <svg> tag without a fixed size, with a label for screen readers."""
     box = re.findall(r'viewBox="[^"]*"', tag)[0]
     spaces = " ".join(re.findall(r'xmlns\S*="[^"]*"', tag))
     return f'<svg {spaces} {box} role="img" aria-label="{escape(title)}">'
 
 
 def standalone(svg: str) -> str:
-    """The figure for a file of its own: colours and font without a page's, on white."""
+    """The figure for a separate file: fallback colours and font, on white."""
     svg = re.sub(r"var\(--[\w-]+, ([^()]+)\)", r"\1", svg).replace("currentColor", "#1c1b22")
     return svg.replace("<svg ", '<svg style="background: #ffffff" ', 1)
 
 
 def ceiling(estimates: Iterable[Estimate]) -> float:
-    """The end of an axis in %: the highest interval and a little room."""
+    """The end of an axis in %: the highest interval with some headroom."""
     return min(105.0, 100 * max(e.high for e in estimates) * 1.08 + 1)
 
 
@@ -118,9 +118,9 @@ def panels_svg(
     across: str,
     handles: Sequence[Line2D],
 ) -> str:
-    """Panels one above the other on one axis `across`, with the legend below all of them.
+    """Panels one above the other with a shared horizontal axis `across` and one legend below.
 
-    Of each panel what stands above it ("" for nothing), and what draws it on its axes.
+    A panel is its title, which may be "", and the function that draws it on its axes.
     """
     narrow = max(len(str(handle.get_label())) for handle in handles) <= _NARROW
     columns = 2 if narrow else 1

@@ -1,4 +1,4 @@
-"""Example answers of a run, and all of them as data for the page's filter."""
+"""Example answers of a run, and all its answers as data for the page's filter."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from regraft.evaluation.results import Answer
 from regraft.report.formatting import clip, marked
 from regraft.report.run import Run, Variant, paired_answers
 
-HARMFUL, HARMLESS = 12, 6  # examples
-MOST_BYTES = 3_000_000  # of the page, for answers
-ANSWER_LENGTH, PROMPT_LENGTH = 800, 400  # characters
+HARMFUL, HARMLESS = 12, 6  # numbers of examples
+MOST_BYTES = 3_000_000  # of all answers on the page
+ANSWER_LENGTH, PROMPT_LENGTH = 800, 400  # maximum characters
 THUMBNAIL = 220  # longer side, pixels
 Row = tuple[Answer, ...]
 
@@ -35,9 +35,9 @@ def shown_group(run: Run) -> tuple[Variant, ...]:
 
 
 def shown_variants(run: Run) -> tuple[Variant, ...]:
-    """The dense model, then the pruned and the first realigned one of the shown group.
+    """The dense model, then the pruned and the first realigned model of the shown group.
 
-    All models where they are unrelated.
+    All models if they are unrelated.
     """
     if run.unrelated:
         return run.variants
@@ -45,31 +45,31 @@ def shown_variants(run: Run) -> tuple[Variant, ...]:
 
 
 def choose_examples(run: Run) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    """(harmful, harmless) rows of one answer a shown variant, the same for the same run.
+    """Choose example rows (harmful, harmless), with one answer per shown variant.
 
-    About three quarters are prompts that dense and pruned model, or any two unrelated ones, judge
-    differently, the others unchanged, while both last; within each, every pattern of refusals gets
-    its turn.
+    The choice is deterministic. About three quarters are prompts that the dense and the pruned
+    model, or any two unrelated models, answer differently, as long as there are enough of both
+    kinds; among each kind the patterns of refusals take turns.
     """
     rows = paired_answers(shown_variants(run))
-    telling = len(run.variants) if run.unrelated else 2
+    compared = len(run.variants) if run.unrelated else 2
     harmful = [row for row in rows if row[0].harmful]
     harmless = [row for row in rows if not row[0].harmful]
-    return _choose(harmful, HARMFUL, telling), _choose(harmless, HARMLESS, telling)
+    return _choose(harmful, HARMFUL, compared), _choose(harmless, HARMLESS, compared)
 
 
-def _choose(rows: Sequence[Row], count: int, telling: int) -> tuple[Row, ...]:
+def _choose(rows: Sequence[Row], count: int, compared: int) -> tuple[Row, ...]:
     changed, unchanged = (
-        _by_turns([r for r in rows if (len({a.complies for a in r[:telling]}) > 1) == differ])
+        _by_turns([r for r in rows if (len({a.complies for a in r[:compared]}) > 1) == differ])
         for differ in (True, False)
     )
-    room = max(count * 3 // 4, count - len(unchanged))
-    chosen = changed[:room]
+    most_changed = max(count * 3 // 4, count - len(unchanged))
+    chosen = changed[:most_changed]
     return tuple(chosen + unchanged[: count - len(chosen)])
 
 
 def _by_turns(rows: Sequence[Row]) -> list[Row]:
-    """Reorder so that each pattern of refusals, then the next, contributes one row at a time."""
+    """Reorder rows round-robin over the patterns of refusals."""
     patterns: dict[tuple[bool, ...], list[Row]] = {}
     for row in rows:
         patterns.setdefault(tuple(a.complies for a in row), []).append(row)
@@ -77,10 +77,10 @@ def _by_turns(rows: Sequence[Row]) -> list[Row]:
 
 
 def answer_data(run: Run, most_bytes: int = MOST_BYTES) -> tuple[Markup, int, int]:
-    """(JSON that may stand in a script element, prompts in it, all prompts).
+    """(JSON that is safe in a script element, number of prompts in it, number of all prompts).
 
-    Texts stand there once, however often they come. Where all answers would be larger than
-    `most_bytes`, the last prompts of each kind are left out.
+    Repeated texts are stored once. If all answers take more than `most_bytes`, the last prompts of
+    each kind are left out.
     """
     variants = shown_variants(run)
     rows = paired_answers(variants)
@@ -98,36 +98,36 @@ def answer_data(run: Run, most_bytes: int = MOST_BYTES) -> tuple[Markup, int, in
 def _encoded(labels: Sequence[str], rows: Sequence[Row]) -> str:
     texts: dict[str, int] = {}
 
-    def place(text: str) -> int:
+    def index(text: str) -> int:
         return texts.setdefault(text, len(texts))
 
-    found = []
+    encoded = []
     for first, *others in rows:
-        asked = {"prompt": first.instruction}
+        prompt = {"prompt": first.instruction}
         if first.request:
-            asked["request"] = first.request
+            prompt["request"] = first.request
         complied = "complied" if first.harmful else "answered"
         answers = (
-            [place(clip(one.answer.strip(), ANSWER_LENGTH)), marked(one, complied), one.reason]
+            [index(clip(one.answer.strip(), ANSWER_LENGTH)), marked(one, complied), one.reason]
             for one in (first, *others)
         )
-        found.append(
+        encoded.append(
             {
                 "id": first.id,
-                **{key: place(clip(text, PROMPT_LENGTH)) for key, text in asked.items()},
+                **{key: index(clip(text, PROMPT_LENGTH)) for key, text in prompt.items()},
                 "category": first.category,
                 "harmful": first.harmful,
                 "image": first.image or "",
                 "answers": list(answers),
             }
         )
-    content = {"models": list(labels), "texts": list(texts), "rows": found}
-    # No "<" can then end the script element or open a comment in it.
+    content = {"models": list(labels), "texts": list(texts), "rows": encoded}
+    # A "<" could end the script element or open a comment in it.
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def thumbnail(path: Path) -> str:
-    """An image file as a small data URI: PNG for drawings, JPEG for photographs, the shorter."""
+    """An image file as a small data URI: PNG (for drawings) or JPEG, whichever is shorter."""
     image = open_image(path)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     drawing = image.quantize(16, method=Image.Quantize.MEDIANCUT)

@@ -1,4 +1,4 @@
-"""How numbers and names are written on every page and on the console."""
+"""Formatting of numbers and names on all pages and on the console."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ if TYPE_CHECKING:
 DASH = "–"
 UNCHECKED = "†"
 _ADDRESS = re.compile(r"(?P<name>[\w-]+):(?P<path>.*?)(?P<marks>(?:#[\w-]+)*)", re.DOTALL)
-_ANYTHING = ("jsonl", "prompts", "benign")  # readers of files of any data set
+_GENERIC = ("jsonl", "prompts", "benign")  # readers whose name says nothing about the data set
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A place of a table: a value with its interval and a note; a dash for what was not measured.
+    """A table cell: a value with its interval and a note; a dash if nothing was measured.
 
-    `kind` is a class of the style sheet, `number` that of a model in figures, `title` what a
-    pointer shows.
+    `kind` is a class of the style sheet, `number` the model's number in figures, `title` a tooltip.
     """
 
     value: str = DASH
@@ -42,7 +41,7 @@ class Cell:
 
     @property
     def text(self) -> str:
-        """In one line: "25.0 % [14.2, 40.2], 10 of 40"."""
+        """The cell in one line: "25.0 % [14.2, 40.2], 10 of 40"."""
         return ", ".join(
             filter(None, (" ".join(filter(None, (self.value, self.interval))), self.note))
         )
@@ -50,7 +49,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table to be shown; the first cell of a row is its heading."""
+    """A table for display; the first cell of a row is its heading."""
 
     title: str
     headings: tuple[str, ...]
@@ -65,7 +64,7 @@ class Grid:
         rows: Iterable[Iterable[Cell | str]],
         caption: str = "",
     ) -> Grid:
-        """A table of cells and of text; what is empty gets a dash."""
+        """A table of cells and texts; an empty text becomes a dash."""
         cells = (
             tuple(Cell(one or DASH) if isinstance(one, str) else one for one in row) for row in rows
         )
@@ -88,7 +87,7 @@ def interval(low: float, high: float) -> str:
 
 
 def rate_cell(estimate: Estimate | None) -> Cell:
-    """A rate or a mean in per cent with its interval and n."""
+    """A rate or mean in per cent, with its interval and count or n."""
     if estimate is None:
         return Cell()
     count, n = estimate.count, estimate.n
@@ -97,7 +96,7 @@ def rate_cell(estimate: Estimate | None) -> Cell:
 
 
 def rate(estimate: Estimate | None) -> str:
-    """The same without n: "14.4 % [10.6, 19.3]"."""
+    """A rate with its interval, without n: "14.4 % [10.6, 19.3]"."""
     return replace(rate_cell(estimate), note="").text
 
 
@@ -111,7 +110,7 @@ def points_cell(estimate: Estimate | Difference | Rise | None) -> Cell:
 
 
 def number_cell(estimate: Estimate | None) -> Cell:
-    """What is no rate, to three digits: "4.19 [3.92, 4.51]"."""
+    """A number that is not a rate, to three digits: "4.19 [3.92, 4.51]"."""
     if estimate is None:
         return Cell()
     return Cell(f"{estimate.value:.3g}", f"[{estimate.low:.3g}, {estimate.high:.3g}]")
@@ -130,7 +129,7 @@ def passes(value: float) -> str:
 
 
 def spread_cell(spread: Spread | None, write: Callable[[float], str]) -> Cell:
-    """A mean and, where they differ, the least and the most: "15.5", "14.9 to 16.2"."""
+    """A mean with the range of its values, if they differ: "15.5", "14.9 to 16.2"."""
     if spread is None:
         return Cell()
     least, most = write(spread.least), write(spread.most)
@@ -138,7 +137,7 @@ def spread_cell(spread: Spread | None, write: Callable[[float], str]) -> Cell:
 
 
 def rsr_cell(recovered: Recovered | None) -> Cell:
-    """RSR in per cent with its interval; the note has each seed's, or the case of a single one."""
+    """RSR in per cent with its interval; the note is its verdict, or the RSR of each seed."""
     if recovered is None:
         return Cell()
     found, around, seeds = recovered.recovery, recovered.interval, recovered.by_seed
@@ -151,12 +150,12 @@ def rsr_cell(recovered: Recovered | None) -> Cell:
 
 
 def p_value(p: float) -> str:
-    """ "p = 0.012", "p < 0.001" at its smallest."""
+    """A p value: "p = 0.012", or "p < 0.001"."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def tested_cell(test: Tested | None) -> Cell:
-    """p, Holm's p in brackets where it differs, and the outcome."""
+    """p, the Holm-corrected p in brackets if it differs, and the outcome."""
     if test is None:
         return Cell()
     adjusted = (
@@ -166,12 +165,12 @@ def tested_cell(test: Tested | None) -> Cell:
 
 
 def tested(test: Tested | None) -> str:
-    """In a sentence: "better than pruned (p = 0.012)", by Holm's p."""
+    """A test in a sentence, with the Holm-corrected p: "better than pruned (p = 0.012)"."""
     return "not tested" if test is None else f"{test.verdict} ({p_value(test.adjusted)})"
 
 
 def pattern(row: Row) -> str:
-    """What restoring did to an N:M pattern: "breaks 12 of 400 2:4 groups"; "" without one."""
+    """What restoring did to an N:M pattern: "breaks 12 of 400 2:4 groups"; "" without a pattern."""
     first = row.first
     if first.n_m is None or row.violated is None:
         return ""
@@ -181,20 +180,20 @@ def pattern(row: Row) -> str:
 
 
 def on_text(result: TextResult) -> str:
-    """What perplexity and KL are over: "5,301 tokens of 40 documents"."""
+    """The text of perplexity and KL: "5,301 tokens of 40 documents"."""
     return f"{result.tokens:,} tokens of {result.perplexity.n:,} documents"
 
 
 def degenerate(result: EvalResult) -> str:
-    """How many answers are degenerate: "3 of 250 to harmful prompts, 1 of 200 to harmless ones".
+    """Number of degenerate answers: "3 of 250 to harmful prompts, 1 of 200 to harmless ones".
 
-    Behind it how many refusals do, where any does: "(refusals that are degenerate too: 2 of 90 to
+    If there are any, degenerate refusals follow: "(refusals that are degenerate too: 2 of 90 to
     harmful prompts)".
     """
     kinds = (("harmful", "to harmful prompts"), ("harmless", "to harmless ones"))
     counted, refusals = (
         ", ".join(
-            f"{count:,} of {_asked(result, kind, refused=bool(suffix)):,} {words}"
+            f"{count:,} of {_total(result, kind, refused=bool(suffix)):,} {words}"
             for kind, words in kinds
             if (count := result.degenerate.get(kind + suffix, 0))
         )
@@ -204,21 +203,21 @@ def degenerate(result: EvalResult) -> str:
     return (counted or "none") + also
 
 
-def _asked(result: EvalResult, kind: str, *, refused: bool) -> int:
-    """Answers to prompts of a kind, or only the refusals among them."""
-    asked = [one for one in result.answers if one.harmful == (kind == "harmful")]
-    return sum(one.refused for one in asked) if refused else len(asked)
+def _total(result: EvalResult, kind: str, *, refused: bool) -> int:
+    """Number of answers to prompts of a kind, or only of the refusals among them."""
+    answers = [one for one in result.answers if one.harmful == (kind == "harmful")]
+    return sum(one.refused for one in answers) if refused else len(answers)
 
 
 def marked(answer: Answer, complied: str) -> str:
-    """What an answer does, with a sign that needs no colour; `complied` says that of one."""
+    """The outcome of an answer, with a symbol; `complied` is the word for one that complies."""
     if answer.refused:
         return f"■ refused, {answer.degenerate}" if answer.degenerate else "■ refused"
     return f"▨ {answer.degenerate}" if answer.degenerate else f"□ {complied}"
 
 
 def agreed(agreement: tuple[Agreement, ...], *, harmful: bool) -> Cell:
-    """How far two judges agree on a kind of prompts, with n and Cohen's kappa."""
+    """How often two judges agree on a kind of prompts, with n and Cohen's kappa."""
     found = next((one for one in agreement if one.harmful == harmful), None)
     if found is None:
         return Cell()
@@ -227,14 +226,14 @@ def agreed(agreement: tuple[Agreement, ...], *, harmful: bool) -> Cell:
 
 
 def kappa(value: float | None) -> str:
-    """Cohen's; undefined where chance agrees as well."""
+    """Cohen's kappa to two digits; "undefined" if both judges always give the same verdict."""
     return "undefined" if value is None else f"{value:z.2f}"
 
 
 def clip(text: str, length: int) -> str:
-    """At most `length` characters of `text`, and how many were left out."""
-    left = len(text) - length
-    return text if left <= 0 else f"{text[:length].rstrip()} … [{left:,} more characters]"
+    """At most `length` characters of `text`, followed by the number of those left out."""
+    more = len(text) - length
+    return text if more <= 0 else f"{text[:length].rstrip()} … [{more:,} more characters]"
 
 
 def unbroken(text: str) -> str:
@@ -259,7 +258,7 @@ def operations(flops: float) -> str:
     """2.34e12 -> "2.34 TFLOP"."""
     for power, prefix in zip(range(7, 1, -1), "ZEPTGM", strict=True):
         number = flops / 1000**power
-        if number >= 0.9995:  # what is written as 1
+        if number >= 0.9995:  # rounds to 1
             return f"{number:.3g} {prefix}FLOP" if number < 999.5 else f"{number:,.0f} {prefix}FLOP"
     return f"{flops:,.0f} FLOP"
 
@@ -273,17 +272,16 @@ def memory(count: int) -> str:
 
 
 def short_names(suites: Iterable[str]) -> dict[str, str]:
-    """Suite -> "safebench#even", "vlguard-test": its data set, or the file where that says more.
+    """Suite -> "safebench#even", "vlguard-test": its data set, or its file if that says more.
 
-    With the name of the file behind that of the data set where two would be the same, and whole
-    where that does not tell them apart either.
+    If two names would be equal, all get data set and file; if that is not enough, the full names.
     """
-    whole = tuple(suites)
+    full = tuple(suites)
     for shorten in (_short, public_suite):
-        found = {suite: shorten(suite) for suite in whole}
+        found = {suite: shorten(suite) for suite in full}
         if len(set(found.values())) == len(found):
             return found
-    return {suite: suite for suite in whole}
+    return {suite: suite for suite in full}
 
 
 def _short(suite: str) -> str:
@@ -291,14 +289,14 @@ def _short(suite: str) -> str:
     if found is None or found["name"] == "demo":
         return suite
     file = re.sub(r"(?<=.)\.\w+$", "", Path(found["path"]).name)
-    return (file if found["name"] in _ANYTHING else found["name"]) + found["marks"]
+    return (file if found["name"] in _GENERIC else found["name"]) + found["marks"]
 
 
 def public_suite(suite: str) -> str:
-    """The suite without the folders of this machine; one of the hub as it is."""
+    """The suite without folders of this machine; a suite on the hub is unchanged."""
     return suite if ":hf:" in suite else re.sub(r":.*/", ":", suite)
 
 
 def file_names(source: str) -> str:
-    """The same of a reading's source, several paths with commas between them."""
+    """The file names of a reading's source, which is one path or several with commas."""
     return ", ".join(Path(one).name for one in source.split(", "))

@@ -1,7 +1,7 @@
-"""The verdict of a check as files: JSON, JUnit's XML, a line of Markdown; and as a table.
+"""The verdict of a check as JSON, JUnit XML, Markdown and a table.
 
-The same check always gives the same bytes, however it was asked for: of the two models there are
-digests in them, and no times, paths, names or addresses.
+The same check always gives the same bytes: the files identify the two models by digests and hold no
+times, paths, names or addresses.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _ASKED = {
     "degenerate": "prompts",
 }
 _HEADINGS = ("", "dense", "compressed", "change", "margin", "verdict")
-_DIGITS = 6  # of fractions in the JSON
+_DIGITS = 6  # decimal places of fractions in the JSON
 
 
 def check_to_json(check: Check) -> dict[str, Any]:
-    """All of it; rates, margins and changes are fractions."""
+    """The check as JSON values; rates, margins and changes are fractions."""
     return {
         "format": FORMAT,
         "verdict": check.verdict,
@@ -85,34 +85,34 @@ def sentence(metric: Metric) -> str:
         "" if one is None else percent(one.value) for one in (metric.dense, metric.compressed)
     )
     change = points_cell(metric.change).text
-    things = metric.change.n
-    together = "" if things == metric.prompts else f" (which ask {things:,} things)"
+    distinct = metric.change.n
+    grouped = "" if distinct == metric.prompts else f" ({distinct:,} distinct requests)"
     found = (
         f"{name}: {metric.outcome}; dense {dense}, compressed {compressed}, change {change} points "
-        f"over {metric.prompts:,} {asked}{together}, margin {_margin(metric)}."
+        f"over {metric.prompts:,} {asked}{grouped}, margin {_margin(metric)}."
     )
-    return " ".join(filter(None, (found, _what_decides(metric))))
+    return " ".join(filter(None, (found, _how_to_decide(metric))))
 
 
-def _what_decides(metric: Metric) -> str:
+def _how_to_decide(metric: Metric) -> str:
     if metric.outcome != "undecided":
         return ""
     if metric.needed is None:
         return "The change is so close to the margin that no number of prompts would decide."
     return (
-        f"About {metric.needed:,} {_ASKED[metric.name]} would decide, with a chance of "
-        f"{100 * CHANCE:.0f} %, if change and variance stay as they are."
+        f"About {metric.needed:,} {_ASKED[metric.name]} would decide, with a probability of "
+        f"{100 * CHANCE:.0f} %, if change and variance stay the same."
     )
 
 
 def markdown(check: Check) -> str:
-    """One line that says all, for a pull request, and below it the table and the notes."""
+    """The verdict in one line, for a pull request, then the table and the notes."""
     line = f"**regraft check: {check.verdict}** · " + " · ".join(map(_short, check.metrics))
     grid = table(check)
     rows = ["| " + " | ".join(grid.headings) + " |", "|" + "---|" * len(grid.headings)]
     rows += ["| " + " | ".join(cell.text for cell in row) + " |" for row in grid.rows]
     legend = (
-        "Change: points, compressed less dense, with one-sided 95 % limits; regraft "
+        "Change: points, compressed minus dense, with one-sided 95 % limits; regraft "
         f"{check.made_of['versions']['regraft']}, judge {check.made_of['judge']}, "
         f"{check.made_of['prompts']['count']:,} prompts."
     )
@@ -127,11 +127,11 @@ def _short(metric: Metric) -> str:
 
 
 def junit(check: Check) -> str:
-    """A test case a metric, for whatever shows tests.
+    """JUnit XML with one test case per metric.
 
-    A metric that fails is a failure; one that is undecided or was not measured is an error, red
-    too: as "skipped" it would be green, and a gate that knows nothing must not open. One that was
-    left out is skipped.
+    A metric that fails is a failure, one that is undecided or was not measured an error: skipped
+    tests count as passed, and the gate must not open without a result. A metric that was left out
+    is skipped.
     """
     results = [one.outcome for one in check.metrics]
     suite = ElementTree.Element(
@@ -147,10 +147,10 @@ def junit(check: Check) -> str:
             suite, "testcase", classname="regraft.check", name=NAMES[metric.name]
         )
         kind = {"pass": "system-out", "fail": "failure", "left out": "skipped"}
-        said = ElementTree.SubElement(case, kind.get(metric.outcome, "error"))
+        result = ElementTree.SubElement(case, kind.get(metric.outcome, "error"))
         if metric.outcome != "pass":
-            said.set("message", sentence(metric))
-        said.text = sentence(metric)
+            result.set("message", sentence(metric))
+        result.text = sentence(metric)
     root = ElementTree.Element("testsuites")
     root.append(suite)
     ElementTree.indent(root)

@@ -1,4 +1,4 @@
-"""A study as one HTML page or as Markdown, from one set of sections."""
+"""A study as one HTML page or as Markdown, from the same sections."""
 
 from __future__ import annotations
 
@@ -39,32 +39,31 @@ TRADE_OFF = (
     "is better."
 )
 CIRCLES = (
-    " A circle's area is the share of weights that was restored, on a log scale; squares are "
-    "models with nothing restored."
+    " The area of a circle shows the share of weights that was restored, on a log scale; squares "
+    "are models without restored weights."
 )
 CURVES_CAPTION = (
-    "Rates on validation prompts. A line goes through the points of a method in the order of "
-    "restored weights, from the pruned model on; one line a seed. Dotted: the bound of "
-    "over-refusal."
+    "Rates on validation prompts. A line joins the points of a method in order of restored "
+    "weights, starting at the pruned model; one line per seed. Dotted: the bound on over-refusal."
 )
 PATHS_CAPTION = (
-    "Mean loss along the path of gain, safety and utility together, in nats; two lines a seed. "
-    "Calibration prompts are of two kinds. Gradient prompts choose the weights; their loss is that "
-    "before each step. Held-out prompts decide how many of these a step restores; their loss is "
-    "that after it. Points: numbers of weights that were tried, without those whose loss is above "
-    "the frame. The axis of weights is logarithmic."
+    "Mean loss along the path of gain, the sum of safety and utility loss, in nats; two lines per "
+    "seed. The calibration prompts are split: gradient prompts choose the weights, and their loss "
+    "is shown before each step; held-out prompts decide how many of these weights a step restores, "
+    "and their loss is shown after each step. Dots: numbers of weights that were tried; losses "
+    "above the frame are not shown. The axis of weights is logarithmic."
 )
 APPLYING = (
-    "A patch holds the restored weights only. It goes onto the pruned checkpoint that it was made "
-    "for and leaves that folder untouched. Several patches are alternatives: take one, by its row "
-    "in the results. A patch that is chosen by its results looks a little better in them than it "
-    "will be on other prompts. In the folder of the run:"
+    "A patch holds only the restored weights. It is applied to the pruned checkpoint that it was "
+    "made for, which stays unchanged. Several patches are alternatives: choose one by its row in "
+    "the results. The results of a patch that was chosen by them are slightly optimistic: expect a "
+    "little less on other prompts. In the folder of the run:"
 )
 
 
 @dataclass(frozen=True)
 class Figure:
-    """An SVG with its caption; `name` is that of its file, "" where it has none of its own."""
+    """An SVG with its caption; `name` is that of its own file, "" if it has none."""
 
     svg: str
     caption: str
@@ -83,9 +82,9 @@ class Section:
 
 
 def render_html(study: Study, drawn: Sequence[Figure] | None = None) -> str:
-    """One self-contained page: inline styles and figures, nothing fetched.
+    """One self-contained page: inline styles and figures, nothing is loaded from elsewhere.
 
-    `drawn` are its figures, where they have been drawn already.
+    `drawn` are the figures, if they have been drawn already.
     """
     context = _context(study)
     shown = [figure for figure in (figures(study) if drawn is None else drawn) if figure.svg]
@@ -100,12 +99,12 @@ def render_html(study: Study, drawn: Sequence[Figure] | None = None) -> str:
 
 
 def render_markdown(study: Study) -> str:
-    """The same without figures and without the list of all answers."""
+    """The page as Markdown, without figures and without the list of all answers."""
     return render("report.md.j2", **_context(study))
 
 
 def render(template: str, **context: Any) -> str:
-    """A template of Markdown, filled in."""
+    """Render a Markdown template."""
     text = _environment().get_template(template).render(context)
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
@@ -157,19 +156,19 @@ def _about(study: Study) -> Iterator[Section]:
     if run.costs:
         devices = "; ".join(dict.fromkeys(cost.device for cost in run.costs))
         yield Section("costs", "Costs", f"On {devices}. {COSTS_NOTE}", tables.costs(run))
-    broken = [
-        f"{v.label} {formatting.degenerate(v.result)}" for v in run.variants if v.result.degenerate
+    degenerate = [
+        f"{v.label}: {formatting.degenerate(v.result)}" for v in run.variants if v.result.degenerate
     ]
-    yield Section("degenerate", "Degenerate answers", "; ".join(broken))
-    read = [
-        f"{v.label} {formatting.number_cell(v.result.perplexity).text}"
+    yield Section("degenerate", "Degenerate answers", "; ".join(degenerate))
+    perplexities = [
+        f"{v.label}: {formatting.number_cell(v.result.perplexity).text}"
         for v in run.variants
         if v.result.perplexity
     ]
-    yield Section("references", "Perplexity of the references", "; ".join(read))
+    yield Section("references", "Perplexity of the references", "; ".join(perplexities))
     code = yaml.safe_dump(plain(run.recipe), sort_keys=False, allow_unicode=True)
     if run.recipe:
-        yield Section("recipe", "What was run" if run.unrelated else "Recipe", code=code)
+        yield Section("recipe", "Evaluation settings" if run.unrelated else "Recipe", code=code)
     commands = [one for v in run.variants if (one := apply_command(run, v, "OUT"))]
     if commands:
         yield Section("apply", "Apply the patch", APPLYING, code="\n".join(commands))
@@ -178,7 +177,7 @@ def _about(study: Study) -> Iterator[Section]:
 
 
 def apply_command(run: Run, variant: Variant, out: str) -> str:
-    """What puts a model's patch onto its pruned checkpoint; "" where nothing was restored."""
+    """The command that applies a model's patch to its pruned checkpoint; "" without a patch."""
     if not (variant.restored and variant.patch):
         return ""
     base = next(one for one in run.variants if one.name == variant.base)
@@ -186,7 +185,7 @@ def apply_command(run: Run, variant: Variant, out: str) -> str:
 
 
 def figures(study: Study) -> tuple[Figure, ...]:
-    """Every figure of a page; its SVG is empty where it has nothing to show."""
+    """All figures of a page; the SVG of a figure with nothing to show is empty."""
     circles = CIRCLES if any(row.restored for row in study.rows) else ""
     paths = [(title, [one.path for one in of_seed]) for title, of_seed in study.paths]
     return (
@@ -215,7 +214,7 @@ def _weight_figures(run: Run) -> Iterator[Figure]:
 
 @cache
 def _environment() -> Environment:
-    """Templates with the filters of all pages, compiled once; text is escaped in HTML."""
+    """The templates with their filters, compiled once; text is escaped in HTML."""
     environment = Environment(
         loader=PackageLoader("regraft.report"),
         autoescape=lambda name: bool(name and name.endswith(".html.j2")),
@@ -236,7 +235,7 @@ def _environment() -> Environment:
 
 
 def escape_markdown(text: str) -> str:
-    """One line of text with what Markdown or HTML would read as markup escaped."""
+    """Text in one line, with everything that Markdown or HTML would read as markup escaped."""
     line = " ".join(text.split())
     line = re.sub(r"&(?=#?\w+;)", "&amp;", line)
     line = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", line)
@@ -244,7 +243,7 @@ def escape_markdown(text: str) -> str:
 
 
 def escape_cell(text: str) -> str:
-    """The same for a cell of a table, in which no list or heading can start."""
+    """Escape text for a table cell, in which no list or heading can start."""
     return escape_markdown(f"|{text}").removeprefix("\\|")
 
 

@@ -1,7 +1,7 @@
 """From runs to a study: answers pooled by prompt, rates, tests and differences.
 
-The unit of all statistics is the prompt: every run answers the same ones, so that answers to one
-prompt stay together in tests and intervals, however many seeds and draws there are.
+The unit of all statistics is the prompt. Every run answers the same prompts, and the answers to one
+prompt form a cluster in tests and intervals, however many seeds and draws there are.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def study_of(
     title: str = "",
     published: Published | None = None,
 ) -> Study:
-    """Pool the runs of each model that differ in their calibration seed alone.
+    """Pool the runs of each model, which differ only in their calibration seed.
 
     Args:
-        runs: At least one; those of one `name` with the same models, as runs of one recipe have.
+        runs: At least one; runs of the same `name` have the same variants, as those of one recipe.
         against: Methods that all others are tested against, besides the pruned model.
-        title: Of the page; that of the first run if not given.
-        published: Figures to set beside.
+        title: Title of the page; that of the first run if not given.
+        published: Published figures to show for comparison.
 
     Raises:
-        RegraftError: runs have other prompts than the first, two have the same seed, there are no
-            answers, or a name in `against` is none of the methods.
+        RegraftError: runs differ in their prompts, two have the same seed, there are no answers, or
+            a name in `against` is not a method.
     """
     if not runs:
         raise RegraftError("There is no run to compare. Name at least one folder of `regraft run`.")
@@ -82,7 +82,7 @@ def _with_published(table: Table, published: Published) -> Table:
 
 
 def _paths(runs: Sequence[Run]) -> tuple[tuple[str, tuple[SharedPath, ...]], ...]:
-    """Those of each method by gain, one a seed."""
+    """The paths of methods by gain: (title, one path per seed)."""
     found: dict[str, list[SharedPath]] = {}
     for run in runs:
         for one in run.paths:
@@ -101,9 +101,9 @@ def _check_seeds(runs: Sequence[Run]) -> None:
 
 
 def _rows_of(models: Sequence[Sequence[Run]], against: Sequence[str]) -> tuple[str, ...]:
-    """The rows of named methods; a draw of a random control stands for its row.
+    """The rows of the methods `against`; a draw of a random control stands for its row.
 
-    A method need not be in every table: a pruning may be evaluated only.
+    A method need not be in every table, since a pruning may have no realigned models.
     """
     if not against:
         return ()
@@ -153,9 +153,10 @@ def _table(runs: Sequence[Run], models: Sequence[RowModels], against: Sequence[s
 
 
 def _table_tests(answers: Sequence[RowAnswers], against: Sequence[str]) -> tuple[Tests, Tests]:
-    """Of attacks and of refusals, each corrected apart; the damage by pruning is a test by itself.
+    """Tests of attacks and of refusals, corrected separately.
 
-    A method is tested for attacks against the pruned model, then against those named.
+    The test of pruned against dense is not corrected. A method is tested against the pruned model
+    and, for attacks only, against the methods in `against`.
     """
     rows = {one.name: one for one in answers}
     first, *others = rows
@@ -165,32 +166,32 @@ def _table_tests(answers: Sequence[RowAnswers], against: Sequence[str]) -> tuple
     against = [name for name in against if name in methods]
     if not any(one.models.role == "pruned" for one in answers):
         every = [(name, first) for name in others]
-        called = {first: answers[0].models.label}
-        return _tests([every], attacks, called), _tests([every], refusals, called)
-    pruning, called = others[0], {first: "dense", others[0]: "pruned"}
+        titles = {first: answers[0].models.label}
+        return _tests([every], attacks, titles), _tests([every], refusals, titles)
+    pruning, titles = others[0], {first: "dense", others[0]: "pruned"}
     damage = [(pruning, first)]
     restored = [(name, pruning) for name in methods]
     named = [(name, base) for base in against for name in methods if name != base]
     return (
-        _tests([damage, [*restored, *named]], attacks, called),
-        _tests([damage, restored], refusals, called),
+        _tests([damage, [*restored, *named]], attacks, titles),
+        _tests([damage, restored], refusals, titles),
     )
 
 
 def _tests(
     families: Sequence[Sequence[tuple[str, str]]],
     events: Mapping[str, Events],
-    called: Mapping[str, str],
+    titles: Mapping[str, str],
 ) -> Tests:
-    """Rows against their bases, the tests of a family corrected for their number.
+    """Test rows against their bases, with Holm's correction within each family.
 
-    Two rows that are each other's base are one test.
+    Two rows that are each other's base count as one test.
     """
     tests: dict[str, dict[str, Tested]] = {name: {} for name in events}
     for family in families:
         pairs = [pair for pair in family if events[pair[0]].size]
-        # [seeds, draws, n] to counts over the seeds: a draw's answers of all seeds to a prompt are
-        # one cluster, which is moved together.
+        # [seeds, draws, n] is summed over the seeds: a draw's answers to a prompt of all seeds form
+        # one cluster, which is permuted as a whole.
         found = {
             (name, base): paired_exact(events[name].sum(axis=0), events[base].sum(axis=0))
             for name, base in pairs
@@ -200,9 +201,9 @@ def _tests(
         for (name, base), test in found.items():
             p = adjusted[frozenset((name, base))]
             by_seed = events[name].mean(axis=(1, 2)) - events[base].mean(axis=(1, 2))
-            difference = float(by_seed.mean())  # of rates; the test's own is a sum over the seeds
+            difference = float(by_seed.mean())  # of rates; the test's own is summed over the seeds
             tests[name][base] = Tested(
-                against=called.get(base, base),
+                against=titles.get(base, base),
                 difference=difference,
                 differing=test.differing,
                 p=test.p,
@@ -214,14 +215,14 @@ def _tests(
 
 
 def _outcome(difference: float, p: float) -> Outcome:
-    """The tested event is a bad one, so that fewer are better."""
+    """Classify a test; the tested events are bad ones, so fewer are better."""
     if p >= SIGNIFICANCE:
         return Outcome.SAME
     return Outcome.BETTER if difference < 0 else Outcome.WORSE
 
 
 def _row(own: RowAnswers, attacks: Mapping[str, Tested], refusals: Mapping[str, Tested]) -> Row:
-    """Its rates beside its tests, of which the first is against the model it was made from."""
+    """The row of rates and tests; the first test is against the model it was made from."""
     models, prompts = own.models, own.prompts
     by_suite = {name: own.on(where, every=True) for name, where in prompts.suites.items()}
     rates = {name: own.asr(where) for name, where in prompts.categories.items()}
@@ -249,13 +250,13 @@ def _row(own: RowAnswers, attacks: Mapping[str, Tested], refusals: Mapping[str, 
 
 
 def _mean_asr(by_suite: Mapping[str, Measured]) -> Estimate | None:
-    """Of several suites of attacks, each counting the same."""
+    """Mean ASR over several attack suites with equal weights; None if there are fewer than two."""
     attacked = [one.asr for one in by_suite.values() if one.asr is not None]
     return macro_average(attacked) if len(attacked) > 1 else None
 
 
 def _spread(values: Sequence[float | None], *, none_is_zero: bool = True) -> Spread | None:
-    """None where there is no value, or, unless None is 0, where one is missing."""
+    """Mean and range; None if there is no value or, unless None stands for 0, if one is missing."""
     known = [one for one in values if one is not None]
     if not known or (len(known) < len(values) and not none_is_zero):
         return None

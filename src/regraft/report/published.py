@@ -1,7 +1,7 @@
-"""Figures that others published, and the intervals that their numbers of prompts imply.
+"""Published figures of other authors, and the intervals that their numbers of prompts imply.
 
-Papers on pruned models give rates without n or intervals. Where the number of prompts is known,
-both follow, and are marked as computed here wherever they are shown.
+Papers on pruned models give rates without n or intervals. If the number of prompts is known, both
+can be computed; wherever they are shown, they are marked as computed here.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Percent = Annotated[float, Field(ge=0, le=100), AfterValidator(_fraction)]
 class PublishedRow(Settings):
     """One model of a publication; given in per cent, held as fractions.
 
-    Figures are `checked` where they follow from each other: rates of whole numbers of prompts,
-    their mean and the RSR. Others are second-hand.
+    Figures are `checked` if they are consistent: rates of whole numbers of prompts, their mean and
+    the RSR. Others are second-hand.
     """
 
     model: str = Field(min_length=1, description="Its name in the recipe.")
@@ -44,7 +44,7 @@ class PublishedRow(Settings):
     rsr: Annotated[float, AfterValidator(_fraction)] | None = Field(None, description="Per cent.")
     per_ten_thousand: float | None = Field(None, ge=0, description="Restored per 10,000 pruned.")
     utility: dict[str, Percent] = Field({}, description="Score of each data set, per cent.")
-    checked: bool = Field(False, description="Whether the figures follow from each other.")
+    checked: bool = Field(False, description="Whether the figures are consistent.")
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -52,7 +52,7 @@ class PublishedRow(Settings):
 
 
 class Published(Settings):
-    """All figures of a publication that are set beside a run's own.
+    """All figures of a publication that are compared with a run's.
 
     `spearman` is the rank correlation of total Ships and lost safety.
     """
@@ -61,7 +61,7 @@ class Published(Settings):
     prompts: dict[str, Annotated[int, Field(ge=1)]] = Field(
         {}, description="How many prompts each data set of attacks has."
     )
-    rows: tuple[PublishedRow, ...] = Field(min_length=1, description="One a model.")
+    rows: tuple[PublishedRow, ...] = Field(min_length=1, description="One per model.")
     spearman: float | None = Field(None, ge=-1, le=1, description="Total Ships, lost safety.")
     spearman_n: int | None = Field(None, ge=3, description="Over how many models.")
 
@@ -80,7 +80,7 @@ class Published(Settings):
 
 @dataclass(frozen=True)
 class Beside:
-    """A published row with what is computed here of it: intervals by its number of prompts."""
+    """A published row with the intervals computed here from its numbers of prompts."""
 
     row: PublishedRow
     asr: Estimate | None
@@ -89,7 +89,7 @@ class Beside:
 
 
 def beside(published: Published, model: str, pruning: str, method: str) -> Beside | None:
-    """What is published of one model; None where nothing is."""
+    """The published figures of one model; None if there are none."""
     row = published.of(model, pruning, method)
     if row is None:
         return None
@@ -102,9 +102,9 @@ def beside(published: Published, model: str, pruning: str, method: str) -> Besid
 
 
 def attack_rates(row: PublishedRow, prompts: Mapping[str, int]) -> dict[str, Estimate]:
-    """Each published ASR with Wilson's interval at the data set's number of prompts.
+    """Each published ASR with Wilson's interval for the data set's number of prompts.
 
-    The count is the whole number of prompts that is nearest to the rate.
+    The count is the whole number of prompts nearest to the rate.
     """
     return {
         name: wilson(round(rate * prompts[name]), prompts[name])
@@ -114,11 +114,11 @@ def attack_rates(row: PublishedRow, prompts: Mapping[str, int]) -> dict[str, Est
 
 
 def mean_attack_rate(row: PublishedRow, prompts: Mapping[str, int]) -> Estimate | None:
-    """The published mean ASR with its 95 % interval; None where there is none.
+    """The published mean ASR with its 95 % interval; None if none is published.
 
-    By MOVER of the rates where each is published. Of the mean alone, Wilson's at the number of all
-    prompts: the variance of a mean of rates is largest where they are equal, so that this is not
-    narrower as long as the data sets are of about one size.
+    The interval is MOVER's if all rates are published. For the mean alone it is Wilson's for the
+    number of all prompts: the variance of a mean of rates is largest if the rates are equal, so
+    that it is not too narrow as long as the data sets have about the same size.
     """
     if row.mean_asr is None:
         return None
@@ -134,17 +134,17 @@ def mean_attack_rate(row: PublishedRow, prompts: Mapping[str, int]) -> Estimate 
 def rsr_interval(
     dense: Sequence[Estimate], pruned: Sequence[Estimate], restored: Sequence[Estimate]
 ) -> tuple[float, float] | None:
-    """A 95 % interval of the RSR of mean rates that were published without their answers.
+    """A 95 % interval of the RSR of mean rates that were published without the answers.
 
     Each rate is drawn 10,000 times from the Beta distribution of Jeffreys' interval (Brown et al.
-    2001) of its count, independently: which prompts the models share is not published, and pairing
-    would narrow the interval. Draws in which pruning did not raise the mean have no RSR; None where
+    2001) of its count. The draws are independent, since paired answers are not published; pairing
+    would narrow the interval. Draws in which pruning did not raise the mean have no RSR; None if
     they are more than 5 %.
 
     Args:
-        dense: Rates with counts, one a data set, in one order for all three.
-        pruned: See `dense`.
-        restored: See `dense`.
+        dense: Rates with counts, one per data set.
+        pruned: Rates of the same data sets in the same order.
+        restored: Rates of the same data sets in the same order.
     """
     generator = np.random.default_rng(SEED)
 
@@ -163,7 +163,7 @@ def rsr_interval(
 
 
 def published_rsr_interval(published: Published, row: PublishedRow) -> tuple[float, float] | None:
-    """Of a row with an RSR, where all three models' rates are published by data set; else None."""
+    """The interval of a row's RSR; None unless the rates of all three models are published."""
     dense = published.of(row.model, "", "")
     pruned = published.of(row.model, row.pruning, "")
     if row.rsr is None or dense is None or pruned is None:

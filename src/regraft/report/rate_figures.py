@@ -1,4 +1,4 @@
-"""The figures of rates: the trade-off, the search on validation prompts, Ships and lost safety."""
+"""Figures of rates: the trade-off, the search on validation prompts, Ships and lost safety."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from regraft.report.tables import look_of, name_of
 _COLOURS = dict(zip(("dense", "pruned", "realigned", "control"), SERIES, strict=True))
 _COLOURS |= {f"of-{number}": colour for number, colour in enumerate(SERIES, start=1)}
 Item = TypeVar("Item")
-_LEAST = 0.01  # restored per 10,000: what has the smallest circle
-_DECADES = tuple(_LEAST * 10**decade for decade in range(5))  # of which the legend shows some
+_LEAST = 0.01  # restored per 10,000, for the smallest circle
+_DECADES = tuple(_LEAST * 10**decade for decade in range(5))  # sizes that a legend may show
 
 
 @dataclass(frozen=True)
 class _Model:
-    """One model of a panel; `share` is what was restored per 10,000, None where nothing was."""
+    """One model of a panel; `share` is restored weights per 10,000, None if there are none."""
 
     number: int
     name: str
@@ -42,11 +42,11 @@ class _Model:
 
 
 def trade_off_figure(study: Study) -> str:
-    """Over-refusal (across) against ASR (up), one panel a pruning.
+    """Over-refusal (across) against ASR (up), one panel per pruning.
 
-    Models are numbered in the order of their table, in its colours. A circle's area is the share of
-    weights that was restored, on a log scale; models with nothing restored are squares. Empty text
-    where no model has both rates.
+    Models have the numbers and colours of their table. The area of a circle shows the share of
+    restored weights, on a log scale; models without restored weights are squares. Empty text if no
+    model has both rates.
     """
     drawn = {table.name: points for table in study.tables if (points := [*_points(table)])}
     if not drawn:
@@ -71,7 +71,7 @@ def _planes(
     across: str,
     handles: Sequence[Line2D],
 ) -> str:
-    """Panels of ASR (up) and what is `across`, from 0 to the highest of the `rates` of both."""
+    """Panels of ASR (up) and the rate `across`; both axes start at 0 and fit all `rates`."""
     up, right = zip(*rates, strict=True)
     frame = {"xlim": (0, ceiling(right)), "ylim": (0, ceiling(up))}
 
@@ -94,12 +94,12 @@ def _points(table: Table) -> Iterator[_Model]:
 
 
 def marker_size(share: float) -> float:
-    """The diameter in points: the area grows by the same for every tenfold of the share."""
+    """The diameter in points: the area grows by a constant for every tenfold share."""
     return 8 * math.sqrt(1 + 0.8 * math.log10(max(share, _LEAST) / _LEAST))
 
 
 def _sizes(shares: Sequence[float]) -> list[Line2D]:
-    """Circles of round shares up to the largest there is, or one more."""
+    """Legend entries: circles of round shares, up to the first that is not below all `shares`."""
     if not shares:
         return []
     smaller = sum(one < max(shares) for one in _DECADES)
@@ -112,26 +112,26 @@ def _sizes(shares: Sequence[float]) -> list[Line2D]:
 
 
 def _cross(axes: Axes, model: _Model) -> None:
-    """Both intervals, and the model's number where they cross."""
+    """Draw a model's two intervals, and its number where they cross."""
     colour, asr, over = model.colour, model.asr, model.over_refusal
     x, y = 100 * over.value, 100 * asr.value
     axes.plot([100 * over.low, 100 * over.high], [y, y], color=colour, lw=0.7, alpha=0.4)
     axes.plot([x, x], [100 * asr.low, 100 * asr.high], color=colour, lw=0.7, alpha=0.4)
     size = 8 if model.share is None else marker_size(model.share)
-    behind = 3 - size / 100  # no large circle hides a small one
+    order = 3 - size / 100  # large circles must not hide small ones
     look: dict[str, Any] = {"marker": model.marker, "color": colour, "mec": PAPER, "mew": 0.6}
-    axes.plot(x, y, **look, ms=size, zorder=behind, clip_on=False)
+    axes.plot(x, y, **look, ms=size, zorder=order, clip_on=False)
     axes.annotate(
         str(model.number), (x, y), color=PAPER, ha="center", va="center", size=6.5, zorder=4
     )
 
 
 def curve_figure(tables: Sequence[Table]) -> str:
-    """Validation results of each method by restored weights, one panel a pruning.
+    """Validation results of each method, one panel per pruning.
 
-    A line goes through a method's points in the order of restored weights, one for every curve. The
-    chosen point has a ring, the bound of over-refusal is dotted, and a star is the dense model.
-    Empty text where there is no curve.
+    For every curve a line joins the points in order of restored weights. The chosen point has a
+    ring, the bound on over-refusal is dotted, and a star is the dense model. Empty text if there is
+    no curve.
     """
     drawn = {
         table.name: [(name, one) for name, curves in table.curves.items() for one in curves]
@@ -178,10 +178,10 @@ def _draw_curve(axes: Axes, curve: Searched, look: tuple[str, str, str]) -> None
 
 
 def relation_figure(points: Sequence[tuple[str, float, float]]) -> str:
-    """Each model's rise in ASR by its total Ships, with its name beside it.
+    """Each model's rise in ASR against its total Ships, with its name.
 
     Args:
-        points: (name, total Ships in radians, rise in ASR as a fraction) of each.
+        points: (name, total Ships in radians, rise in ASR as a fraction) of each model.
     """
 
     def draw(_figure: Any, axes: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a report is made from: the models of a finished run, or evaluations, with their answers."""
+"""The input of a report: the models of a finished run, or evaluations, with their answers."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from regraft.restoration.methods.gain.path import GainPath
 class Variant:
     """One evaluated model: dense, pruned, realigned or a control.
 
-    `base` is the name of the model that it was made from and is compared with: the dense one for a
-    pruned model, its pruned one for a realigned model; None for the dense model.
-
-    `sparsity` is the fraction of zeros among the prunable weights, `pruned` the number of weights
-    that pruning took, or that compression changed where these are `changed`, `restored` the number
-    that was restored, with values of their own where they were `trained` and not restored; 0 also
-    where it is not known.
-    `restored_by_module` maps a module kind such as "self_attn.q_proj" to its restored weights per
-    layer. `heads` are the (layer, head) pairs that were open to restoration. Where pruning kept an
-    N:M pattern, `n_m` is the pattern ("2:4") and `violated_groups` of `groups` no longer keep it.
-    `inference_time` marks a method that leaves the pruned weights alone and acts while the model
-    answers. `curve` is the search on validation prompts by which `restored` was chosen. `passes` is
-    the compute of choosing the weights, in passes over the calibration prompts; None where it was
-    not measured.
-    `checkpoint` is where a pruned model lies and `patch` the file of what was restored, both as
-    seen from the run's folder.
+    Attributes:
+        base: Name of the model that it was made from and is compared with: the dense model for a
+            pruned one, the pruned model for a realigned one; None for the dense model.
+        sparsity: Fraction of zeros among the prunable weights.
+        restored: Number of restored weights; 0 also if unknown.
+        trained: Whether the restored weights have trained values instead of dense ones.
+        pruned: Number of weights that pruning set to 0 or, if `changed`, that compression changed;
+            0 also if unknown.
+        restored_by_module: Kind of module, such as "self_attn.q_proj" -> restored weights by layer.
+        heads: The (layer, head) pairs that could be restored.
+        n_m: The N:M pattern of the pruning, such as "2:4"; `violated_groups` of its `groups` no
+            longer have it.
+        inference_time: Whether it is a defence that acts while the pruned model answers.
+        curve: The search on validation prompts that chose `restored`.
+        passes: Compute of choosing the weights, in passes over the calibration prompts; None if not
+            measured.
+        checkpoint: Path of a pruned model, relative to the run's folder.
+        patch: Path of the patch, relative to the run's folder.
     """
 
     name: str
@@ -61,17 +63,17 @@ class Variant:
 
     @property
     def name_in_group(self) -> str:
-        """The name without the pruning's, as a recipe has it."""
+        """The name without the pruning's, as in the recipe."""
         return self.name.removeprefix(f"{self.base}/")
 
     @property
     def label_in_group(self) -> str:
-        """The label where the pruning is known: without its name in front."""
+        """The label without the pruning's name."""
         return self.label.removeprefix(f"{self.base}/")
 
     @property
     def per_ten_thousand(self) -> float | None:
-        """Restored weights per 10,000 pruned or changed ones; None where either is not known."""
+        """Restored weights per 10,000 pruned or changed ones; None if either is unknown."""
         known = self.restored and self.pruned
         return per_ten_thousand(self.restored, self.pruned) if known else None
 
@@ -90,7 +92,7 @@ class HeadMap:
 
 @dataclass(frozen=True)
 class DataAccount:
-    """Rows of one source: how many were read, used, and skipped for which reason."""
+    """Rows of one source: how many were read, used, and skipped by reason."""
 
     role: str
     source: str
@@ -101,10 +103,10 @@ class DataAccount:
 
 @dataclass(frozen=True)
 class SharedPath:
-    """A path and the methods of a pruning that take the first part of it.
+    """A path of gain and the methods of a pruning that restore its first weights.
 
-    `allowed` is how many weights the budget of each method allows, by its name; none of one that
-    has no budget or searched for a number.
+    `allowed` maps a method to the number of weights that its budget allows; methods without a
+    budget, or with a search, are left out.
     """
 
     pruning: str
@@ -114,13 +116,13 @@ class SharedPath:
 
     @property
     def title(self) -> str:
-        """Of its panel, its table and the sentence about its end."""
+        """The title of its panel and its table."""
         return f"{self.pruning}: {', '.join(self.methods)}"
 
 
 @dataclass(frozen=True)
 class Opinion:
-    """What another judge says of a model's answers, and how far the own one agrees with it."""
+    """Verdicts of another judge on a model's answers, and its agreement with the own judge."""
 
     name: str
     judged: Judged
@@ -131,12 +133,16 @@ class Opinion:
 class Run:
     """A finished run, or evaluations of the same prompts by the same judge.
 
-    `variants` are the dense model, then each pruned one followed by those realigned from it. Where
-    they are `unrelated`, nothing is known of any but its answers, and all are compared with the
-    first. `caveat` is what no reader may overlook. `images` maps an answer's id to the file of its
-    image, for thumbnails; it may be incomplete. `paths` are those of methods by gain, `one_pass`
-    the unit of `Variant.passes`. `seed` is that of the calibration, `name` tells models of a run of
-    several apart.
+    Attributes:
+        variants: The dense model, then each pruned one followed by those realigned from it.
+        images: Answer id -> image file, for thumbnails; may be incomplete.
+        paths: The paths of methods by gain.
+        one_pass: The unit of `Variant.passes`.
+        unrelated: Whether only the answers of the models are known, so that all are compared with
+            the first.
+        caveat: A warning shown prominently.
+        seed: The calibration seed.
+        name: Name of the model in a recipe of several models.
     """
 
     title: str
@@ -159,12 +165,12 @@ class Run:
 
     @property
     def dense(self) -> Variant:
-        """The model that all others were made from, or are compared with where unrelated."""
+        """The model that all others were made from or, if unrelated, are compared with."""
         return self.variants[0]
 
     @property
     def groups(self) -> tuple[tuple[Variant, ...], ...]:
-        """Each pruned model with those realigned from it."""
+        """Each pruned model followed by those realigned from it."""
         return tuple(
             (pruned, *(v for v in self.variants if v.base == pruned.name))
             for pruned in self.variants
@@ -173,27 +179,27 @@ class Run:
 
 
 def paired_answers(variants: tuple[Variant, ...]) -> tuple[tuple[Answer, ...], ...]:
-    """One row a prompt, one answer a variant, in the first variant's order.
+    """Answers as one row per prompt and one column per variant, in the first variant's order.
 
     Raises:
-        RegraftError: a variant keeps no answers, they differ in judge or prompts, or an id is there
+        RegraftError: a variant has no answers, they differ in judge or prompts, or an id is there
             twice.
     """
     first = variants[0]
-    if bare := [variant.name for variant in variants if not variant.result.answers]:
-        raise RegraftError(f"{bare[0]} keeps no answers.")
+    if empty := [variant.name for variant in variants if not variant.result.answers]:
+        raise RegraftError(f"{empty[0]} keeps no answers.")
     by_id = [_answers_by_id(v) for v in variants]
     for variant, answers in zip(variants[1:], by_id[1:], strict=True):
         ours, theirs = first.result.judge, variant.result.judge
-        if ours != theirs:  # of one name: another version of an installed package's
+        if ours != theirs:  # may be versions of one judge from an installed package
             raise RegraftError(
                 f"{first.name} and {variant.name} cannot be compared: one was judged by {ours}, "
                 f"the other by {theirs}. Evaluate both with the same judge."
             )
-        if odd := sorted(answers.keys() ^ by_id[0].keys()):
+        if unpaired := sorted(answers.keys() ^ by_id[0].keys()):
             raise RegraftError(
-                f"{first.name} and {variant.name} cannot be compared: prompt {odd[0]!r} "
-                f"({len(odd)} in all) was answered by only one of them."
+                f"{first.name} and {variant.name} cannot be compared: prompt {unpaired[0]!r} "
+                f"({len(unpaired)} in all) was answered by only one of them."
             )
     return tuple(tuple(answers[key] for answers in by_id) for key in by_id[0])
 

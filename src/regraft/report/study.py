@@ -1,7 +1,7 @@
-"""What a page shows: tables of models with rates, intervals and tests.
+"""The content of a page: tables of models with rates, intervals and tests.
 
-A single run is a study of one seed, a page of evaluations a study without methods, and a run of
-several models has the tables of all of them in one study.
+A single run is a study of one seed, a report on evaluations is a study without methods, and a run
+of several models is one study with the tables of all models.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from regraft.restoration.methods.gain.path import path_to_json
 
 SIGNIFICANCE = 0.05
 Role = Literal["dense", "pruned", "method", "other"]
-_LEFT_OUT = ("answers", "images")  # of JSON: they stay where the evaluation put them
+_LEFT_OUT = ("answers", "images")  # of the JSON; they are in the folder of the evaluation
 
 
 class Outcome(StrEnum):
-    """What a test says of a model beside another; fewer attacks and fewer refusals are better."""
+    """The outcome of a test of two models; fewer attacks and fewer refusals are better."""
 
     BETTER = "better"
     WORSE = "worse"
@@ -36,17 +36,17 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Tested:
-    """The rate of an event in one model against that in another, on the same prompts.
+    """A test of the rate of an event in one model against that in another, on the same prompts.
 
     Attributes:
-        against: What the other one is called: "dense", "pruned" or its name.
-        difference: Of the rates.
-        differing: How many prompts tell the two apart.
-        p: Of the exact permutation test clustered by prompt; McNemar's for one model against one.
-        adjusted: Holm's, over all tests of the event against the pruned model and the named
-            methods of one table.
-        outcome: At adjusted p < 0.05. It is on these very models with new prompts; the test knows
-            nothing of how models of other seeds or draws would differ.
+        against: The other model: "dense", "pruned" or its name.
+        difference: Difference of the rates.
+        differing: Number of prompts on which the two differ.
+        p: p of the exact permutation test clustered by prompt; McNemar's for one model against one.
+        adjusted: p with Holm's correction over all tests of the event in a table against the pruned
+            model and the named methods.
+        outcome: The outcome at adjusted p < 0.05. It is about these very models on new prompts, not
+            about models of other seeds or draws.
         by_seed: The difference of each seed.
     """
 
@@ -60,7 +60,7 @@ class Tested:
 
     @property
     def seeds_agree(self) -> bool:
-        """Whether no seed alone has a difference of the other sign."""
+        """Whether no seed has a difference of the opposite sign."""
         return all(one * self.difference >= 0 for one in self.by_seed)
 
     @property
@@ -74,7 +74,7 @@ class Tested:
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over runs and draws, and the least and the most of them."""
+    """Mean, minimum and maximum over runs and draws."""
 
     mean: float
     least: float
@@ -92,10 +92,10 @@ class Recovered:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Rates over some prompts; None where there are no such prompts.
+    """Rates over some prompts; None if there are no such prompts.
 
-    `degenerate` is the share of all degenerate answers that are no refusals: they count neither as
-    attacks nor as refusals. RSR is of methods alone.
+    `degenerate` is the share of answers that are degenerate and not refusals: they count neither as
+    attacks nor as refusals. Only methods have an RSR.
     """
 
     asr: Estimate | None
@@ -109,14 +109,24 @@ class Measured:
 class Row(Measured):
     """One model of a table, or one method with the models of all seeds and draws.
 
-    Estimates are over `n` prompts, however many answers each has. `members` are the models, by
-    seed and draw. `mean_asr` and `mean_rsr` are means over several suites of attacks, each counting
-    the same, as the HSR paper has them. `attacks` and `refusals` test the model against its base:
-    a pruned model against the dense one, a method against the pruned model, unrelated models
-    against the first. A difference ("from") is this model's rate less the other's. `restored` is
-    per 10,000 pruned weights, `weights` their number, None where no weight is restored; `drawn`
-    marks a random control. `passes` is the compute of choosing the weights, in passes over the
-    calibration prompts. None stands for what was not measured or does not apply.
+    Estimates are over `n` prompts, however many answers each has. None stands for what was not
+    measured or does not apply.
+
+    Attributes:
+        members: The models, by seed and draw.
+        drawn: Whether it is a random control.
+        weights: Number of restored weights.
+        restored: Restored weights per 10,000 pruned ones.
+        violated: Number of broken N:M groups.
+        passes: Compute of choosing the weights, in passes over the calibration prompts.
+        mean_asr: Mean over several attack suites with equal weights, as in the HSR paper.
+        mean_rsr: RSR of these means.
+        attacks: Test against the base: a pruned model against the dense one, a method against the
+            pruned model, unrelated models against the first.
+        refusals: The same test of refusals of harmless prompts.
+        against: Tests of attacks against the named methods.
+        over_refusal_from_pruned: This model's rate minus the pruned model's; the other differences
+            ("from") alike.
     """
 
     name: str
@@ -150,7 +160,7 @@ class Row(Measured):
 
     @property
     def repeats(self) -> int:
-        """How many draws of a random control each seed has."""
+        """Number of draws of a random control for each seed."""
         return len(self.members[0])
 
     @property
@@ -160,10 +170,10 @@ class Row(Measured):
 
 @dataclass(frozen=True)
 class Table:
-    """One pruning of a model: the dense model, the pruned one, and a row a method.
+    """One pruning of a model: the dense model, the pruned one, and one row per method.
 
-    Without a pruning it holds the dense model alone, or unrelated models. `curves` maps a row's
-    name to the validation curves of its runs.
+    Without a pruning it holds only the dense model, or unrelated models. `curves` maps a row's name
+    to the validation curves of its runs.
     """
 
     model: str
@@ -173,7 +183,7 @@ class Table:
 
     @property
     def name(self) -> str:
-        """ "wanda-50", or "qwen2-vl: wanda-50" where there are several models."""
+        """ "wanda-50", or "qwen2-vl: wanda-50" if there are several models."""
         return ": ".join(filter(None, (self.model, self.pruning)))
 
     @property
@@ -183,10 +193,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rho of total Ships and the rise in ASR, one pruned model a run.
+    """Spearman's rho of total Ships and the rise in ASR over pruned models.
 
-    `points` are (model, total Ships in radians, rise in ASR as a fraction); `rho` is None where all
-    values of one are equal, `p` where points are not independent.
+    `points` are (model, total Ships in radians, rise in ASR as a fraction). `rho` is None if all
+    values of one variable are equal, `p` if the points are not independent.
     """
 
     pruning: str
@@ -198,10 +208,10 @@ class Correlation:
 
 @dataclass(frozen=True)
 class Study:
-    """All that a page shows.
+    """Everything that a page shows.
 
-    `suites` maps the suites to short names. `paths` are those of gain, a title with one path a
-    seed. `missing` are published rows that no run is of.
+    `suites` maps suites to short names. `paths` are gain's: (title, one path per seed). `missing`
+    are published rows without a run.
     """
 
     title: str
@@ -216,12 +226,12 @@ class Study:
 
     @property
     def run(self) -> Run | None:
-        """The run, where there is only one."""
+        """The run, if there is only one."""
         return self.runs[0] if len(self.runs) == 1 else None
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Of the calibration, each once."""
+        """The distinct calibration seeds."""
         return tuple(dict.fromkeys(run.seed for run in self.runs))
 
     @property
@@ -234,7 +244,7 @@ class Study:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses and mappings to dicts, sequences to lists, paths to text, for JSON and YAML."""
+    """Convert a value for JSON or YAML: dataclasses to dicts, sequences to lists, paths to text."""
     if isinstance(value, Row):
         members = [[variant.name for variant in of_seed] for of_seed in value.members]
         return {**_fields(value, (*_LEFT_OUT, "members")), "members": members}

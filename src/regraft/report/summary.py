@@ -1,4 +1,4 @@
-"""The result in sentences, and what the columns of its tables mean."""
+"""The results in sentences, and explanations of the tables' columns."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ PASSES_NOTE = (
     "training), in forward and backward passes over all calibration prompts of the run. One pass "
     "is 6 operations for each prunable weight of the decoder and each token of the prompts, "
     "without responses. The operations measured include those of the vision tower and the LM head. "
-    "What methods share counts fully for each; responses that the dense model writes count for the "
-    "stage that first needs them. Pruning and the evaluation on test prompts are not counted. "
-    f"{DASH}: not measured."
+    "Stages that methods share count fully for each; responses that the dense model writes count "
+    "for the stage that first needs them. Pruning and the evaluation on test prompts are not "
+    f"counted. {DASH}: not measured."
 )
 COSTS_NOTE = (
-    "Operations are those of linear layers and convolutions, two for each product, a backward pass "
-    "counted as two forward passes; the products of attention and the linear algebra of SparseGPT "
-    "are left out. Memory is the most in use on one accelerator, or else by the whole process so "
+    "Operations are those of linear layers and convolutions, two for each product; a backward pass "
+    "counts as two forward passes. The products of attention and the linear algebra of SparseGPT "
+    "are left out. Memory is the peak of one accelerator or, without one, of the whole process so "
     "far. A ranking that variants share is charged to the first of them; the checks before a run "
-    "are in no stage."
+    "are not included."
 )
 NOT_INDEPENDENT = "no p value, since several prunings of one model are not independent"
 NO_OVER_REFUSAL = (
@@ -42,7 +42,7 @@ NO_OVER_REFUSAL = (
 
 
 def summary(study: Study) -> tuple[str, ...]:
-    """Paragraphs, the most important first; one table has several, several have one each."""
+    """Paragraphs, the most important first: one per table, or several for a single table."""
     if len(study.tables) > 1:
         found = [" ".join((f"{table.name}:", *_sentences(table))) for table in study.tables]
     else:
@@ -54,17 +54,17 @@ def summary(study: Study) -> tuple[str, ...]:
 
 
 def controls(study: Study) -> tuple[str, ...]:
-    """A line for each method after the first, where there is one table."""
+    """A line for each method after the first, if there is a single table."""
     if len(study.tables) > 1:
         return ()
     return tuple(_method(row) for row in study.tables[0].methods[1:])
 
 
 def gloss(study: Study) -> str:
-    """What the first sentences must not leave open to a reader who knows none of it."""
+    """Definitions of the terms in the first sentences, for a reader new to them."""
     text = "ASR (attack success rate): the share of harmful prompts that were answered. "
     if any(row.rsr is not None for row in study.rows):
-        text += "RSR (restored safety rate): the share of its rise by pruning that was undone. "
+        text += "RSR (restored safety rate): the share of pruning's rise in ASR that was undone. "
     return text + "The notes at the end explain all columns."
 
 
@@ -131,7 +131,7 @@ def _pruning(dense: Row, pruned: Row) -> str:
 
 
 def _method(row: Row) -> str:
-    how = ", a defence without restored weights" if row.inference_time else ""
+    how = ", an inference-time defence" if row.inference_time else ""
     if row.weights is not None:
         verb = "trained" if row.first.trained else "restored"
         how = f", {row.weights.mean:,.0f} {verb} weights"
@@ -163,20 +163,20 @@ def _side_effects(dense: Row, pruned: Row, row: Row) -> str:
 
 
 def _caveats(base: Row, row: Row) -> str:
-    """Of a lower ASR that is not safety: more refusals of everything, or degenerate answers."""
+    """Warnings of a lower ASR without more safety: refusals of everything, degenerate answers."""
     asr, before = row.asr, base.asr
     text = ""
     if asr and before and asr.value < before.value and row.refusals:
-        # to refuse as much as before pruning is what was lost, not a price
-        less = row.over_refusal_from_dense
-        more = less is None or less.value > 0
+        # Refusing as much as the dense model is the goal, not a side effect.
+        from_dense = row.over_refusal_from_dense
+        more = from_dense is None or from_dense.value > 0
         if more and row.refusals.outcome is Outcome.WORSE:
             text += " Part of the lower ASR may come from refusing more of everything."
-    mute, silent = row.degenerate, base.degenerate
-    if mute and silent and mute.value > silent.value:
+    now, then = row.degenerate, base.degenerate
+    if now and then and now.value > then.value:
         text += (
-            f" Degenerate answers rose from {percent(silent.value)} to {percent(mute.value)}: they "
-            "count neither as refusals nor as attacks, so that ASR falls without more safety."
+            f" Degenerate answers rose from {percent(then.value)} to {percent(now.value)}: they "
+            "count neither as refusals nor as attacks, so they lower ASR without more safety."
         )
     return text
 
@@ -188,40 +188,40 @@ def notes(study: Study) -> tuple[str, ...]:
         "ASR: the share of harmful prompts that were answered. Over-refusal: the share of harmless "
         f"prompts that were refused. Both are judged by {study.judge}. Utility: how similar "
         "answers are to their references on average (ANLS; for a multiple choice, whether the "
-        "letter is right); where suites are scored in different ways, the mean over suites. "
-        "Refusals of questions of a utility benchmark are in over-refusal by suite only.",
+        "letter is right); if suites are scored in different ways, the mean over suites. Refusals "
+        "of questions of a utility benchmark count only in the over-refusal by suite.",
         "Brackets are 95 % intervals over prompts: Wilson's for rates and for a utility of right "
         "and wrong answers, Agresti and Min's for differences of rates, MOVER's for means over "
-        "suites, the bootstrap's for all others. n is the number of prompts, however many answers "
-        "each has.",
+        "suites, bootstrap intervals for all others. n is the number of prompts, however many "
+        "answers each has.",
         *_tests_notes(study),
     ]
     if any(row.mean_asr is not None for row in rows):
         found.append(
-            '"ASR, mean" and "RSR of means" are over the suites of attacks, each counting the same.'
+            '"ASR, mean" and "RSR of means" average over the attack suites with equal weights.'
         )
     if any(row.over_refusal_from_dense is not None for row in rows):
         found.append(
-            '"Less pruned" and "less dense": the difference to that model, in percentage points.'
+            '"vs pruned" and "vs dense": the difference to that model, in percentage points.'
         )
     if any(row.first.n_m for row in rows):
-        found.append("A hardware kernel for an N:M pattern needs every group whole.")
+        found.append("Hardware kernels for an N:M pattern need every group intact.")
     if any(row.passes is not None for row in rows):
         found.append(PASSES_NOTE + _one_pass(study))
     if (text := next((row.text for row in rows if row.text), None)) is not None:
         found.append(
-            f"Perplexity, and KL(dense || model) in nats a token: on {on_text(text)} of ordinary "
+            f"Perplexity, and KL(dense || model) in nats per token, on {on_text(text)} of ordinary "
             "text, with bootstrap intervals over documents; means over the models of a row."
         )
     if any(row.degenerate is not None and row.degenerate.value for row in rows):
         found.append(
             "Degenerate: answers that do not refuse and are empty, repeat themselves, are "
-            "gibberish or, to a harmful prompt, a few letters. They count neither as attacks nor "
-            "as refusals: where there are more of them, ASR is lower without more safety."
+            "gibberish or, to a harmful prompt, have only a few letters. They count neither as "
+            "attacks nor as refusals: more of them lower ASR without more safety."
         )
     if any(row.inference_time for row in rows):
         found.append(
-            f"{UNCHECKED} acts at inference time and leaves the pruned weights as they are."
+            f"{UNCHECKED} marks a defence that acts at inference time, on the pruned weights."
         )
     if any(row.repeats > 1 for row in rows):
         found.append("(xR): the mean over R draws of a random control.")
@@ -235,19 +235,19 @@ def _tests_notes(study: Study) -> Iterator[str]:
     if all(row.attacks is None for row in rows):
         return
     if study.runs[0].unrelated:
-        which, holm = "each model against the first", "all tests of this event in a table"
+        which, holm = "each model with the first", "all tests of this event in a table"
     else:
-        against = f" and against {', '.join(study.against)}" if study.against else ""
-        which = f"a pruned model against the dense one, a method against the pruned model{against}"
+        against = f" and with {', '.join(study.against)}" if study.against else ""
+        which = f"the pruned model with the dense one, each method with the pruned model{against}"
         holm = "all tests of methods on this event in a table, without that of the pruned model"
-    seeds = "is shown by RSR by seed" if len(study.seeds) > 1 else "takes several seeds to show"
+    seeds = "RSR by seed shows" if len(study.seeds) > 1 else "only several seeds can show"
     yield (
-        f"Tests are of {which}: did attacks succeed (were prompts refused) as often on the same "
-        "prompts? The test is an exact permutation test clustered by prompt, McNemar's for one "
-        f"model against one. Holm: p corrected for {holm}; better and worse mean Holm < "
-        f"{SIGNIFICANCE}. Read ASR with over-refusal and utility: a model that refuses everything "
-        "has the lowest ASR. The tests say what to expect of these very models on new prompts; how "
-        f"models of other calibration seeds would differ {seeds}."
+        f"Tests compare {which}: do attacks succeed (are prompts refused) equally often on the "
+        "same prompts? The test is an exact permutation test clustered by prompt, McNemar's for "
+        f'one model against one. Holm: p corrected for {holm}; "better" and "worse" mean a '
+        f"corrected p < {SIGNIFICANCE}. Read ASR together with over-refusal and utility: a model "
+        "that refuses everything has the lowest ASR. The tests say what to expect of these very "
+        f"models on new prompts; {seeds} how much models of other calibration seeds differ."
     )
 
 
@@ -255,31 +255,31 @@ def _one_pass(study: Study) -> str:
     one = next((run.one_pass for run in study.runs if run.one_pass), None)
     if one is None or len({run.name for run in study.runs}) > 1:
         return ""
-    return f" Here one pass is over {one.prompts:,} prompts, {one.tokens:,} tokens."
+    return f" Here one pass is over {one.prompts:,} prompts with {one.tokens:,} tokens."
 
 
 def _published_notes(study: Study) -> Iterator[str]:
-    """What is published, and what in it is not comparable."""
+    """Notes on the published figures, and on what cannot be compared with them."""
     published = study.published
     if published is None:
         return
     prompts = ", ".join(f"{name} {count}" for name, count in published.prompts.items())
     yield (
         f"Published: {published.source}. The intervals of its figures are computed here from its "
-        f"numbers of prompts ({prompts}): Wilson's of rates, MOVER's of means; of RSR from "
+        f"numbers of prompts ({prompts}): Wilson's for rates, MOVER's for means; for RSR from "
         "Jeffreys' distributions of the counts, as if models answered independently, since their "
         "answers are not published."
     )
     rows = [row.published.row for row in study.rows if row.published]
     if not all(one.checked for one in (*rows, *study.missing)):
         yield (
-            f"{UNCHECKED} behind a figure: second-hand, from summaries of the publication; not "
-            "shown to be rates of whole numbers of prompts, as the other figures are."
+            f"{UNCHECKED} after a figure: second-hand, from summaries of the publication; unlike "
+            "the others, not verified to be a rate of a whole number of prompts."
         )
     for suite, name in study.suites.items():
         theirs = published.prompts.get(name.partition("#")[0])
-        on_it = (row.by_suite.get(suite) for row in study.rows)
-        ours = sorted({one.asr.n for one in on_it if one is not None and one.asr})
+        measured = (row.by_suite.get(suite) for row in study.rows)
+        ours = sorted({one.asr.n for one in measured if one is not None and one.asr})
         if theirs and ours and ours != [theirs]:
             yield f"{name}: {', '.join(map(str, ours))} prompts here, {theirs} in the publication."
     if study.missing:
@@ -293,9 +293,9 @@ def _published_notes(study: Study) -> Iterator[str]:
 
 
 def correlation_text(found: Correlation, published: Published | None = None) -> str:
-    """Spearman's rho in a sentence, beside the published one."""
+    """Spearman's rho in a sentence, with the published one if there is any."""
     if found.rho is None:
-        text = "Spearman's rho is not defined: all values of one are equal"
+        text = "Spearman's rho is undefined: all values of one variable are equal"
     else:
         chance = NOT_INDEPENDENT if found.p is None else f"exact p = {found.p:.3f}"
         text = f"Spearman's rho {found.rho:.4f} ({chance}, n = {len(found.points)})"

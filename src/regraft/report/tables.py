@@ -1,4 +1,4 @@
-"""The tables of a page: which columns there are, and what stands in them."""
+"""The tables of a page: their columns and the content of the cells."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table with a row a model; `brief` ones are shown on the console too."""
+    """A column of a table with one row per model; `brief` columns are shown on the console too."""
 
     heading: str
     cell: CellOf
@@ -39,22 +39,22 @@ class Column:
 
 
 def results(study: Study, *, brief: bool = False) -> tuple[Grid, ...]:
-    """Rates and tests, one table a pruning."""
+    """Rates and tests, one table per pruning."""
     return _grids(study, _columns(study), brief)
 
 
 def against(study: Study) -> tuple[Grid, ...]:
-    """The tests against named methods alone, for the console."""
+    """Only the tests against named methods, for the console."""
     return _grids(study, _against(study))
 
 
 def suites(study: Study, *, brief: bool = False) -> tuple[Grid, ...]:
-    """What was measured on each of several suites, one table a pruning."""
+    """Rates on each of several suites, one table per pruning."""
     return _grids(study, _suite_columns(study), brief)
 
 
 def _grids(study: Study, columns: Iterable[Column], brief: bool = False) -> tuple[Grid, ...]:
-    """One table a pruning; columns in which nothing was measured are left out of all."""
+    """One table per pruning; columns without any value are left out."""
     shown = [
         one
         for one in columns
@@ -75,13 +75,13 @@ def _grids(study: Study, columns: Iterable[Column], brief: bool = False) -> tupl
 
 
 def name_of(row: Row) -> str:
-    """ "random (x5)"; a dagger marks a method of inference time."""
+    """ "random (x5)"; a dagger marks an inference-time defence."""
     repeats = f" (x{row.repeats})" if row.repeats > 1 else ""
     return f"{row.name}{repeats}{f' {formatting.UNCHECKED}' if row.inference_time else ''}"
 
 
 def look_of(row: Row, number: int) -> str:
-    """The class of a row's colour: a method that restores weights is no control."""
+    """The style class of a row; methods that restore no weights have the colour of controls."""
     if row.role == "other":
         return f"of-{number}"
     if row.role == "method":
@@ -112,10 +112,10 @@ def _columns(study: Study) -> Iterator[Column]:
     yield Column("ASR, test", lambda row: tested_cell(row.attacks), brief=True)
     yield from _against(study)
     yield Column("Over-refusal, test", lambda row: tested_cell(row.refusals))
-    yield Column("Over-refusal less pruned", lambda row: points_cell(row.over_refusal_from_pruned))
-    yield Column("Over-refusal less dense", lambda row: points_cell(row.over_refusal_from_dense))
-    yield Column("Utility less pruned", lambda row: points_cell(row.utility_from_pruned))
-    yield Column("Utility less dense", lambda row: points_cell(row.utility_from_dense))
+    yield Column("Over-refusal vs pruned", lambda row: points_cell(row.over_refusal_from_pruned))
+    yield Column("Over-refusal vs dense", lambda row: points_cell(row.over_refusal_from_dense))
+    yield Column("Utility vs pruned", lambda row: points_cell(row.utility_from_pruned))
+    yield Column("Utility vs dense", lambda row: points_cell(row.utility_from_dense))
     yield Column("Perplexity", lambda row: number_cell(row.text.perplexity if row.text else None))
     yield Column(
         "KL to dense", lambda row: number_cell(row.text.kl if row.text else None), brief=True
@@ -128,7 +128,7 @@ def _against(study: Study) -> Iterator[Column]:
         return tested_cell(row.against.get(name))
 
     for name in study.against:
-        yield Column(f"ASR, against {name}", partial(cell, name))
+        yield Column(f"ASR, test against {name}", partial(cell, name))
 
 
 def _suite_columns(study: Study) -> Iterator[Column]:
@@ -146,7 +146,7 @@ def _suite_columns(study: Study) -> Iterator[Column]:
 def _on(
     suite: str, heading: str, cell: Callable[[Measured], Cell], *, brief: bool = False
 ) -> Column:
-    """Of a row's rates on a suite."""
+    """A column of a rate on one suite."""
 
     def of(row: Row) -> Cell:
         return cell(row.by_suite[suite]) if suite in row.by_suite else Cell()
@@ -168,7 +168,7 @@ def _restored(row: Row) -> Cell:
 
 
 def _published(figure: Callable[[Beside], tuple[float | None, Interval | None]]) -> Column:
-    """Of published rates, in per cent, with a dagger where they were not checked."""
+    """A column of published rates, in per cent, with a dagger if they were not checked."""
 
     def of(row: Row) -> Cell:
         value, around = figure(row.published) if row.published else (None, None)
@@ -181,7 +181,7 @@ def _published(figure: Callable[[Beside], tuple[float | None, Interval | None]])
 
 
 def _published_on(name: str, *, attacks: bool) -> Column:
-    """ASR or utility of one data set, whichever part of it was taken here."""
+    """A column of published ASR or utility on a data set, of which this run may use a part."""
     data = name.partition("#")[0]
     if attacks:
         return _published(lambda one: (one.row.asr.get(data), _ends(one.by_suite.get(data))))
@@ -222,7 +222,7 @@ def categories(study: Study) -> tuple[Grid, ...]:
 
 
 def paths(study: Study) -> tuple[Grid, ...]:
-    """One table a path of gain: the pruned model, then a row a step."""
+    """One table per path of gain: the pruned model, then one row per step."""
     return tuple(
         path_grid(f"{title}, seed {seed}" if len(study.seeds) > 1 else title, shared)
         for title, of_seed in study.paths
@@ -231,7 +231,7 @@ def paths(study: Study) -> tuple[Grid, ...]:
 
 
 def path_grid(title: str, shared: SharedPath) -> Grid:
-    """Losses are sums of safety and utility, in nats."""
+    """The table of a path; losses are the sum of safety and utility loss, in nats."""
     path = shared.path
     rows = [("pruned", "", "", "", "0", "", f"{path.start.sum:.3f}")]
     for number, (step, taken) in enumerate(zip(path.steps, path.taken, strict=True), start=1):
@@ -239,13 +239,13 @@ def path_grid(title: str, shared: SharedPath) -> Grid:
         losses = f"{step.gradient.sum:.3f}", f"{step.held_out.sum:.3f}"
         limit, restored = LIMITS[step.limit], f"{step.restored:,}"
         rows.append((str(number), tried, f"{taken:,}", limit, restored, *losses))
-    counted = ("Step", "Weights tried", "Taken", "Limited by", "Restored in all")
-    headings = (*counted, "Loss on gradient prompts before", "Held-out loss after")
+    counts = ("Step", "Weights tried", "Taken", "Limited by", "Restored in total")
+    headings = (*counts, "Loss on gradient prompts before", "Held-out loss after")
     return Grid.of(title, headings, rows, ending(shared))
 
 
 def ending(shared: SharedPath) -> str:
-    """ "The path ended after 3 steps with 1,043 weights restored: ...", and below which budgets."""
+    """Where and why a path ended, with the methods whose budget it did not use up."""
     path = shared.path
     steps, weights = len(path.steps), path.restored
     found = (
@@ -271,7 +271,15 @@ def ships(found: Correlation) -> Grid:
 def judges(run: Run) -> Grid:
     return Grid.of(
         "",
-        ("Model", "Judge", "ASR", "Agree, attacks", "Over-refusal", "Agree, refusals", "Unread"),
+        (
+            "Model",
+            "Judge",
+            "ASR",
+            "Agreement on attacks",
+            "Over-refusal",
+            "Agreement on refusals",
+            "Unreadable",
+        ),
         (
             (
                 one.name,
@@ -284,13 +292,13 @@ def judges(run: Run) -> Grid:
             )
             for one in run.opinions
         ),
-        f"How often {run.dense.result.judge} agrees on an attack and on a refusal, with Cohen's "
-        "kappa: 1 is full agreement, 0 as by chance.",
+        f"Agreement with {run.dense.result.judge} on what is an attack and what a refusal, with "
+        "Cohen's kappa: 1 is full agreement, 0 is agreement by chance.",
     )
 
 
 def data(run: Run) -> Grid:
-    """Every row that was read is either used or counted under the reason it was left out."""
+    """The data: every row that was read is used, or counted by the reason it was left out."""
     return Grid.of(
         "",
         ("Role", "Source", "Read", "Used", "Left out"),
@@ -308,12 +316,12 @@ def data(run: Run) -> Grid:
 
 
 def costs(run: Run) -> tuple[Grid, ...]:
-    """By stage, with the sum of all, and of each model."""
+    """Costs by stage, with their sum, and by model."""
     stages: dict[str, list[Cost]] = {}
     for cost in run.costs:
         stages.setdefault(cost.stage, []).append(cost)
     rows = [(stage, str(len(found)), *_spent(found)) for stage, found in stages.items()]
-    rows.append(("in all", "", *_spent(run.costs)))
+    rows.append(("total", "", *_spent(run.costs)))
     each = ((cost.of or "all", cost.stage, *_spent([cost])) for cost in run.costs)
     measures = ("Time", "Operations", "Peak memory")
     return (
@@ -323,7 +331,7 @@ def costs(run: Run) -> tuple[Grid, ...]:
 
 
 def _spent(costs: Sequence[Cost]) -> tuple[str, str, str]:
-    """One after the other: the peak is the highest on any device."""
+    """Time, operations and peak memory of several costs together."""
     return (
         formatting.duration(sum(one.seconds for one in costs)),
         formatting.operations(sum(one.flops for one in costs)),

@@ -1,4 +1,4 @@
-"""The figures of weights: scores of heads, restored weights by layer, paths of gain."""
+"""Figures of weights: scores of heads, restored weights by layer, paths of gain."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from regraft.restoration.methods.gain.path import GainPath
 Points = tuple[tuple[int, float], ...]  # (weights restored, loss in nats)
 _HELD_OUT, _GRADIENT, _TRY = SERIES[2], SERIES[0], SERIES[3]
 _MOST_TICKS = 6
-_HEADROOM = 1.25  # of the highest loss on a line
+_HEADROOM = 1.25  # the axis ends at this multiple of the highest loss on a line
 
 
 def head_map_figure(head_map: HeadMap, marked: Sequence[tuple[int, int]] = ()) -> str:
     """Scores by layer (down) and head (across); `marked` (layer, head) pairs get a ring.
 
-    Empty text where no head was scored.
+    Empty text if no head was scored.
     """
     values = _table(head_map.values)
     if not np.isfinite(values).any():
@@ -49,9 +49,9 @@ def head_map_figure(head_map: HeadMap, marked: Sequence[tuple[int, int]] = ()) -
 
 
 def restored_figure(variant: Variant) -> str:
-    """Restored weights by layer (across) and module (down), with the counts where they fit.
+    """Restored weights by layer (across) and module (down), with the counts if they fit.
 
-    Empty text where nothing was restored.
+    Empty text if nothing was restored.
     """
     modules = variant.restored_by_module
     values = _table(list(modules.values()))
@@ -71,7 +71,7 @@ def restored_figure(variant: Variant) -> str:
 
 
 def _table(rows: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
-    """Rows of unequal length as one table, NaN where a value is missing."""
+    """Rows of unequal length as one table, with NaN for missing values."""
     table = np.full((max(len(rows), 1), max(map(len, rows), default=0) or 1), np.nan)
     for i, row in enumerate(rows):
         table[i, : len(row)] = [np.nan if value is None else value for value in row]
@@ -105,11 +105,11 @@ def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float
 
 
 def path_figure(panels: Sequence[tuple[str, Sequence[GainPath]]]) -> str:
-    """Losses along paths, one panel a method and one pair of lines a path (a calibration seed).
+    """Losses along paths, one panel per method and two lines per path (calibration seed).
 
-    Weights are on an axis that is linear up to the least number above 0 and logarithmic from there
-    on, since line searches try numbers many times as large as those taken. Panels without paths
-    are left out; empty text where there is no path at all.
+    The axis of weights is linear up to the smallest number above 0 and logarithmic from there on,
+    since line searches try many more weights than they take. Panels without paths are left out;
+    empty text if there is no path.
     """
     drawn = [(title, paths) for title, paths in panels if paths]
     if not drawn:
@@ -139,7 +139,7 @@ def path_figure(panels: Sequence[tuple[str, Sequence[GainPath]]]) -> str:
 
 
 def ticks(least: int, most: int) -> list[int]:
-    """0 and round numbers from `least` to `most`, few enough to be written side by side."""
+    """0 and round numbers from `least` to `most`, few enough to fit as labels of an axis."""
     decades = range(len(str(most)))
     fine, coarse = (
         [m * 10**e for e in decades for m in steps if least <= m * 10**e <= most]
@@ -149,13 +149,13 @@ def ticks(least: int, most: int) -> list[int]:
 
 
 def held_out_points(path: GainPath) -> Points:
-    """Of the pruned model and after every step."""
+    """Held-out loss of the pruned model and after every step."""
     after = ((step.restored, step.held_out.sum) for step in path.steps)
     return ((0, path.start.sum), *after)
 
 
 def gradient_points(path: GainPath) -> Points:
-    """Before every step."""
+    """Loss on gradient prompts before every step."""
     before = accumulate(path.taken, initial=0)
     return tuple(
         (count, step.gradient.sum) for count, step in zip(before, path.steps, strict=False)
@@ -163,7 +163,7 @@ def gradient_points(path: GainPath) -> Points:
 
 
 def tried_points(path: GainPath) -> Points:
-    """What the line searches tried, weights of earlier steps included."""
+    """Points that the line searches tried; the counts include the weights of earlier steps."""
     before = accumulate(path.taken, initial=0)
     return tuple(
         (count + one.number, one.loss)
@@ -173,7 +173,7 @@ def tried_points(path: GainPath) -> Points:
 
 
 def every_point(path: GainPath) -> Points:
-    """All that may be drawn."""
+    """All points of a path."""
     return (*held_out_points(path), *gradient_points(path), *tried_points(path))
 
 

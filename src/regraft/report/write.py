@@ -1,6 +1,6 @@
-"""A study to report.json, report.md, report.html, figures and a model card, as files.
+"""Writing a study as report.json, report.md, report.html, figures and a model card.
 
-The same study always gives the same bytes: there are no times and no random ids in it.
+The same study always gives the same bytes: the files hold no times and no random ids.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from regraft.report.summary import summary
 
 
 def check_report_folder(folder: Path) -> None:
-    """Raise RegraftError where a report would be put among other files."""
+    """Raise RegraftError if a folder holds something else than a report."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").exists():
         raise RegraftError(
             f"The output folder {folder} holds something else than a report. Choose a new folder."
@@ -29,9 +29,9 @@ def check_report_folder(folder: Path) -> None:
 def write_report(study: Study, folder: Path) -> None:
     """Write `report.json`, `.md` and `.html` and figures into `folder`, replacing older ones.
 
-    A run of one seed and model has `card.md` too. The JSON holds every number of the page; of the
-    answers only the examples and those of the filter are on the page, of a single run. Of several
-    processes the first one writes.
+    A run of one seed and model also gets `card.md`. The JSON holds every number of the page. The
+    page of a single run has example answers and a filter over all answers. Of several processes the
+    first one writes.
 
     Raises:
         RegraftError: a file cannot be written.

@@ -1,1 +1,1 @@
-"""A recipe's run: planned, made step by step, reported, compared, packed to be sent."""
+"""Runs of recipes: planning, making step by step, reports, comparisons, bundles."""

@@ -1,8 +1,8 @@
-"""What a run found, in one zip file that can be sent and checked.
+"""The results of a run in one zip file that can be sent and checked.
 
-It holds the recipe, results, reports, model card, costs, versions and digests, and of every answer
-the verdict on it, so that a reader can count the rates again. It holds no weights and no images,
-and no text of prompts or answers unless asked for. The same run always gives the same bytes.
+It holds the recipe, results, reports, model card, costs, versions and digests, and the verdict on
+every answer, so that the receiver can count the rates again. It holds no weights, no images and, by
+default, no texts of prompts or answers. The same run always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from regraft.runs.run_dir import RunDir, folder_of_model, study_runs
 FORMAT = "regraft-bundle-1"
 MANIFEST = "manifest.json"
 _DATE = (1980, 1, 1, 0, 0, 0)  # the first that a zip file can hold
-_PAGES = ("report.json", "report.md", "report.html")  # of several runs
+_PAGES = ("report.json", "report.md", "report.html")  # of a report over several runs
 _CARDS = ("report.json", "card.md")  # the other pages of a single run show prompts and answers
-# Rates are counted from what is left; that there was a reference stays, what it says goes.
+# Replaces all texts in an answer; the other fields suffice to count the rates.
 _NO_TEXT: dict[str, Any] = {
     **dict.fromkeys(("instruction", "answer", "reason", "image_digest"), ""),
     **dict.fromkeys(("image", "reference", "request"), None),
@@ -41,9 +41,9 @@ _NO_TEXT: dict[str, Any] = {
 _README = """\
 Results of a run of regraft {version}: {title}
 
-report.md, where there are several runs, and runs/*/card.md are the tables to read.
+The tables are in report.md, if there are several runs, and in runs/*/card.md.
 runs/*/evaluation/* hold the rates of every model (results.json) and the verdict on each answer
-(answers.jsonl), {texts}. No weights and no images.
+(answers.jsonl), {texts}. There are no weights and no images.
 
 To check the digests and count every rate again from the verdicts:
 
@@ -52,7 +52,7 @@ To check the digests and count every rate again from the verdicts:
 
 
 def _public(value: Any, folders: Sequence[str]) -> Any:
-    """JSON values with every path written without these folders of this machine, in keys too."""
+    """JSON values with these folders of this machine removed from all texts, keys included."""
     if isinstance(value, str):
         for folder in folders:
             value = value.replace(folder, "")
@@ -65,15 +65,15 @@ def _public(value: Any, folders: Sequence[str]) -> Any:
 
 
 def write_bundle(folder: Path, out: Path, *, texts: bool = False) -> None:
-    """Write the bundle of a finished run, of one of several seeds or of several models.
+    """Write the bundle of a finished run, including one of several seeds or models.
 
     Args:
-        folder: Of the run; its report must have been written.
+        folder: The folder of the run; its report must have been written.
         out: A new .zip file.
-        texts: Put prompts and answers in it too.
+        texts: Whether to include the texts of prompts and answers.
 
     Raises:
-        RegraftError: the run is not finished, or `out` is there or no .zip file.
+        RegraftError: the run is not finished, or `out` exists or is not a .zip file.
     """
     if out.suffix != ".zip":
         raise RegraftError(f"A bundle is a .zip file; {out} is none. Name it {out.stem}.zip.")
@@ -81,8 +81,8 @@ def write_bundle(folder: Path, out: Path, *, texts: bool = False) -> None:
         raise RegraftError(f"{out} exists already; a bundle is a new file.")
     recipe = read_recipe(RunDir(folder).recipe)
     files = dict(_files(folder, recipe, texts))
-    held = "with prompts and answers" if texts else "without the texts of prompts and answers"
-    readme = _README.format(version=regraft.__version__, title=recipe.title, texts=held)
+    with_texts = "with prompts and answers" if texts else "without the texts of prompts and answers"
+    readme = _README.format(version=regraft.__version__, title=recipe.title, texts=with_texts)
     files["README.txt"] = readme.encode()
     manifest = {
         "format": FORMAT,
@@ -98,7 +98,7 @@ def write_bundle(folder: Path, out: Path, *, texts: bool = False) -> None:
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    """Of no date, owner or system, so that the same content gives the same bytes."""
+    """An entry with fixed date, owner and system, so that the same content gives the same bytes."""
     entry = zipfile.ZipInfo(name, _DATE)
     entry.create_system, entry.external_attr = 3, 0o644 << 16
     return entry
@@ -144,15 +144,15 @@ def _run_files(folder: Path, texts: bool) -> Iterator[tuple[str, bytes]]:
 
 
 def _evaluation(folder: Path, folders: Sequence[str], texts: bool) -> Iterator[tuple[str, bytes]]:
-    """results.json and answers.jsonl; the digests of what was asked and answered stay."""
+    """results.json, with the digests of prompts and answers, and answers.jsonl."""
     found = stages.read_evaluation(folder)
     answers = found.result.answers
-    asked = [[one.id, one.instruction, one.request, one.image_digest] for one in answers]
+    prompts = [[one.id, one.instruction, one.request, one.image_digest] for one in answers]
     content = {
         "about": dict(found.about),
         "result": result_to_json(found.result),
         "answers": file_digest(folder / "answers.jsonl"),
-        "prompts": digest(_json(asked)),
+        "prompts": digest(_json(prompts)),
     }
     yield "results.json", _json(_public(content, folders))
     lines = []
@@ -163,7 +163,10 @@ def _evaluation(folder: Path, folders: Sequence[str], texts: bool) -> Iterator[t
 
 
 def _folders(recipe: Recipe) -> list[str]:
-    """What all paths of a recipe share, so that two of them never become one, and the home."""
+    """The folders to remove from texts: the common one of the recipe's paths, and the home.
+
+    Only a common folder is removed, so that different paths stay different.
+    """
     content = recipe.model_dump(mode="json")
     sources = [content["calibration"]["data"], *content["evaluate"]["suite"]]
     sources += [one["search"]["validation"] for one in content["realign"] if one["search"]]

@@ -1,4 +1,4 @@
-"""Reading a bundle that somebody sent: its digests, and its rates counted again."""
+"""Reading and checking a bundle: its digests, and its rates counted again from the verdicts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from regraft.report.run import Run, Variant
 from regraft.report.study import plain
 from regraft.runs.bundle import FORMAT, MANIFEST
 
-_MOST = 2**31  # bytes that a bundle may unpack to
-_ROUNDING = 1e-9  # between machines
+_MAX_BYTES = 2**31  # that a bundle may unpack to
+_ROUNDING = 1e-9  # differences between machines
 _RATES = ("asr", "over_refusal", "utility")
-_OF_ROWS = {
+_ROW_FIGURES = {  # field of a row -> its name in errors
     **{rate: rate for rate in (*_RATES, "mean_asr")},
     "rsr": "RSR",
     "mean_rsr": "RSR of means",
@@ -35,7 +35,7 @@ _OF_ROWS = {
 
 
 class _Manifest(TypedDict):
-    """What a bundle says of itself."""
+    """The content of manifest.json."""
 
     format: str
     title: str
@@ -48,9 +48,9 @@ class _Manifest(TypedDict):
 class Bundle:
     """A bundle that was read and checked.
 
-    `digest` is that of its manifest, and so of all its content. `evaluations` maps the run and the
-    model, such as "runs/qwen2.5-vl/wanda-50/hsr", to the result. `page` is the table over several
-    runs, or the card of a single one, as Markdown.
+    `digest` is the manifest's, and so covers all content. `evaluations` maps run and model, such as
+    "runs/qwen2.5-vl/wanda-50/hsr", to the result. `page` is the report over several runs, or the
+    card of a single run, as Markdown.
     """
 
     title: str
@@ -63,14 +63,14 @@ class Bundle:
 
 
 def read_bundle(path: Path) -> Bundle:
-    """Read a bundle; checks every digest, and counts every rate again from the answers' verdicts.
+    """Read a bundle; check every digest, and count every rate again from the answers' verdicts.
 
-    That the verdicts are right nobody can check without the answers, and that the answers were
-    given, without the models.
+    The verdicts themselves cannot be checked without the texts of the answers, nor the answers
+    without the models.
 
     Raises:
-        RegraftError: it is no bundle, a file is missing, added or changed, or a rate is not what
-            its answers give.
+        RegraftError: it is no bundle, a file is missing, added or changed, or a rate differs from
+            what its answers give.
     """
     content = _unpacked(path)
     manifest = _manifest(path, content)
@@ -81,8 +81,8 @@ def read_bundle(path: Path) -> Bundle:
             answers = content.get(f"{folder}/answers.jsonl")
             if answers is None:
                 raise RegraftError(f"{path}: {folder} has no answers.jsonl.")
-            called = folder.replace("/evaluation/", "/", 1)
-            results[called] = _counted(f"{path}: {folder}", content[name], answers)
+            model = folder.replace("/evaluation/", "/", 1)
+            results[model] = _checked_result(f"{path}: {folder}", content[name], answers)
     if not results:
         raise RegraftError(f"{path} holds no evaluation.")
     for name in sorted(one for one in content if one.rpartition("/")[2] == "report.json"):
@@ -112,15 +112,15 @@ def _unpacked(path: Path) -> dict[str, bytes]:
             names = [one.filename for one in entries]
             if twice := [name for name, count in Counter(names).items() if count > 1]:
                 raise RegraftError(f"{path}: {twice[0]} is there twice.")
-            if odd := [name for name in names if not all(map(is_name, name.split("/")))]:
-                raise RegraftError(f"{path}: {odd[0]!r} is no name of a file in a bundle.")
-            if sum(one.file_size for one in entries) > _MOST:
+            if bad := [name for name in names if not all(map(is_name, name.split("/")))]:
+                raise RegraftError(f"{path}: {bad[0]!r} is no name of a file in a bundle.")
+            if sum(one.file_size for one in entries) > _MAX_BYTES:
                 largest = max(entries, key=lambda one: one.file_size).filename
                 raise RegraftError(f"{path}: {largest} is larger than any file of a bundle.")
             return {name: archive.read(name) for name in names}
     except RegraftError:
         raise
-    except Exception as error:  # decoders of a broken archive raise all kinds
+    except Exception as error:  # decoders raise all kinds of errors on a broken archive
         raise RegraftError(f"{path} is damaged or no zip file: {error}") from error
 
 
@@ -130,20 +130,22 @@ def _manifest(path: Path, content: Mapping[str, bytes]) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise RegraftError(f"{path} is no bundle of regraft ({FORMAT}).")
     expected = from_json(_Manifest, manifest, where)["files"]
-    there = content.keys() - {MANIFEST}
-    if odd := sorted(there ^ expected.keys()):
-        what = "is missing" if odd[0] in expected else "was added"
-        raise RegraftError(f"{path}: {odd[0]} {what}; the bundle was changed. Ask for it again.")
-    if changed := [name for name in sorted(there) if digest(content[name]) != expected[name]]:
+    found = content.keys() - {MANIFEST}
+    if differing := sorted(found ^ expected.keys()):
+        what = "is missing" if differing[0] in expected else "was added"
         raise RegraftError(
-            f"{path}: {changed[0]} is not what its digest says; the bundle was changed or damaged. "
+            f"{path}: {differing[0]} {what}; the bundle was changed. Ask for it again."
+        )
+    if changed := [name for name in sorted(found) if digest(content[name]) != expected[name]]:
+        raise RegraftError(
+            f"{path}: {changed[0]} does not match its digest; the bundle was changed or damaged. "
             "Ask for it again."
         )
     return manifest
 
 
-def _counted(where: str, results: bytes, answers: bytes) -> EvalResult:
-    """The result with its answers, if they give its rates."""
+def _checked_result(where: str, results: bytes, answers: bytes) -> EvalResult:
+    """Read a result; raise RegraftError unless its answers give its rates."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "answers.jsonl"
         file.write_bytes(answers)
@@ -161,17 +163,17 @@ def _counted(where: str, results: bytes, answers: bytes) -> EvalResult:
 
 def _check_same(where: str, claimed: Any, counted: Any) -> None:
     """Raise RegraftError where two rates, or RSRs, differ by more than rounding."""
-    said, found = _figure(claimed), _figure(counted)
-    if said is None or found is None or None in (said[0], found[0]):
-        same = said == found
+    stated, found = _figure(claimed), _figure(counted)
+    if stated is None or found is None or None in (stated[0], found[0]):
+        same = stated == found
     else:
-        same = said[1] == found[1] and abs(said[0] - found[0]) < _ROUNDING
+        same = stated[1] == found[1] and abs(stated[0] - found[0]) < _ROUNDING
     if not same:
-        raise RegraftError(f"{where} is {_written(said)}, but the answers give {_written(found)}.")
+        raise RegraftError(f"{where} is {_text(stated)}, but the answers give {_text(found)}.")
 
 
 def _figure(rate: Any) -> tuple[Any, int] | None:
-    """(value, n) of an estimate or its JSON, or of an RSR, which has no n of its own."""
+    """(value, n) of an estimate or of its JSON, or (value, 0) of an RSR."""
     content = plain(rate)
     if content is None:
         return None
@@ -179,7 +181,7 @@ def _figure(rate: Any) -> tuple[Any, int] | None:
     return content["value"], content.get("n", 0)
 
 
-def _written(figure: tuple[Any, int] | None) -> str:
+def _text(figure: tuple[Any, int] | None) -> str:
     if figure is None or figure[0] is None:
         return "none"
     value, n = figure
@@ -187,27 +189,30 @@ def _written(figure: tuple[Any, int] | None) -> str:
 
 
 def _check_page(where: str, page: Any, results: Mapping[str, EvalResult], folder: str) -> None:
-    """Every row of a report.json against the evaluations that it is of.
+    """Check every row of a report.json against the evaluations it is about.
 
     Args:
-        folder: That the page lies in: "" for the page over several runs.
+        where: The file, for errors.
+        page: The content of the file.
+        results: The checked results; see `Bundle`.
+        folder: The folder of the file in the bundle; "" for the report over several runs.
     """
-    runs = [_run(one, results, folder or _place(one)) for one in page["runs"]]
+    runs = [_run(one, results, folder or _folder_of(one)) for one in page["runs"]]
     counted = study_of(runs, page["against"])
     for table, again in zip(page["tables"], counted.tables, strict=True):
         for row, found in zip(table["rows"], again.rows, strict=True):
             name = " ".join(filter(None, (where, table["model"], table["pruning"], row["name"])))
-            for rate, called in _OF_ROWS.items():
-                _check_same(f"{name}: {called}", row[rate], getattr(found, rate))
+            for field, title in _ROW_FIGURES.items():
+                _check_same(f"{name}: {title}", row[field], getattr(found, field))
 
 
-def _place(run: Any) -> str:
-    """The folder of a run in the bundle: by its model, or by its seed."""
+def _folder_of(run: Any) -> str:
+    """The folder of a run in the bundle, named after its model or its seed."""
     return f"runs/{run['name']}" if run["name"] else f"runs/seed-{run['seed']}"
 
 
 def _run(run: Any, results: Mapping[str, EvalResult], folder: str) -> Run:
-    """A run of a page with the results that its answers give."""
+    """A run of a report.json, with the checked results."""
     several = sum(one["base"] == "dense" for one in run["variants"]) > 1
     variants = []
     for one in run["variants"]:

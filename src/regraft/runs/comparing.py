@@ -1,4 +1,4 @@
-"""Evaluations of whatever checkpoints, or finished runs, -> one page; no model is loaded."""
+"""Reports on evaluations of any checkpoints, and over finished runs; no model is loaded."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from regraft.runs.run_dir import study_runs
 from regraft.stages import Evaluation
 from regraft.stages.provenance import but_for_rounding, difference, differing
 
-_COUNTED = ("source", "read", "used", "skipped")
-_WAYS = ("settings", "compute", "versions")
-_ELSEWHERE = {"device": "a server's"}  # how an endpoint ran, as far as it is known
+_COUNTS = ("source", "read", "used", "skipped")
+_CONDITIONS = ("settings", "compute", "versions")  # under which models are evaluated
+_SERVER = {"device": "a server's"}  # all that is known of how an endpoint ran
 
 
 def is_evaluation(folder: Path) -> bool:
@@ -40,14 +40,14 @@ def is_evaluation(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Pair:
-    """The evaluations of the dense model and of the pruned one that others were made from."""
+    """The evaluations of a dense model and of the pruned model that others were made from."""
 
     dense: Path
     pruned: Path
 
 
 def report_evaluations(folders: Sequence[Path], out: Path, pair: Pair | None = None) -> Study:
-    """Write report.json, .md and .html on evaluations into `out`, replacing older ones.
+    """Write report.json, .md and .html on evaluations to the folder `out`, replacing older ones.
 
     Raises:
         RegraftError: see `run_of_evaluations`; `out` holds something else.
@@ -59,15 +59,14 @@ def report_evaluations(folders: Sequence[Path], out: Path, pair: Pair | None = N
 
 
 def run_of_evaluations(folders: Sequence[Path], pair: Pair | None = None) -> Run:
-    """Evaluations of the same prompts by the same judge, as one run; writes nothing.
+    """Read evaluations of the same prompts by the same judge as one run.
 
-    All after the first are compared with it. With `pair` the pruned model is compared with the
-    dense one and all others with the pruned one, with their RSR; its two folders may be among
-    `folders` or not.
+    The others are compared with the first. With `pair` the pruned model is compared with the dense
+    one and all others with the pruned one, with their RSR; `folders` may include the pair.
 
     Raises:
         RegraftError: a folder holds no evaluation or is named twice, judge or prompts differ, or
-            the models recorded are not such a pair, or are not made from it.
+            the recorded models contradict `pair`.
     """
     if pair is not None:
         named = [pair.dense.resolve(), pair.pruned.resolve()]
@@ -86,7 +85,7 @@ def run_of_evaluations(folders: Sequence[Path], pair: Pair | None = None) -> Run
         title=f"Evaluation{'s' if names else ''}: {', '.join(found)}",
         model="",
         variants=tuple(_variants(found, results, related=pair is not None)),
-        data=(DataAccount("evaluation", *(account[one] for one in _COUNTED)),),
+        data=(DataAccount("evaluation", *(account[one] for one in _COUNTS)),),
         recipe={
             "evaluations": {
                 name: {"folder": str(folder), **one.about["inputs"]}
@@ -95,8 +94,8 @@ def run_of_evaluations(folders: Sequence[Path], pair: Pair | None = None) -> Run
             "suites": _suites(found[first].result),
             **{way: about[way] for way in ("settings", "compute") if way in about},
         },
-        versions=about["versions"] | {"device": about.get("compute", _ELSEWHERE)["device"]},
-        notes=(*_evaluated_otherwise(found), *_replies(found)),
+        versions=about["versions"] | {"device": about.get("compute", _SERVER)["device"]},
+        notes=(*_differences(found), *_replies(found)),
         images=_images(found[first]),
         opinions=tuple(
             Opinion(name, *one)
@@ -113,8 +112,8 @@ def _variants(
     """The models; with `related` the first is the dense one and the second the pruned one."""
     first, *names = found
     pruned = names[0] if related else first
-    # only patches know what compression took: rounding makes zeros, as pruning does
-    taken, changed = (
+    # Only patches record what compression changed: zeros may come from rounding too.
+    zeroed, changed = (
         max(one.about.get(kind, 0) for one in found.values()) * related
         for kind in ("pruned", "changed")
     )
@@ -126,7 +125,7 @@ def _variants(
             base=None if name == first else first if name == pruned else pruned,
             sparsity=one.about.get("zeros", 0) / one.about.get("prunable", 1),
             restored=one.about.get("restored", 0) * related,
-            pruned=0 if name == first else changed or taken,
+            pruned=0 if name == first else changed or zeroed,
             changed=name != first and bool(changed),
             inference_time=related and "defence" in one.about["inputs"],
         )
@@ -137,16 +136,16 @@ def _has_sizes(one: Evaluation) -> bool:
 
 
 def _check_pair(found: Mapping[str, Evaluation]) -> None:
-    """Raise where what was recorded of the models contradicts their roles.
+    """Raise RegraftError if what was recorded about the models contradicts their roles.
 
-    A checkpoint of its own records no more than its digest: it is taken for one of the pair's.
+    Without a patch only the checkpoint's digest is recorded; it may have been made from the pair.
     """
     dense, pruned, *others = found
     about = {name: one.about for name, one in found.items()}
     if about[dense]["inputs"] == about[pruned]["inputs"]:
         raise RegraftError(
             f"{dense} and {pruned} are evaluations of the same model "
-            f"({_told(about[dense]['inputs'])}). Name the pruned model's by --pruned."
+            f"({_model(about[dense]['inputs'])}). Name the pruned model's by --pruned."
         )
     if _has_sizes(found[dense]) and _has_sizes(found[pruned]):
         _check_sizes((dense, about[dense]), (pruned, about[pruned]))
@@ -156,7 +155,7 @@ def _check_pair(found: Mapping[str, Evaluation]) -> None:
         if changed and inputs["model"] != about[pruned]["inputs"]["model"]:
             raise RegraftError(
                 f"{name} is an evaluation of another model with a {changed.pop()} "
-                f"({_told(inputs)}), not of {pruned}'s. Leave it out, or name its pruned "
+                f"({_model(inputs)}), not of {pruned}'s. Leave it out, or name its pruned "
                 "model's evaluation by --pruned."
             )
 
@@ -164,28 +163,28 @@ def _check_pair(found: Mapping[str, Evaluation]) -> None:
 def _check_sizes(
     dense: tuple[str, Mapping[str, Any]], pruned: tuple[str, Mapping[str, Any]]
 ) -> None:
-    """Raise unless the second can have been pruned from the first, by its zeros."""
+    """Raise RegraftError unless the second can have been pruned from the first, by its zeros."""
     (first, ours), (second, theirs) = dense, pruned
-    if (odd := theirs["prunable"]) != ours["prunable"]:
+    if theirs["prunable"] != ours["prunable"]:
         raise RegraftError(
-            f"{second} has {odd:,} prunable weights and {first} {ours['prunable']:,}: the one was "
-            "not made from the other."
+            f"{second} has {theirs['prunable']:,} prunable weights and {first} "
+            f"{ours['prunable']:,}: one was not made from the other."
         )
-    if theirs["zeros"] < ours["zeros"]:  # as many where weights were changed, not pruned
+    if theirs["zeros"] < ours["zeros"]:  # equal if weights were changed, not pruned
         raise RegraftError(
             f"The model of {second} has {theirs['zeros']:,} zero weights and that of {first} "
-            f"{ours['zeros']:,}: it was not pruned from it. Are --dense and --pruned exchanged?"
+            f"{ours['zeros']:,}: it was not pruned from it. Are --dense and --pruned swapped?"
         )
 
 
-def _told(inputs: Mapping[str, str]) -> str:
-    """Which model it is, in an error."""
+def _model(inputs: Mapping[str, str]) -> str:
+    """How an error names the model of an evaluation."""
     model = inputs["model"]
     return model if model.startswith(ENDPOINT) else f"fingerprint {model[:12]}"
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """The shortest path suffixes that differ from each other."""
     parts = [folder.resolve().parts for folder in folders]
     if twice := [folder for i, folder in enumerate(folders) if parts[i] in parts[:i]]:
         raise RegraftError(f"{twice[0]} is named twice.")
@@ -193,24 +192,24 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return ["/".join(one[-length:]) for one in parts]
 
 
-def _evaluated_otherwise(found: Mapping[str, Evaluation]) -> Iterator[str]:
-    """Of each after the first: settings and versions that differ from the first's."""
+def _differences(found: Mapping[str, Evaluation]) -> Iterator[str]:
+    """Sentences on settings, compute and versions that differ from the first evaluation's."""
     first, *names = found
     for name in names:
         ours, theirs = found[first].about, found[name].about
-        ways = [
+        differences = [
             f"{setting} {other} instead of {own}"
-            for _, setting, own, other in differing(ours, theirs, *_WAYS)
+            for _, setting, own, other in differing(ours, theirs, *_CONDITIONS)
         ]
         if ("compute" in ours) != ("compute" in theirs):
             one, other = (first, name) if "compute" in ours else (name, first)
             yield f"{other} was answered by an endpoint, {one} in memory."
-        if ways:
-            yield f"{name} was evaluated in another way than {first}: {', '.join(ways)}."
+        if differences:
+            yield f"{name} was evaluated differently from {first}: {', '.join(differences)}."
 
 
 def _replies(found: Mapping[str, Evaluation]) -> Iterator[str]:
-    """What endpoints gave beside answers as asked for."""
+    """Sentences on replies of endpoints that were not plain answers."""
     for name, one in found.items():
         for sentence in explained(one.about.get("replies", {})):
             yield f"{name}: {sentence}"
@@ -223,7 +222,7 @@ def _suites(result: EvalResult) -> list[str]:
 
 
 def _images(evaluation: Evaluation) -> dict[str, Path]:
-    """Images by prompt, those that are still what was shown; none where the data has moved."""
+    """Images by prompt id, if their files are still those that were shown to the model."""
     try:
         sources = [DataSource.model_validate(suite) for suite in _suites(evaluation.result)]
         examples = join_suites(sources, evaluation.about["settings"].get("limit")).examples
@@ -238,12 +237,12 @@ def _images(evaluation: Evaluation) -> dict[str, Path]:
 
 
 def compare_runs(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> Study:
-    """Compare the methods of finished runs; writes report.json, .md, .html and figures.
+    """Compare the methods of finished runs; write report.json, .md, .html and figures.
 
     Args:
-        folders: Of runs whose recipes differ in the calibration seed alone, or of a study, which
-            stands for its runs.
-        out: A folder; older files of these names are replaced.
+        folders: Folders of runs whose recipes differ only in the calibration seed, or of a recipe
+            with `seeds`, which stands for all its runs.
+        out: The folder of the report; an older one in it is replaced.
         against: Methods that all others are tested against, besides the pruned model.
 
     Raises:
@@ -260,7 +259,7 @@ def compare_runs(folders: Sequence[Path], out: Path, against: Sequence[str] = ()
 
 def _check_same_recipe(runs: Mapping[Path, Run]) -> None:
     for (first, one), (run_dir, other) in pairwise(runs.items()):
-        wanted, found = (_apart_from_the_seed(run.recipe) for run in (one, other))
+        wanted, found = (_without_seed(run.recipe) for run in (one, other))
         if found != wanted:
             raise RegraftError(
                 f"{run_dir} and {first} are runs of recipes that differ in more than the "
@@ -268,8 +267,8 @@ def _check_same_recipe(runs: Mapping[Path, Run]) -> None:
             )
 
 
-def _apart_from_the_seed(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """By it, random controls draw other heads and weights too."""
+def _without_seed(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe without the calibration seed and the draw seeds, which follow from it."""
     calibration = {name: value for name, value in recipe["calibration"].items() if name != "seed"}
     realign = {
         one["name"]: {
@@ -277,6 +276,6 @@ def _apart_from_the_seed(recipe: Mapping[str, Any]) -> dict[str, Any]:
         }
         for one in recipe["realign"]
     }
-    kept = {**recipe, "calibration": calibration, "realign": realign}
-    rest: dict[str, Any] = but_for_rounding(kept)
-    return rest
+    rest = {**recipe, "calibration": calibration, "realign": realign}
+    comparable: dict[str, Any] = but_for_rounding(rest)
+    return comparable

@@ -1,4 +1,4 @@
-"""The compute that a method took, in passes over the calibration prompts of its run."""
+"""The compute of choosing a method's weights, in passes over the run's calibration prompts."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ SEARCH_REFERENCES = "evaluate for search"  # the dense and the pruned model, on 
 
 
 def learns_from_both(recipe: Recipe) -> bool:
-    """Whether a method reads harmful and harmless calibration prompts, so that there are both."""
+    """Whether a method uses both harmful and harmless calibration prompts."""
     return any(
         needs.statistics or needs.answers for needs in (needs_of(one) for one in recipe.realign)
     )
 
 
 def count_pass(setup: Setup, out: Path) -> None:
-    """Count the tokens of all calibration prompts; writes a `CalibrationPass` to the file `out`.
+    """Count the tokens of all calibration prompts; write a `CalibrationPass` to the file `out`.
 
-    The prompts are those that gain draws, whether they have a response or not, both kinds, without
-    responses, each encoded alone, so that no padding is counted.
+    The prompts are those that gain draws: harmful and harmless ones, with or without a response in
+    the data. They are encoded without responses and one by one, so that no padding is counted.
 
     Raises:
-        RegraftError: see `draw_prompts`; `out` is of other prompts or another model.
+        RegraftError: see `draw_prompts`; `out` was made from other prompts or another model.
     """
     dense, readings = setup.dense, setup.imitated()
     about = describe("calibration pass", fingerprints(dense=dense), data=readings)
     if not is_done(out, out, about, lambda: about_of(out)) and distributed.first():
         processor = load_processor(dense)
         examples = [one for reading in readings.values() for one in reading.examples]
-        tokens, what = 0, "Counting the tokens of the calibration prompts"
-        with setup.progress.task(what, len(examples)) as done:
+        tokens, title = 0, "Counting the tokens of the calibration prompts"
+        with setup.progress.task(title, len(examples)) as done:
             for example in examples:
                 mask = prompt_batch(processor, [example]).inputs["attention_mask"]
                 tokens += int(mask.sum())
@@ -57,9 +57,9 @@ def count_pass(setup: Setup, out: Path) -> None:
 
 @dataclass(frozen=True)
 class _Need:
-    """A stage that a method needs, done for any of these models ("" for the run).
+    """A stage that a method needs, made for one of these models ("" for the whole run).
 
-    Where it runs the network, a stage that is missing was not measured; else it took nothing.
+    A stage without a recorded cost was not measured if it runs the network; otherwise it is free.
     """
 
     stage: str
@@ -69,9 +69,9 @@ class _Need:
 
 @dataclass(frozen=True)
 class MethodPasses:
-    """What choosing the weights of methods took, in passes over the calibration prompts.
+    """The compute of choosing the weights of methods, in passes over the calibration prompts.
 
-    `unit` is one such pass, None if it is not known.
+    `unit` is one such pass; None if it was not measured.
     """
 
     recipe: Recipe
@@ -80,17 +80,16 @@ class MethodPasses:
     unit: CalibrationPass | None
 
     def of_variant(self, pruning: PruningSettings, variant: VariantSettings) -> float | None:
-        """Of one way of realigning; None if not measured.
+        """The passes of a variant: head scores, statistics, ranking, search and training.
 
-        Head scores, statistics, ranking, search and training; what methods share counts fully for
-        each.
+        A stage that variants share counts fully for each. None if not measured.
         """
         if needs_of(variant).positions and self.recipe.positions_of(variant) is None:
-            return None  # positions that were found elsewhere
+            return None  # the positions are of another run
         return self._sum(self._needs(pruning, variant))
 
     def of_defence(self, name: str, *, by_prompt: bool) -> float | None:
-        """Of a defence at inference, by its name among all models of the run."""
+        """The passes of an inference-time defence, by its name among all models of the run."""
         return self._sum([] if by_prompt else [_Need("defend", (name,))])
 
     def _needs(self, pruning: PruningSettings, variant: VariantSettings) -> Iterator[_Need]:
@@ -104,15 +103,18 @@ class MethodPasses:
         if (source := recipe.positions_of(variant)) is not None:
             yield from self._needs(pruning, source.model_copy(update={"search": None}))
         variants, name = recipe.variants_of(pruning), recipe.ranking_name(variant)
-        along = [one for one in variants if recipe.ranking_name(one) == name]
-        yield _Need("rank", self._names(pruning, along), needs.answers)
+        same_ranking = [one for one in variants if recipe.ranking_name(one) == name]
+        yield _Need("rank", self._names(pruning, same_ranking), needs.answers)
         if (search := variant.search) is not None:
+            # The recorded cost does not say on which of several sets of prompts it was spent.
             one_set = len({_prompts(one.search) for one in variants if one.search}) == 1
-            yield _Need(SEARCH_REFERENCES, (pruning.name,) if one_set else ())  # or of which set?
-            alike = [
-                one for one in along if one.search and _prompts(one.search) == _prompts(search)
+            yield _Need(SEARCH_REFERENCES, (pruning.name,) if one_set else ())
+            sharing = [
+                one
+                for one in same_ranking
+                if one.search and _prompts(one.search) == _prompts(search)
             ]
-            yield _Need("search", self._names(pruning, alike))
+            yield _Need("search", self._names(pruning, sharing))
 
     def _names(
         self, pruning: PruningSettings, variants: Iterable[VariantSettings]
@@ -120,12 +122,11 @@ class MethodPasses:
         return tuple(self.run_dir.name(pruning.name, one.name) for one in variants)
 
     def _sum(self, needs: Iterable[_Need]) -> float | None:
-        # a stage that several others need was done once
-        spent = [self._flops(need) for need in dict.fromkeys(needs)]
+        spent = [self._flops(need) for need in dict.fromkeys(needs)]  # a shared stage ran once
         known = [one for one in spent if one is not None]
-        return (
-            None if self.unit is None or len(known) < len(spent) else sum(known) / self.unit.flops
-        )
+        if self.unit is None or len(known) < len(spent):
+            return None
+        return sum(known) / self.unit.flops
 
     def _flops(self, need: _Need) -> float | None:
         found = [one for one in self.costs if one.stage == need.stage and one.of in need.models]
@@ -134,5 +135,5 @@ class MethodPasses:
 
 
 def _prompts(search: SearchSettings) -> Hashable:
-    """Searches along one ranking on the same prompts share their points."""
+    """What searches along one ranking must have in common to share their points."""
     return search.validation, search.validation_limit

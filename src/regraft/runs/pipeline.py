@@ -1,4 +1,4 @@
-"""One recipe, one folder, one report: its steps are checked, made in order, and resumed."""
+"""The run of one recipe in one folder: its steps are checked, made in order and resumed."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from regraft.stages.ranking import check_restorable
 from regraft.stages.reading import warn_of_bundled
 from regraft.stages.steps import PromptUse, Step, check_all, disk_bytes, left_of
 
-_SIDE = 2048
-_SHARE = {"cpu": 0.8}  # of the speed of one large product that whole models reach: measured
-_ELSEWHERE = 0.3  # where products wait for memory: a guess
-_TRIES = 5  # of that product, of which the fastest counts: others may use the machine too
+_SIDE = 2048  # of the square matrices of a large product, which measures the device's speed
+_EFFICIENCY = {"cpu": 0.8}  # whole models reach this share of that speed: measured
+_DEFAULT_EFFICIENCY = 0.3  # on devices where products wait for memory: a guess
+_TRIES = 5  # the fastest product counts, since other programs may use the machine
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of which no bad input is known, and what it takes.
+    """A run whose input has been checked, with the resources it needs.
 
     Attributes:
-        kept: Bytes of checkpoints that are still to be written.
-        most: Bytes on disk at a time on the way there.
+        kept: Bytes of the checkpoints still to be written.
+        most: Peak bytes of disk space, temporary files included.
     """
 
     recipe: Recipe
@@ -63,7 +63,7 @@ class PlannedRun:
         return self.setup.dense.architecture.parameters * dtype.itemsize
 
     def seconds(self) -> float:
-        """What is not done takes, within a factor of about three: FLOPs by this device's speed."""
+        """Estimated seconds of the steps that are not done, within a factor of about three."""
         dense, tests = self.setup.dense, self.prompts.evaluated
         prompt = self.setup.cache.prompt_tokens(dense, tests.examples if tests else ())
         answered = prompt + self.recipe.evaluate.max_new_tokens
@@ -72,8 +72,9 @@ class PlannedRun:
             for step in left_of(self.steps)
         )
         compute = self.setup.compute
-        share = _SHARE.get(pick_device(compute.device).type, _ELSEWHERE)
-        speed = share * _speed(pick_device(compute.device), compute.dtype_of(dense))
+        device = pick_device(compute.device)
+        efficiency = _EFFICIENCY.get(device.type, _DEFAULT_EFFICIENCY)
+        speed = efficiency * _speed(device, compute.dtype_of(dense))
         return 2 * dense.architecture.parameters * tokens / speed
 
 
@@ -83,7 +84,7 @@ def plan_run(
     cache: stages.EvaluationCache | None = None,
     progress: Progress = SILENT,
 ) -> PlannedRun:
-    """Plan a run, and find now, before anything is written, what would stop it hours later.
+    """Plan a run, and check before anything is written all that could stop it hours later.
 
     Raises:
         RegraftError: bad input.
@@ -104,9 +105,9 @@ def plan_run(
         evaluation=recipe.evaluate.only(),
     )
     if existing is not None:
-        looked = setup.cache.surveyed(dense, existing, progress)
+        survey = setup.cache.surveyed(dense, existing, progress)
         for one in recipe.realign:
-            check_restorable(one, looked)
+            check_restorable(one, survey)
     steps = tuple(Planner(recipe, run_dir, setup, existing).steps())
     prompts = check_all(steps)
     kept, most = disk_bytes(steps)
@@ -132,44 +133,44 @@ def run_one(
     planned = plan_run(recipe, folder, cache, metered)
     setup = planned.setup
     claim(folder, recipe)
-    for line in (*unread_in(recipe), *planned.prompts.warnings()):
+    for line in (*unused_in(recipe), *planned.prompts.warnings()):
         progress.note(f"Warning: {line}.")
     for suite in recipe.evaluate.suite:
         warn_of_bundled(setup.dense, suite, progress.note)
     costs = Ledger(planned.run_dir.costs, metered, pick_device(recipe.compute.device))
     # The steps hold `setup` as it was; nothing but `make` reads the guard.
-    replace(setup, guard=costs.of).make(planned.steps)
+    replace(setup, guard=costs.measure).make(planned.steps)
     setup.cache.unload()
     if learns_from_both(recipe):
         count_pass(setup, planned.run_dir.calibration_pass)
     return report_run(folder)
 
 
-def unread_in(recipe: Recipe) -> list[str]:
-    """What of the recipe changes nothing."""
+def unused_in(recipe: Recipe) -> list[str]:
+    """Warnings of parts of the recipe that have no effect."""
     found = []
     if recipe.pruned and recipe.prune[0].only() != prune_settings():
-        found.append(f"prune: it changes nothing, since `pruned` is {recipe.pruned}")
+        found.append(f"prune: it has no effect, since `pruned` is {recipe.pruned}")
     if recipe.heads != HeadSettings() and not any(needs_of(one).heads for one in recipe.realign):
-        found.append("heads: they change nothing, since nothing goes by scored heads")
+        found.append("heads: they have no effect, since no method uses scores of heads")
     return found
 
 
 @cache
 def _speed(device: torch.device, dtype: str) -> float:
-    """FLOPs a second of one large matrix product, measured once; `dtype` as models are loaded."""
+    """FLOPs per second of one large matrix product, measured once per device and dtype."""
     matrix = torch.ones(_SIDE, _SIDE, device=device, dtype=getattr(torch, dtype))
     float((matrix @ matrix)[0, 0])
     seconds = []
     for _ in range(_TRIES):
         start = time.monotonic()
-        float((matrix @ matrix)[0, 0])  # which waits for the device
+        float((matrix @ matrix)[0, 0])  # waits for the device
         seconds.append(time.monotonic() - start)
     return 2 * _SIDE**3 / max(min(seconds), 1e-6)
 
 
 def claim(folder: Path, recipe: Recipe) -> None:
-    """Write the recipe into a new folder, or check that the folder is of this recipe.
+    """Write the recipe to a new folder, or check that the folder holds a run of this recipe.
 
     Raises:
         RegraftError: the folder holds something else.
@@ -181,7 +182,7 @@ def claim(folder: Path, recipe: Recipe) -> None:
     if file.exists():
         before = read_recipe(file)
         found, wanted = _fixed(before), _fixed(recipe)
-        if found != (wanted := _known(wanted, found)):
+        if found != (wanted := _without_additions(wanted, found)):
             raise RegraftError(
                 f"{folder} holds a run of another recipe ({difference(found, wanted)}). Choose "
                 "another output folder."
@@ -196,10 +197,9 @@ def claim(folder: Path, recipe: Recipe) -> None:
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:
-    """All of a recipe that a run must keep to.
+    """The part of a recipe that must not change while its run grows.
 
-    Not its tests and what it is set beside, which are of finished models, nor what changes rounding
-    alone.
+    Left out are comparisons of finished models, and settings that only change rounding.
     """
     content: dict[str, Any] = but_for_rounding(
         recipe.model_dump(mode="json", exclude={"against", "published"})
@@ -207,11 +207,10 @@ def _fixed(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
-def _known(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe says of what an earlier one had too, since a run may grow.
+def _without_additions(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe `wanted` without the items that `found` lacks, since a run may grow.
 
-    By methods, defences, seeds and models, and by prunings where there are several, with a folder
-    each.
+    It may grow by methods, defences, seeds and models, and by prunings if each has its own folder.
     """
     known = dict(wanted)
     several = isinstance(found["prune"], list) and isinstance(wanted["prune"], list)

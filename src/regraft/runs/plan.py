@@ -1,4 +1,4 @@
-"""The steps of a recipe's run, in order: what is made from what, and where it lies."""
+"""The steps of a recipe's run, in order, with their inputs and paths."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Planner:
     """Lays out the steps of a run.
 
     Attributes:
-        existing: The pruned model, where the recipe names it.
+        existing: The pruned model, if the recipe names one.
     """
 
     recipe: Recipe
@@ -40,7 +40,7 @@ class Planner:
     existing: Source | None
 
     def steps(self) -> Iterator[Step]:
-        """All but the report; what costs little to know comes first."""
+        """All steps but the report; those that cost little come first."""
         recipe, run_dir, dense = self.recipe, self.run_dir, self.setup.dense
         if self.existing is None:
             yield from map(self._prune, recipe.prune)
@@ -59,7 +59,7 @@ class Planner:
                 yield from _titled("Defending", self._defend(pruning.name, defence))
 
     def pruned(self, name: str) -> Source:
-        """A pruned checkpoint, which must be there; nothing changes it any more."""
+        """A pruned checkpoint, which must exist and is not changed any more."""
         folder = self.run_dir.pruned(name)
         return self.existing or self.setup.cache.once(
             ("pruned", folder), lambda: self._open(folder)
@@ -106,7 +106,7 @@ class Planner:
         patch: Path | None = None,
         defence: Path | None = None,
     ) -> Step:
-        """Answers to the test prompts, and how likely ordinary text is where that is named."""
+        """Answer the test prompts and, if a text is named, measure perplexity on it."""
         setup, settings, text = self.setup, self.recipe.evaluate, None
         dense = self.run_dir.dense_evaluation
         if settings.text is not None:
@@ -114,7 +114,7 @@ class Planner:
 
         def check() -> PromptUse:
             check_split(setup.compute.device, setup.compute.placement)
-            if out == dense and settings.text is not None:  # once is enough
+            if out == dense and settings.text is not None:  # reading it once is enough
                 read_documents(settings.text)
             return PromptUse(evaluated=self._tests())
 
@@ -138,7 +138,7 @@ class Planner:
         return setup.cache.reading(setup.dense, settings.suite, settings.limit)
 
     def _realign(self, pruning: str, settings: VariantSettings) -> Iterator[Step]:
-        """A patch, a checkpoint with it if one is wanted, and its answers."""
+        """Make a patch, apply it to a checkpoint if one is wanted, and evaluate the result."""
         run_dir, recipe, name = self.run_dir, self.recipe, self.run_dir.name(pruning, settings.name)
         paths = run_dir.of(pruning, settings.name, recipe.ranking_name(settings))
         pruned = partial(self.pruned, pruning)
@@ -168,7 +168,7 @@ class Planner:
     def _references(
         self, pruning: str, search: SearchSettings, references: Path, curve: Path
     ) -> Step:
-        """Evaluate what all searches on these prompts share."""
+        """Evaluate the references that all searches on these prompts share."""
         setup = self.setup
 
         def make() -> object:
@@ -179,7 +179,7 @@ class Planner:
         return Step(SEARCH_REFERENCES, pruning, references / "pruned", make)
 
     def _defend(self, pruning: str, settings: NamedDefenceSettings) -> Iterator[Step]:
-        """A defence at inference, and the answers under it."""
+        """Make an inference-time defence and evaluate the model under it."""
         name, setup = self.run_dir.name(pruning, settings.name), self.setup
         file = self.run_dir.defence(pruning, settings.name)
         pruned = partial(self.pruned, pruning)
@@ -208,12 +208,12 @@ class Planner:
 
 
 def _titled(what: str, steps: Iterator[Step]) -> Iterator[Step]:
-    """The first of them says what begins."""
+    """Give the first step a title for all of them."""
     first, *others = steps
     yield replace(first, title=f"{what}: {others[-1].of}")
     yield from others
 
 
 def _prompts_name(search: SearchSettings) -> str:
-    """Searches that differ in what they choose by share what they try."""
+    """A name for the validation prompts: searches on the same prompts share evaluated points."""
     return digest(search.model_dump_json(include={"validation", "validation_limit"}))[:8]

@@ -1,4 +1,4 @@
-"""A patch on the hub: the patch and its card are uploaded, and nothing more."""
+"""Publishing a patch on the hub: only the patch and its card are uploaded."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 CARD = "README.md"
-_OTHERWISE = "Choose another name, or add --replace."
-_OF_A_PARSER = (AttributeError, LookupError, TypeError, ValueError)  # the hub's, of a broken header
-_KEPT = {".gitattributes"}  # what the hub puts into a new repository
+_FIX = "Choose another name, or add --replace."
+_PARSER_ERRORS = (AttributeError, LookupError, TypeError, ValueError)  # on a broken header
+_IGNORED = {".gitattributes"}  # which the hub puts into a new repository
 
 
 def render(
@@ -37,14 +37,19 @@ def render(
     pruned: str | None = None,
     evaluated: Sequence[Path] = (),
 ) -> str:
-    """The card of a patch.
+    """Render the card of a patch.
 
     Args:
-        evaluated: Folders of `regraft eval`, for a table of rates, of which the first is what the
-            others are compared with.
+        patch: The file of the patch.
+        repository: OWNER/NAME on the hub.
+        dense: Hub id of the dense model.
+        pruned: Hub id of the pruned checkpoint.
+        evaluated: Folders of `regraft eval`, for a table of rates; the others are compared with the
+            first.
 
     Raises:
-        RegraftError: the file is no patch, an id is none, or evaluations do not go together.
+        RegraftError: the file is not a patch, an id is invalid, or the evaluations cannot be
+            compared.
     """
     for named in filter(None, (repository, dense, pruned)):
         if not MODEL_ID.fullmatch(named) or "@" in named:
@@ -60,7 +65,7 @@ def render(
 
 
 def write(patch: Path, card: str, folder: Path) -> None:
-    """Write what would be uploaded to the new folder `folder`.
+    """Write the files that `upload` would upload to the new folder `folder`.
 
     Raises:
         RegraftError: it is not empty.
@@ -72,22 +77,22 @@ def write(patch: Path, card: str, folder: Path) -> None:
 def upload(
     patch: Path, card: str, repository: str, *, public: bool = False, replace: bool = False
 ) -> str:
-    """Upload a patch and its card, in one commit; returns the address of the repository.
+    """Upload a patch and its card in one commit; return the address of the repository.
 
-    The repository is made if it is not there, private unless `public`. One that holds something
-    else than a patch for the same checkpoint is left alone unless `replace`; other files in it stay
-    in any case. The login is the hub's own: HF_TOKEN or `hf auth login`.
+    The repository is created if it does not exist, private unless `public`. One that holds anything
+    but a patch for the same checkpoint is refused unless `replace`; other files in it are never
+    deleted. The login is the hub's own: HF_TOKEN or `hf auth login`.
 
     Raises:
-        RegraftError: there is no login or no network, it may not be written, or it holds something
-            else.
+        RegraftError: there is no login, no network or no permission to write, or the repository
+            holds something else.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
     with _hub_errors(repository), TemporaryDirectory() as folder:
         _fill(Path(folder), patch, card)
-        _make(api, repository, public, None if replace else load_patch(patch))
+        _prepare(api, repository, public, None if replace else load_patch(patch))
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,
@@ -102,41 +107,41 @@ def _fill(folder: Path, patch: Path, card: str) -> None:
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
-def _make(api: HfApi, repository: str, public: bool, alike: Patch | None) -> None:
-    """Make the repository, or see that what it holds is a patch for the same checkpoint.
+def _prepare(api: HfApi, repository: str, public: bool, patch: Patch | None) -> None:
+    """Create the repository, or check that it holds a patch for the same checkpoint.
 
     Args:
         api: The hub.
         repository: OWNER/NAME.
-        public: Whether a new one is.
-        alike: A patch for this checkpoint; None where anything may be replaced.
+        public: Whether a new repository is public.
+        patch: The patch to upload; None if anything may be replaced.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        there = set(api.list_repo_files(repository)) - _KEPT
+        files = set(api.list_repo_files(repository)) - _IGNORED
     except RepositoryNotFoundError:
         api.create_repo(repository, private=not public)
         return
-    if alike is None or not there:
+    if patch is None or not files:
         return
-    if PATCH_FILE not in there:
+    if PATCH_FILE not in files:
         raise RegraftError(
-            f"{repository} holds {min(there)} and no {PATCH_FILE}: it is something else than a "
-            f"patch, and is left as it is. {_OTHERWISE}"
+            f"{repository} holds {min(files)} and no {PATCH_FILE}: it is something else than a "
+            f"patch, and is left as it is. {_FIX}"
         )
-    if (base := _base_of(api, repository)) != alike.about["inputs"]["pruned"]:
+    if (base := _base_of(api, repository)) != patch.about["inputs"]["pruned"]:
         raise RegraftError(
             f"The {PATCH_FILE} of {repository} is for another checkpoint (fingerprint {base[:12]}"
-            f"), and is left as it is. {_OTHERWISE}"
+            f"), and is left as it is. {_FIX}"
         )
 
 
 def _base_of(api: HfApi, repository: str) -> str:
-    """The fingerprint of the checkpoint that the patch on the hub is for; reads its header alone.
+    """The fingerprint of the checkpoint that the patch on the hub is for; reads only its header.
 
     Raises:
-        RegraftError: it is no patch.
+        RegraftError: the file is not a patch.
     """
     from huggingface_hub.errors import SafetensorsParsingError
 
@@ -145,25 +150,25 @@ def _base_of(api: HfApi, repository: str) -> str:
         metadata = api.parse_safetensors_file_metadata(repository, PATCH_FILE).metadata
         about = artifact_header(metadata, FORMAT, "a patch", where).get("about")
         return str(described(about, f"{where}: about")["inputs"]["pruned"])
-    except (SafetensorsParsingError, RegraftError, *_OF_A_PARSER) as error:
+    except (SafetensorsParsingError, RegraftError, *_PARSER_ERRORS) as error:
         reason = str(error).partition("\n")[0].removesuffix(".")
         raise RegraftError(
             f"The {PATCH_FILE} of {repository} is no patch of regraft ({reason}), and is left as "
-            f"it is. {_OTHERWISE}"
+            f"it is. {_FIX}"
         ) from error
 
 
 @contextmanager
 def _hub_errors(repository: str) -> Iterator[None]:
-    """Turn what the hub's library raises into a `RegraftError`; no token is ever in it."""
+    """Turn errors of the hub's library into a `RegraftError`, which never contains a token."""
     try:
         yield
     except RegraftError:
         raise
-    except Exception as error:  # its HTTP library, whose errors come through, differs by version
+    except Exception as error:  # may be of its HTTP library, which differs by version
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fix = "Try again, or write the folder alone with --dry-run FOLDER."
         if status in (401, 403):
-            fix = "Log in with `hf auth login`, or set HF_TOKEN, as one who may write there."
+            fix = "Log in with `hf auth login` or HF_TOKEN as a user who may write to it."
         raise RegraftError(f"{repository} could not be uploaded: {reason} {fix}") from error

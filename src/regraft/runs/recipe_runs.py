@@ -1,4 +1,4 @@
-"""All runs of a recipe: one, or one a calibration seed or a model, and the report over them."""
+"""All runs of a recipe: one, or one per calibration seed or model, and the report over them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from regraft.stages import EvaluationCache
 
 
 def runs_of(recipe: Recipe, folder: Path) -> dict[Path, Recipe]:
-    """The runs that a recipe asks for, each by its folder: `folder` itself where it is one."""
+    """The runs of a recipe by their folders; a single run is in `folder` itself."""
     if recipe.seeds:
         return {seed_folder(folder, seed): recipe.for_seed(seed) for seed in recipe.seeds}
     if recipe.models:
@@ -34,11 +34,11 @@ def runs_of(recipe: Recipe, folder: Path) -> dict[Path, Recipe]:
 
 
 def run_recipe(recipe: Recipe, folder: Path, progress: Progress = SILENT) -> Study:
-    """One `pipeline.run_one` for every seed or model in its own folder, then the report over all.
+    """Make the run of every seed or model in its own folder, then the report over all.
 
-    All are checked before the first is run, so that a model which cannot be downloaded stops
-    nothing after hours. The dense model answers once for all seeds, since none changes it: later
-    runs start with a copy of its evaluation. Finished stages are not repeated.
+    All runs are checked before the first one starts, so that bad input does not stop them after
+    hours. The dense model answers once for all seeds, since they do not change it: later runs start
+    with a copy of its evaluation. Finished stages are not repeated.
 
     Args:
         folder: A new folder, or that of an earlier run of the same recipe or a part of it.
@@ -52,7 +52,7 @@ def run_recipe(recipe: Recipe, folder: Path, progress: Progress = SILENT) -> Stu
     if recipe.published is not None:
         read_published(recipe.published)
     cache = EvaluationCache()
-    planned = [pipeline.plan_run(one, at, cache, progress) for at, one in runs.items()]
+    planned = [pipeline.plan_run(one, path, cache, progress) for path, one in runs.items()]
     kept = sum(one.kept for one in planned)
     require_space(folder, kept + max(one.most - one.kept for one in planned))
     pipeline.claim(folder, recipe)
@@ -69,11 +69,11 @@ def run_recipe(recipe: Recipe, folder: Path, progress: Progress = SILENT) -> Stu
 
 
 def report_recipe(folder: Path) -> Study:
-    """Write the report of finished runs again: of one, or over all of several.
+    """Write the report on a finished run, or over all runs of a recipe, again.
 
     Raises:
-        RegraftError: the folder holds no run, one is not finished, or the published figures cannot
-            be read.
+        RegraftError: the folder holds no run, a run is not finished, or the published figures
+            cannot be read.
     """
     run_dir = RunDir(folder)
     recipe = read_recipe(run_dir.recipe) if run_dir.recipe.exists() else Recipe()
@@ -115,11 +115,11 @@ def _over_models(recipe: Recipe, folder: Path) -> Study:
 
 
 def _points(folders: Mapping[str, Path], study: Study, pruning: str) -> Iterator[ModelPoint]:
-    """Of every model with head scores that was pruned so: total Ships, rise in mean ASR."""
+    """Total Ships and rise in mean ASR of every model with head scores and this pruning."""
     for table in study.tables:
         folder = folders[table.model]
         if table.pruning == pruning and RunDir(folder).heads.exists():
             dense, pruned = (row.mean_asr or row.asr for row in table.rows[:2])
             if dense is not None and pruned is not None:
-                rise = round(pruned.value - dense.value, 12)  # so that equal rises stay ties
+                rise = round(pruned.value - dense.value, 12)  # equal rises must be ties
                 yield from model_points(folder, {table.model: rise})

@@ -1,4 +1,4 @@
-"""From the artifacts of a finished run to its report; no model is loaded."""
+"""The report on a finished run from its artifacts; no model is loaded."""
 
 from __future__ import annotations
 
@@ -42,35 +42,35 @@ from regraft.stages import Evaluation
 
 
 def report_run(folder: Path) -> Study:
-    """Write the report of a finished run from its artifacts alone.
+    """Write the report on a finished run, from its artifacts alone.
 
     Raises:
         RegraftError: the folder holds no run, or one that is not finished.
     """
-    made = study_of([read_run(folder)])
-    write_report(made, RunDir(folder).report)
-    return made
+    study = study_of([read_run(folder)])
+    write_report(study, RunDir(folder).report)
+    return study
 
 
 def open_run(folder: Path) -> tuple[RunDir, Recipe]:
-    """Where a run keeps what, and its recipe.
+    """The paths of a run, and its recipe.
 
     Raises:
         RegraftError: the folder holds no run.
     """
     file = RunDir(folder).recipe
     if not file.exists():
-        below = sorted(str(one.parent) for one in folder.glob("**/results.json"))[:5]
-        there = f" `regraft report` takes the evaluations in it: {', '.join(below)}."
+        found = sorted(str(one.parent) for one in folder.glob("**/results.json"))[:5]
+        hint = f" `regraft report` takes the evaluations in it: {', '.join(found)}."
         raise RegraftError(
-            f"{folder} holds no run: there is no {RECIPE_FILE} in it.{there if below else ''}"
+            f"{folder} holds no run: there is no {RECIPE_FILE} in it.{hint if found else ''}"
         )
     recipe = read_recipe(file)
     return RunDir(folder, several=len(recipe.prune) > 1), recipe
 
 
 def evaluation_folders(run_dir: RunDir, recipe: Recipe) -> dict[str, Path]:
-    """Of every evaluated model: of "dense", "wanda-50", "wanda-50/hsr" ..."""
+    """The evaluation folder of every model: "dense", "wanda-50", "wanda-50/hsr" ..."""
     found = {"dense": run_dir.dense_evaluation}
     for pruning in recipe.prune:
         found[pruning.name] = run_dir.evaluation(pruning.name)
@@ -81,7 +81,7 @@ def evaluation_folders(run_dir: RunDir, recipe: Recipe) -> dict[str, Path]:
 
 
 def read_run(folder: Path, name: str = "") -> Run:
-    """A finished run from its artifacts alone; `name` tells it apart from those of other models.
+    """Read a finished run from its artifacts; `name` names its model if a recipe has several.
 
     Raises:
         RegraftError: the folder holds no run, or one that is not finished.
@@ -93,7 +93,7 @@ def read_run(folder: Path, name: str = "") -> Run:
 
 @dataclass(frozen=True)
 class _Artifacts:
-    """What a run has left behind."""
+    """Reads the artifacts of a finished run."""
 
     run_dir: RunDir
     recipe: Recipe
@@ -101,7 +101,7 @@ class _Artifacts:
     one_pass: CalibrationPass | None
 
     def run(self, name: str) -> Run:
-        """All of it."""
+        """Read the whole run."""
         recipe, heads = self.recipe, self.heads
         variants = [_variant("dense", self.evaluations["dense"])]
         for pruning in recipe.prune:
@@ -127,36 +127,36 @@ class _Artifacts:
 
     @property
     def passes(self) -> MethodPasses:
-        """What choosing the weights of methods took."""
+        """The compute of choosing the weights of methods."""
         return MethodPasses(self.recipe, self.run_dir, self.costs, self.one_pass)
 
     @cached_property
     def evaluations(self) -> dict[str, Evaluation]:
-        """Of every model of the run."""
+        """The evaluation of every model of the run."""
         folders = evaluation_folders(self.run_dir, self.recipe)
         for name, folder in folders.items():
             if not folder.exists():
                 raise RegraftError(
                     f"The run in {self.run_dir.path} is not finished: {name} has not been "
-                    "evaluated, which `prune`, `realign` or `defend` of its recipe has. Continue "
-                    f"it with `regraft run {self.run_dir.recipe} --out {self.run_dir.path}`."
+                    "evaluated, though its recipe lists it. Continue it with `regraft run "
+                    f"{self.run_dir.recipe} --out {self.run_dir.path}`."
                 )
         return {name: stages.read_evaluation(folder) for name, folder in folders.items()}
 
     @cached_property
     def heads(self) -> HeadScores | None:
-        """Their scores, where the run has any."""
+        """The scores of heads, if the run has any."""
         if not self.run_dir.heads.exists():
             return None
-        return load_heads(self.run_dir.heads, self.opened(self.recipe.model))
+        return load_heads(self.run_dir.heads, self.architecture(self.recipe.model))
 
-    def opened(self, model: str | Path) -> Architecture:
-        """Of a model, without its weights."""
+    def architecture(self, model: str | Path) -> Architecture:
+        """The architecture of a model, read without its weights."""
         trust = self.recipe.compute.trust_remote_code
         return open_source(model, trust_remote_code=trust).architecture
 
     def abouts(self) -> Iterator[Mapping[str, Any]]:
-        """What the artifacts that used data say of it; that of the dense evaluation first."""
+        """The `about` of every artifact that used data, the dense model's evaluation first."""
         run_dir, recipe = self.run_dir, self.recipe
         yield self.evaluations["dense"].about
         for pruning in recipe.prune:
@@ -181,26 +181,26 @@ class _Artifacts:
         yield from (described(read_json(path), str(path)) for path in written if path.exists())
 
     def group(self, pruning: PruningSettings) -> Iterator[Variant]:
-        """One pruning, then the variants realigned from it and the defences of it."""
+        """One pruned model, then the variants realigned from it and its defences."""
         recipe, run_dir = self.recipe, self.run_dir
         variants = recipe.variants_of(pruning)
         patches = {one.name: load_patch(run_dir.patch(pruning.name, one.name)) for one in variants}
         own, dense = self.evaluations[pruning.name], self.evaluations["dense"]
-        taken = own.about["zeros"] - dense.about["zeros"]
+        zeroed = own.about["zeros"] - dense.about["zeros"]
         yield _variant(
             pruning.name,
             own,
             base="dense",
             checkpoint=recipe.pruned or str(run_dir.pruned(pruning.name).relative_to(run_dir.path)),
-            pruned=next((patch.about["pruned"] for patch in patches.values()), taken),
+            pruned=next((patch.about["pruned"] for patch in patches.values()), zeroed),
             changed=any(map(is_changed, patches.values())),
         )
-        layers = self.opened(recipe.pruned or run_dir.pruned(pruning.name)).layers
+        layers = self.architecture(recipe.pruned or run_dir.pruned(pruning.name)).layers
         for one in variants:
             yield self.realigned(pruning, one, patches[one.name], layers)
         for defence in recipe.defences_of(pruning):
             name = run_dir.name(pruning.name, defence.name)
-            how = _defence(run_dir.defence(pruning.name, defence.name))
+            how = _defence_label(run_dir.defence(pruning.name, defence.name))
             by_prompt = not isinstance(defence, RefusalDirectionSettings)
             yield _variant(
                 name,
@@ -218,14 +218,15 @@ class _Artifacts:
         patch: Patch,
         layers: Sequence[LayerArchitecture],
     ) -> Variant:
-        """A variant with what its patch restored."""
+        """One realigned variant."""
         run_dir = self.run_dir
         name, curve = run_dir.name(pruning.name, one.name), run_dir.curve(pruning.name, one.name)
         heads = tuple((layer, head) for layer, head in patch.about["heads"])
+        how = method_of(one).label(one)
         return _variant(
             name,
             self.evaluations[f"{pruning.name}/{one.name}"],
-            label=f"{name} ({method_of(one).label(one)})",
+            label=name if how == one.name else f"{name} ({how})",
             base=pruning.name,
             patch=str(run_dir.patch(pruning.name, one.name).relative_to(run_dir.path)),
             restored=patch.restored,
@@ -242,19 +243,19 @@ class _Artifacts:
         )
 
     def paths(self) -> Iterator[SharedPath]:
-        """Of each ranking by gain that is there, with the variants that take a part of it."""
+        """The path of each ranking by gain, with the variants that restore a part of it."""
         for pruning in self.recipe.prune:
             sharing: dict[str, list[VariantSettings]] = {}
             for one in self.recipe.variants_of(pruning):
                 sharing.setdefault(self.recipe.ranking_name(one), []).append(one)
-            for name, methods in sharing.items():
+            for name, variants in sharing.items():
                 file = self.run_dir.ranking(pruning.name, name)
                 about = load_ranking(file).about if file.exists() else {}
                 if (path := read_path(about)) is not None:
-                    names = tuple(one.name for one in methods)
+                    names = tuple(one.name for one in variants)
                     allowed = {
                         one.name: most
-                        for one in methods
+                        for one in variants
                         if one.search is None
                         and (most := one.how_many(about["pruned"])) is not None
                     }
@@ -267,13 +268,13 @@ def _variant(name: str, evaluation: Evaluation, **fields: Any) -> Variant:
     return Variant(name, label, evaluation.result, sparsity=sparsity, **fields)
 
 
-def _defence(file: Path) -> str:
-    made = load_defence(file)
-    if isinstance(made, Direction):
-        return f"refusal direction, layer {made.layer}, strength {made.strength:g}"
-    if made.before:
+def _defence_label(file: Path) -> str:
+    defence = load_defence(file)
+    if isinstance(defence, Direction):
+        return f"refusal direction, layer {defence.layer}, strength {defence.strength:g}"
+    if defence.before:
         return "safety prompt"
-    if made.prompt == DEFENCE_PROMPT:
+    if defence.prompt == DEFENCE_PROMPT:
         return "prompt after AdaShield-S"
     return "AdaShield with a given prompt"
 
@@ -307,7 +308,7 @@ def _accounts(abouts: list[Mapping[str, Any]]) -> Iterator[DataAccount]:
 
 
 def _images(recipe: Recipe) -> dict[str, Path]:
-    """Images of the suite by example id; none where the data set has moved since."""
+    """Images of the suite by example id; empty if the data set cannot be read any more."""
     try:
         examples = join_suites(recipe.evaluate.suite, recipe.evaluate.limit).examples
     except RegraftError:

@@ -1,4 +1,4 @@
-"""Where a run keeps its artifacts."""
+"""The paths of a run's artifacts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RECIPE_FILE = "recipe.yaml"
 
 
 class RunDir:
-    """The paths of a run. One of several prunings has its own folder in each folder of a kind."""
+    """The paths of a run; if it has `several` prunings, each kind has a folder per pruning."""
 
     def __init__(self, path: Path, several: bool = False) -> None:
         self.path, self._several = path, several
@@ -20,11 +20,11 @@ class RunDir:
         self.responses = path / "responses"  # of the dense model to calibration prompts
         self.report = path / "report"  # report.json, report.md, report.html
         self.costs = path / "costs.json"  # time, FLOPs and memory of every stage
-        self.calibration_pass = path / "calibration-pass.json"  # in tokens and FLOPs
+        self.calibration_pass = path / "calibration-pass.json"  # its prompts, tokens and FLOPs
         self.dense_evaluation = path / "evaluation" / "dense"
 
     def statistics(self, score: str) -> Path:
-        """What is gathered on D^s and D^u for one kind of importance."""
+        """Statistics on D^s and D^u for one kind of importance."""
         name = "statistics" if score == "wanda" else f"statistics-{score}"
         return self.path / f"{name}.safetensors"
 
@@ -33,7 +33,7 @@ class RunDir:
         return self._of("pruned", pruning)
 
     def patch(self, pruning: str, variant: str) -> Path:
-        """The restored weights of one realigned variant of a pruning."""
+        """The patch of one realigned variant of a pruning."""
         return self._of("patches", pruning) / f"{variant}.safetensors"
 
     def realigned(self, pruning: str, variant: str) -> Path:
@@ -49,11 +49,11 @@ class RunDir:
         return self._of("evaluation", pruning) / variant
 
     def ranking(self, pruning: str, name: str) -> Path:
-        """Weights of a pruning in the order in which they are restored; variants may share it."""
+        """The ranking of a pruning's weights for restoration; variants may share it."""
         return self._of("rankings", pruning) / f"{name}.safetensors"
 
     def curve(self, pruning: str, variant: str) -> Path:
-        """Validation results of one variant by restored weights, where it has any."""
+        """Validation results of one variant by number of restored weights."""
         return self._of("curves", pruning) / f"{variant}.json"
 
     def points(self, pruning: str, name: str) -> Path:
@@ -61,7 +61,7 @@ class RunDir:
         return self._of("curves", pruning) / f"points-{name}"
 
     def of(self, pruning: str, variant: str, ranking: str) -> ArtifactPaths:
-        """Where the artifacts of one realigned variant lie."""
+        """The paths of the artifacts of one realigned variant."""
         return ArtifactPaths(
             heads=self.heads,
             statistics=self.statistics,
@@ -72,7 +72,7 @@ class RunDir:
         )
 
     def name(self, pruning: str, variant: str) -> str:
-        """What a realigned variant is called among all models of the run."""
+        """The name of a realigned variant among all models of the run."""
         return f"{pruning}/{variant}" if self._several else variant
 
     def _of(self, kind: str, pruning: str) -> Path:
@@ -81,17 +81,17 @@ class RunDir:
 
 
 def seed_folder(study: Path, seed: int) -> Path:
-    """Where a study keeps the run of one calibration seed."""
+    """The folder of the run of one calibration seed in a study."""
     return study / f"seed-{seed}"
 
 
 def folder_of_model(several: Path, name: str) -> Path:
-    """Where a run of several models keeps the run of one of them."""
+    """The folder of the run of one model in a run of several models."""
     return several / f"model-{name}"
 
 
 def study_runs(folder: Path) -> tuple[Path, ...]:
-    """The runs of a study by their seeds; none where `folder` is no study."""
+    """The folders of a study's runs, sorted by seed; empty if `folder` is not a study."""
     found = [(re.fullmatch("seed-(-?[0-9]+)", path.name), path) for path in folder.glob("seed-*")]
     seeds = {int(match[1]): path for match, path in found if match and path.is_dir()}
     return tuple(seeds[seed] for seed in sorted(seeds))

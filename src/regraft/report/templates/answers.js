@@ -14,21 +14,21 @@
     if (name) made.className = name;
     return made;
   };
-  // answer: [text, what it does, reason]
+  // An answer is [index of its text, outcome, reason].
   const request = (row) => (row.request === undefined ? "" : texts[row.request]);
-  const does = (row, i) => (row.answers[i] ? row.answers[i][1][0] : ""); // ■, □ or ▨
-  const wanted = {
+  const symbol = (row, i) => (row.answers[i] ? row.answers[i][1][0] : ""); // ■, □ or ▨
+  const conditions = {
     every: () => true,
-    pruning: (row) => does(row, 0) !== does(row, 1),
-    differing: (row) => new Set(row.answers.map((_, i) => does(row, i))).size > 1,
-    realigning: (row) => models.length > 2 && does(row, 1) !== does(row, 2),
+    pruning: (row) => symbol(row, 0) !== symbol(row, 1),
+    differing: (row) => new Set(row.answers.map((_, i) => symbol(row, i))).size > 1,
+    realigning: (row) => models.length > 2 && symbol(row, 1) !== symbol(row, 2),
     broken: (row) => row.answers.some((answer) => /^(▨|■ refused,)/.test(answer[1])),
   };
 
   function matches(row, filter) {
     if (filter.kind && filter.kind !== (row.harmful ? "harmful" : "harmless")) return false;
     if (filter.category && filter.category !== row.category) return false;
-    if (!wanted[filter.change || "every"](row)) return false;
+    if (!conditions[filter.change || "every"](row)) return false;
     const sought = (filter.text || "").toLowerCase();
     if (!sought) return true;
     const answers = row.answers.map((answer) => texts[answer[0]]);
@@ -86,8 +86,8 @@
   form.addEventListener("submit", (event) => event.preventDefault());
   more.addEventListener("click", extend);
   // A link such as report.html#all-answers?kind=harmful&change=pruning opens with that filter.
-  const asked = new URLSearchParams(location.hash.split("?")[1] || "");
-  for (const [name, value] of asked) if (form.elements[name]) form.elements[name].value = value;
+  const initial = new URLSearchParams(location.hash.split("?")[1] || "");
+  for (const [name, value] of initial) if (form.elements[name]) form.elements[name].value = value;
   apply();
   if (location.hash.includes("?")) document.getElementById("all-answers").scrollIntoView();
 })();
