@@ -99,7 +99,7 @@ def naive(
     heads: Sequence[Head],
     eps: float,
 ) -> dict[Head, Tensor]:
-    """Final states of the last token, head -> `[samples, d]`, one full forward per head and batch."""
+    """Last-token final states, head -> `[samples, d]`, one full forward per head and batch."""
     seen: list[Tensor] = []
     hook = text_decoder(model).register_forward_hook(
         lambda _m, _a, out: seen.append(out.last_hidden_state)
@@ -231,17 +231,13 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=None, help="folder; default: the bundled one")
     parser.add_argument("--shape", choices=SHAPES, default=None, help="random weights instead")
-    parser.add_argument(
-        "--layers", type=int, default=None, help="layers of the shape (default: its own)"
-    )
+    parser.add_argument("--layers", type=int, default=None, help="default: those of the shape")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the shape's widths")
     parser.add_argument("--image", type=int, default=560, help="side in pixels, with --shape")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--draws", type=int, default=1, help="draws of samples, for the agreement")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument(
-        "--naive-heads", type=int, default=64, help="heads to measure, spread evenly"
-    )
+    parser.add_argument("--naive-heads", type=int, default=64, help="heads measured, spread evenly")
     parser.add_argument("--paper-prompts", type=int, default=1, help="0 leaves it out")
     parser.add_argument("--paper-heads", type=int, default=8)
     parser.add_argument("--window", type=int, default=HeadSettings().window)

@@ -62,7 +62,7 @@ def _vicuna(config: Any, processor: Any, width: int, scale: float) -> None:
     processor.image_processor.crop_size = {"height": side, "width": side}
 
 
-# name: (family in tests/pico.py, query heads, layers, config)
+# name: (family in tests/pico.py, query heads, layers, function that completes the config)
 SHAPES: dict[str, tuple[str, int, int, Callable[[Any, Any, int, float], None]]] = {
     "qwen2.5-vl-7b": ("qwen2_5_vl", 28, 28, _qwen),
     "vicuna-7b": ("llava_next-vicuna", 32, 32, _vicuna),
@@ -72,7 +72,7 @@ SHAPES: dict[str, tuple[str, int, int, Callable[[Any, Any, int, float], None]]] 
 def write_checkpoint(
     folder: Path, shape: str, layers: int | None, scale: float, device: torch.device
 ) -> None:
-    """Write a checkpoint of a shape in bfloat16, with its widths times `scale` and `layers` layers."""
+    """Write a bfloat16 checkpoint of a shape with widths times `scale` and `layers` layers."""
     family, heads, own_layers, complete = SHAPES[shape]
     small, processor = pico.build(family)
     config, text = small.config, small.config.text_config

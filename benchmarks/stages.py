@@ -176,7 +176,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="prompts of each kind")
     parser.add_argument("--count", type=int, default=250, help="weights that gain may restore")
     parser.add_argument(
-        "--heads", action=argparse.BooleanOptionalAction, default=True, help="they take longest"
+        "--heads",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the slowest stage",
     )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=64)
