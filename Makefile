@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# `make demo` and `make test` work on a fresh machine.
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,18 +21,18 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Not --quiet, which hides the warnings that --strict counts.
+# Without --quiet, which would hide the warnings that --strict fails on.
 docs: $(VENV)/.docs  ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 DATA ?= ../data
-real: $(VENV)/.run  ## docs/methods.md on the model in runs/real-model, with the data sets in DATA
+real: $(VENV)/.run  ## the benchmark of docs/methods.md on the model in runs/real-model, data sets in DATA
 	$(BIN)/python scripts/make_real_benchmark.py runs/real-model --data $(DATA) --out runs/real-data \
 		--dtype bfloat16 --batch-size 64
 	$(BIN)/regraft run recipes/real-methods.yaml --out runs/real-methods
 	$(BIN)/regraft run recipes/real-prunings.yaml --out runs/real-prunings
 
-clean:  ## remove what make made
+clean:  ## remove everything that make creates
 	rm -rf $(VENV) demo-run site .cache
 
 $(BIN)/python:
@@ -40,7 +40,7 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.run: pyproject.toml | $(BIN)/python
-	@echo "Installing regraft and what it needs into $(VENV) (once; PyTorch is large) ..."
+	@echo "Installing regraft and its dependencies into $(VENV) (once; PyTorch is large) ..."
 	$(BIN)/python -m pip install --progress-bar on -e .
 	touch $@
 

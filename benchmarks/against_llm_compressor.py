@@ -1,14 +1,13 @@
-"""Pruning against llm-compressor's one-shot: the same text decoder, data, device and dtype.
+"""Pruning compared with llm-compressor's one-shot: same text decoder, data, device and dtype.
 
     python benchmarks/against_llm_compressor.py --python VENV/bin/python --layers 4 --scale 0.25
     python benchmarks/against_llm_compressor.py --python VENV/bin/python --json versus.json
 
-VENV is an environment of its own with `pip install llmcompressor`. The model has the shape of
-LLaVA-NeXT-Vicuna-7B's text decoder with random weights; the data are random tokens, all of them
-counted, one sequence a batch, which is what llm-compressor does. Each run is a process of its own;
-loading and writing are not timed; the same matrices go to 50 % zeros, row by row for Wanda and
-block by block for SparseGPT. Memory is the peak of the process during the work: on a GPU that of
-the device, else that of the host.
+VENV is a separate environment with `pip install llmcompressor`. The model has the shape of
+LLaVA-NeXT-Vicuna-7B's text decoder and random weights. The data are random tokens, which all count,
+in batches of one sequence, as llm-compressor does. Each run is a process of its own, and loading
+and writing are not timed. The same matrices get 50 % zeros, row by row for Wanda and block by block
+for SparseGPT. Memory is the peak during the work, of the device on a GPU, otherwise of the process.
 """
 
 from __future__ import annotations
@@ -127,7 +126,7 @@ def run_ours(options: argparse.Namespace) -> float:
 
 
 def begin_peak(device: str) -> None:
-    """Forget the peak so far."""
+    """Reset the peak memory."""
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
     else:
@@ -135,7 +134,7 @@ def begin_peak(device: str) -> None:
 
 
 def peak(device: str) -> float:
-    """GiB at the peak since `begin_peak`."""
+    """Peak memory since `begin_peak`, in GiB."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated() / 2**30
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -143,11 +142,11 @@ def peak(device: str) -> float:
 
 
 def main() -> None:
-    """Run all in turn, print the table, save JSON."""
+    """Run everything one after the other, print the table, save JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--python", required=True, help="interpreter that has llm-compressor")
+    parser.add_argument("--python", required=True, help="an interpreter with llm-compressor")
     parser.add_argument("--layers", type=int, default=VICUNA["layers"])
-    parser.add_argument("--scale", type=float, default=1.0, help="of the widths")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the widths")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

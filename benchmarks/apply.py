@@ -1,13 +1,14 @@
-"""Putting a patch on a sharded checkpoint against `cp -r` of the same files.
+"""Applying a patch to a sharded checkpoint, compared with `cp -r` of the same files.
 
     python benchmarks/apply.py                          # 4 GiB, q, k, v and o of four layers
     python benchmarks/apply.py --all-linears --json apply.json
 
-The checkpoint has random weights in the shapes of a 7B model, half of them zero. Both copy the same
-files to the same disk, in turn, in changing order, from the same state of the page cache: warm, or
-with `--cold` dropped before each. The figure is the ratio of the two throughputs, with all data on
-the disk at the end (we do that anyhow, cp's files are fsynced after it) and without (fsync does
-nothing in our process). Peak memory is that of a process of its own which only applies the patch.
+The checkpoint has random weights in the shapes of a 7B model, half of them zero. Both ways copy the
+same files to the same disk, in alternating order, from the same state of the page cache: warm, or
+dropped before each copy with `--cold`. The result is the ratio of the two throughputs, durable (all
+data on disk at the end: apply does this anyway, cp's files are fsynced after the copy) and not
+durable (fsync does nothing in our process). Peak memory is that of a separate process that only
+applies the patch.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ WAYS = ("cp", "apply", "cp, synced", "apply, synced")
 
 
 def layout(size: int) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Names and shapes of about `size` bytes of bf16 weights."""
+    """Names and shapes of weights with a total of about `size` bytes in bfloat16."""
     yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
     per_layer = 2 * sum(a * b for a, b in LAYER.values())
     for layer in range(max(1, round((size - 4 * VOCABULARY * HIDDEN) / per_layer))):
@@ -56,7 +57,7 @@ def layout(size: int) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 class Writer:
-    """Writes a pruned checkpoint shard by shard and gathers a patch for it."""
+    """Writes a pruned checkpoint shard by shard and collects a patch for it."""
 
     def __init__(self, folder: Path, shard_bytes: int, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -68,7 +69,7 @@ class Writer:
         folder.mkdir()
 
     def add(self, name: str, shape: tuple[int, int], share: float) -> TensorPatch | None:
-        """Prune one weight at random; a patch that restores `share` of it, if any."""
+        """Prune one weight at random; returns a patch that restores `share` of it, or None."""
         size = shape[0] * shape[1]
         start = int(torch.randint(2**16, (1,), generator=self._generator))
         pool = self._normal[start:]
@@ -85,7 +86,7 @@ class Writer:
         return TensorPatch.of(pruned, chosen, dense[chosen])
 
     def flush(self) -> None:
-        """Write what is held as one shard."""
+        """Write the collected weights as one shard."""
         self._shards += 1
         shard = f"model-{self._shards:05d}.safetensors"
         save_file(self._held, self._folder / shard, metadata={"format": "pt"})
@@ -119,7 +120,7 @@ def build(folder: Path, options: argparse.Namespace) -> Patch:
 
 
 def copy(folder: Path, durable: bool) -> None:
-    """`cp -r`, with `durable` until everything is on the disk."""
+    """`cp -r`; with `durable`, wait until everything is on disk."""
     subprocess.run(["cp", "-r", folder / "pruned", folder / "out"], check=True)
     if durable:
         for path in (folder / "out").iterdir():
@@ -141,13 +142,13 @@ def prepare(folder: Path, cold: bool) -> None:
 
 
 def peak_memory() -> int:
-    """Of this process, in bytes."""
+    """Peak memory of this process, in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def one(folder: Path, way: str, cold: bool) -> None:
-    """One measurement; prints seconds, and the peak memory before it began and after."""
+    """One measurement; prints seconds, and the peak memory before and after."""
     durable = way.endswith("synced")
     if not durable:
         os.fsync = lambda _: None
@@ -163,9 +164,9 @@ def one(folder: Path, way: str, cold: bool) -> None:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> tuple[dict[str, list[float]], list[int]]:
-    """Seconds of each way in each round; memory before applying began, and its peak, in bytes.
+    """Seconds of each way in each round; memory before applying and its peak, in bytes.
 
-    Each is measured in a new process, which has imported everything before it prepares.
+    Each is measured in a new process, which imports everything before the preparation.
     """
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     memory = [0, 0]
@@ -189,7 +190,7 @@ def main() -> None:
     parser.add_argument("--shard-gib", type=float, default=1.0, help="size of a shard")
     parser.add_argument("--layers", type=int, default=4, help="layers whose q, k, v, o are patched")
     parser.add_argument("--all-linears", action="store_true", help="patch every linear instead")
-    parser.add_argument("--share", type=float, default=0.01, help="of the restored weights")
+    parser.add_argument("--share", type=float, default=0.01, help="share of weights restored")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="read from the disk every time")
     parser.add_argument("--scratch", type=Path, default=None, help="disk to work on")

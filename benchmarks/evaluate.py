@@ -1,15 +1,18 @@
-"""Throughput of evaluation: prompts a second against a plain loop over single prompts.
+"""Throughput of evaluation, in prompts per second, compared with a loop over single prompts.
 
     python benchmarks/evaluate.py                                # the bundled model, its test set
     python benchmarks/evaluate.py --suite safebench:PATH --limit 200 --batch-size 32
     python benchmarks/evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --suite vlguard:PATH
 
-`plain` is what one writes first: one prompt after the other through processor and `generate`, every
-answer to its end. `batched` is regraft's evaluation with full answers, `again` the same for a
-second version of the model, whose images are kept, and `ended` with every judged answer ended where
-its verdict is certain. All run in one process on the same prompts, in the same dtype. `same` is the
-share of answers (for `ended`: of verdicts) that are those of `plain`, from which batching differs
-in rounding.
+All ways run in one process on the same prompts, in the same dtype.
+
+- `plain`: the simple loop, one prompt at a time through processor and `generate`, full answers.
+- `batched`: regraft's evaluation with full answers.
+- `again`: the same for a second version of the model, which reuses the outputs for images.
+- `ended`: every judged answer ends once its verdict is certain.
+
+`same` is the share of answers (for `ended`: of verdicts) equal to those of `plain`; batching
+changes rounding.
 """
 
 from __future__ import annotations

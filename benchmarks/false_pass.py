@@ -1,9 +1,9 @@
-"""How often `regraft check` passes a model that is worse by the margin, and one that is no worse.
+"""How often `regraft check` passes a model that is worse by the margin, and one that is not worse.
 
     python benchmarks/false_pass.py [--json FILE]
 
 Rates of yes/no outcomes are exact: the verdict of every possible sample of n prompts, weighted by
-its chance. Those of scores and of prompts in clusters are of simulated samples, 2,000 each.
+its probability. Those of scores and of clustered prompts are simulated, 2,000 samples each.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROMPTS = (50, 100, 200, 300, 500)
 MARGINS = (0.02, 0.05, 0.1)
 BASES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 CORRELATIONS = (0.0, 0.3, 0.6, 0.9)
-DIFFERING = (0.02, 0.05, 0.1, 0.2)  # prompts on which models differ that are equally good
+DIFFERING = (0.02, 0.05, 0.1, 0.2)  # share of prompts on which two equally good models differ
 DRAWS = 2_000
 
 Floats = NDArray[np.float64]
@@ -35,20 +35,20 @@ Passes = Callable[[int, int, int, float], bool]
 
 
 def by_exact(more: int, less: int, n: int, margin: float) -> bool:
-    """What `regraft check` does."""
+    """The test of `regraft check`."""
     return exact_p(more, less, n, margin) <= LEVEL
 
 
 def by_normal(more: int, less: int, n: int, margin: float) -> bool:
-    """Tango's score test with the normal distribution, to compare with."""
+    """Tango's score test with the normal distribution, for comparison."""
     return float(score(more, less, n, margin)) <= float(norm.ppf(LEVEL))
 
 
 def passing(n: int, margin: float, passes: Passes = by_exact) -> NDArray[np.int64]:
-    """Beside 0, 1, 2 ... prompts that got worse, how many must have got better to pass.
+    """For 0, 1, 2 ... prompts that got worse: how many must have got better to pass.
 
-    Ends where as many cannot. Of one more that got worse no fewer will do, which is why the search
-    goes on from the last.
+    Ends where too few prompts are left. The number never falls as more prompts get worse, so each
+    search starts from the last result.
     """
     found: list[int] = []
     better = 0
@@ -62,23 +62,23 @@ def passing(n: int, margin: float, passes: Passes = by_exact) -> NDArray[np.int6
 
 
 def chance(least: NDArray[np.int64], n: int, worse: float, better: float) -> float:
-    """The chance to pass where a prompt gets worse, and better, with these chances."""
+    """The probability of passing if a prompt gets worse, or better, with these probabilities."""
     counts = np.arange(len(least))
     left = binom.sf(least - 1, n - counts, min(1.0, better / (1 - worse)))
     return float((binom.pmf(counts, n, worse) * left).sum())
 
 
 def worst(least: NDArray[np.int64], n: int, margin: float) -> float:
-    """The most over all pairs of models that differ by the margin."""
+    """The highest such probability over all pairs of models that differ by the margin."""
     better = np.sin(np.linspace(0, np.pi / 2, 3001)) ** 2 * (1 - margin) / 2
     return max(chance(least, n, margin + one, one) for one in better)
 
 
 def discordances(margin: float, base: float, correlation: float) -> tuple[float, float] | None:
-    """The chances that an event of rate `base` with the first model comes, and goes.
+    """The probabilities that an event appears and disappears from one model to the other.
 
-    Its rate with the other is higher by the margin, and the outcomes are correlated. None where no
-    two outcomes are.
+    Its rate is `base` with the first model and higher by the margin with the other, and the
+    outcomes have this correlation. None if no such pair of outcomes exists.
     """
     after = base + margin
     if after > 1:
@@ -90,7 +90,7 @@ def discordances(margin: float, base: float, correlation: float) -> tuple[float,
 
 
 def on_grid(least: NDArray[np.int64], n: int, margin: float) -> Iterator[tuple[float, float]]:
-    """(base rate, most of its correlations) of the chance to pass at the margin."""
+    """(base rate, highest probability over correlations) of passing at the margin."""
     for base in BASES:
         pairs = [discordances(margin, base, one) for one in CORRELATIONS]
         found = [chance(least, n, *pair) for pair in pairs if pair]
@@ -102,7 +102,7 @@ Draw = Callable[[np.random.Generator, int, float], Rises]
 
 
 def _losing_all(random: np.random.Generator, n: int, margin: float) -> Rises:
-    """Few prompts lose their whole score, the others keep theirs."""
+    """A few prompts lose their whole score, the others keep theirs."""
     before = random.uniform(0.5, 1, n)
     lost = random.random(n) < margin / 0.75
     return Rises.of(1 - before, 1 - np.where(lost, 0, before), range(n))
@@ -123,12 +123,12 @@ def _losing_a_little(random: np.random.Generator, n: int, margin: float) -> Rise
 
 
 def _threes(random: np.random.Generator, n: int, margin: float) -> Rises:
-    """Yes or no on requests in three forms, which mostly fare alike."""
+    """Yes or no on requests in three forms, which mostly have the same outcome."""
     return _in_clusters(random, np.repeat(np.arange(n // 3), 3), margin)
 
 
 def _uneven(random: np.random.Generator, n: int, margin: float) -> Rises:
-    """Yes or no on requests in one to six forms, which mostly fare alike."""
+    """Yes or no on requests in one to six forms, which mostly have the same outcome."""
     sizes = random.integers(1, 7, n)
     return _in_clusters(random, np.repeat(np.arange(n), sizes)[:n], margin)
 
@@ -140,7 +140,7 @@ def _in_clusters(
     of_request = random.random(request.max() + 1) < alike
     luck = np.where(of_request[request], shared[request], own)
     before = luck < 0.2
-    after = before ^ (luck > 1 - margin - 0.05) ^ (before & (luck < 0.05))  # 5 points go
+    after = before ^ (luck > 1 - margin - 0.05) ^ (before & (luck < 0.05))  # 5 points disappear
     return Rises.of(before, after, request.tolist())
 
 
@@ -154,7 +154,7 @@ DRAWN: dict[str, Draw] = {
 
 
 def drawn(draw: Draw, n: int, margin: float, draws: int = DRAWS, seed: int = 0) -> float:
-    """How many of so many samples pass at the margin, a fraction."""
+    """The fraction of simulated samples that pass at the margin."""
     random = np.random.default_rng(seed)
     passed = 0
     for _ in range(draws):
@@ -165,7 +165,7 @@ def drawn(draw: Draw, n: int, margin: float, draws: int = DRAWS, seed: int = 0) 
 
 
 def counted(n: int, margin: float) -> dict[str, Any]:
-    """The exact chances to pass of yes/no outcomes of n prompts."""
+    """The exact probabilities of passing for yes/no outcomes of n prompts."""
     least = passing(n, margin)
     return {
         "margin": margin,
@@ -180,7 +180,7 @@ def counted(n: int, margin: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Count, draw, print tables, save JSON."""
+    """Compute, simulate, print tables, save JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS)

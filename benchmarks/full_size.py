@@ -1,12 +1,12 @@
-"""Every stage on a checkpoint of full size with random weights: time, and peak memory.
+"""Every stage on a full-size checkpoint with random weights: time and peak memory.
 
     python benchmarks/full_size.py --layers 4 --scale 0.25      # small, on a CPU
     python benchmarks/full_size.py --samples 32 --json 7b.json  # Qwen2.5-VL-7B's shape, on a GPU
 
-Speed and memory do not depend on the weights. The checkpoint is written to disk in shards, behind
+Speed and memory do not depend on the weights. The checkpoint is written to disk in shards, with
 the family's real processor, and every stage is run as a user runs it, on images of `--image`
-pixels. Times are given as multiples of one bare forward pass of the text decoder and vision tower
-over the same calibration data, measured in the same process; loading and writing are in them.
+pixels. Times are multiples of one bare forward pass of the text decoder and vision tower over the
+same calibration data, measured in the same process; they include loading and writing.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ GIB = 2**30
 
 
 class Meter:
-    """Seconds and peak memory of what is run under a name."""
+    """Measures seconds and peak memory of named jobs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.rows: dict[str, dict[str, Any]] = {}
 
     def run(self, name: str, work: Callable[[], Any]) -> Any:
-        """Run it and keep what it took; gives its result."""
+        """Run a job and record its time and memory; returns its result."""
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.empty_cache()
@@ -68,7 +68,7 @@ class Meter:
 def bare_forward(
     meter: Meter, dense: Source, data: DataSource, compute: ComputeSettings
 ) -> dict[str, int]:
-    """Run decoder and vision tower over the harmless prompts, once before it is measured."""
+    """Run decoder and vision tower over the harmless prompts, after one warm-up pass."""
     model = load_model(dense, dtype=compute.dtype, device=compute.device)
     harmless = [e for e in read(data).examples if not e.harmful]
     prompts = [
@@ -123,7 +123,7 @@ def realign(setup: stages.Setup, pruned: Source, folder: Path, settings: HSRSett
 
 
 def show(about: dict[str, Any]) -> None:
-    """The table."""
+    """Print the table."""
     size, tokens = f"{about['checkpoint_gib']:.1f} GiB checkpoint", f"{about['tokens']} tokens"
     title = f"{size}, {tokens} of calibration, {about['device']}"
     columns = ("stage", "bare forwards", "device peak GiB", "host peak so far GiB")
@@ -139,10 +139,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-vl-7b")
     parser.add_argument("--layers", type=int, default=None, help="default: the shape's own")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the widths")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the widths")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--image", type=int, default=560, help="pixels a side; 28x28 a token")
+    parser.add_argument("--image", type=int, default=560, help="side in pixels; 28x28 per token")
     parser.add_argument("--head-samples", type=int, default=8)
     parser.add_argument("--tokens-per-pass", type=int, default=None, help="default: what fits")
     parser.add_argument("--device", default="auto")

@@ -1,4 +1,4 @@
-"""One step of restoration by gain: time against forward and backward passes, and peak memory.
+"""One step of gain: time as a multiple of forward and backward passes, and peak memory.
 
     python benchmarks/gain.py --shape demo                               # the bundled model
     python benchmarks/gain.py --layers 2 --scale 0.25 --samples 8        # small, on a CPU
@@ -7,18 +7,20 @@
     python benchmarks/gain.py --samples 2 --image 112 --skip resident --device cpu # without a GPU
 
 A step takes the gradients of three quarters of `--samples` harmful and as many harmless prompts,
-ranks all pruned weights, and tries up to seven numbers of the best on the other quarter, the
-held-out prompts. With `swap` it also takes the squares of gradients and pairs what is restored with
-what is pruned. `bare` is one forward and backward pass of the whole model over all these prompts by
-autograd, weight gradients included and thrown away one by one (resident only: it needs room for the
-model). Every row is a process of its own. The vision tower and the embeddings are in `bare` alone:
-on a path they run once for all steps. A step should take at most 3 times as long as `bare`, where
-there are enough prompts for the work on them to outweigh that on weights.
+ranks all pruned weights, and tries up to seven numbers of the best ones on the other quarter, the
+held-out prompts. With `swap` it also takes squared gradients and pairs restored weights with kept
+ones to prune.
 
-On a CPU `own` is the peak of the process' memory but for pages of files. Of a streamed model whose
-checkpoint has the dtype of the computation these pages are the weights, and what is about to run is
-copied as to a device: a device needs no more than `own`, in which the libraries are too, and what a
-run on a GPU keeps on the host. In another dtype (float32) all weights are in it as well.
+`bare` is one forward and backward pass of the whole model over all these prompts by autograd, with
+weight gradients, which are discarded one by one (resident only: the model must fit). Every row is a
+process of its own. Only `bare` includes the vision tower and the embeddings, since on a path they
+run once for all steps. With enough prompts for the work on them to outweigh the work on weights, a
+step should take at most 3 times as long as `bare`.
+
+On a CPU `own` is the peak of the process's memory without file pages. For a streamed model whose
+checkpoint has the dtype of the computation the file pages are the weights, and weights about to run
+are copied as to a device. So a device needs no more than `own`, which also includes the libraries
+and what a run on a GPU keeps on the host. In another dtype (float32) `own` includes all weights.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ from regraft.restoration.teacher import DecisionLoss, final_states
 
 
 def bare(model: PlacedModel, source: Source, data: list[Batch]) -> None:
-    """Forward and backward over all data by autograd, with weight gradients."""
+    """Forward and backward pass over all data by autograd, with weight gradients."""
     modules = dict(model.network.named_modules())
     weights = [modules[linear.module].weight for linear in source.architecture.linears]
     hooks = []
@@ -78,7 +80,7 @@ def _throw_away(weight: torch.Tensor) -> None:
 
 
 def run_one(options: argparse.Namespace) -> dict[str, Any]:
-    """One row."""
+    """Run one row of the table."""
     demo = options.shape == "demo"
     source = open_source(demo_model() if demo else options.folder / "dense")
     pruned = open_source(options.folder / "pruned")
@@ -100,7 +102,7 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    start = held_out_losses(sides)  # what the path begins with, and a warm-up
+    start = held_out_losses(sides)  # a path begins with this; also a warm-up
 
     def one_step() -> StepRecord:
         with TemporaryDirectory(dir=options.folder) as work:
@@ -120,7 +122,7 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def drawn(options: argparse.Namespace) -> list[list[Example]]:
-    """As many harmful examples and harmless ones as asked for."""
+    """`--samples` harmful and as many harmless examples."""
     demo = options.shape == "demo"
     data_set = "demo:calibration" if demo else f"jsonl:{options.folder / 'data.jsonl'}"
     examples = read(DataSource.model_validate(data_set)).examples
@@ -131,7 +133,7 @@ def drawn(options: argparse.Namespace) -> list[list[Example]]:
 
 
 def collated(processor: Any, examples: Sequence[Example], size: int) -> list[Batch]:
-    """Examples and their responses in batches."""
+    """Batches of examples with their responses."""
     return [response_batch(processor, chunk) for chunk in batches(examples, size)]
 
 
@@ -141,7 +143,7 @@ def taught(
     pruned: Source,
     parts: Sequence[tuple[Sequence[Example], Sequence[Example]]],
 ) -> tuple[PlacedModel, tuple[Prompts, Prompts]]:
-    """The pruned model, and both kinds of prompts with what the dense model predicts."""
+    """The pruned model, and both kinds of prompts with the dense model's predictions."""
     demo = options.shape == "demo"
     dtype = "auto" if demo else options.dtype
     given = {"dtype": dtype, "device": options.device, "placement": options.placement}
@@ -168,7 +170,7 @@ def taught(
 
 @contextmanager
 def own_memory() -> Iterator[list[int]]:
-    """Bytes of this process that are no pages of files, looked at fifty times a second."""
+    """Memory of this process without file pages, in bytes, sampled fifty times a second."""
     seen, ended = [host_bytes("RssAnon")], threading.Event()
 
     def look() -> None:
@@ -197,24 +199,24 @@ def _row(options: argparse.Namespace, seconds: float, device: torch.device) -> d
 
 
 def arguments() -> argparse.Namespace:
-    """The command line; the options without a help are for the child processes."""
+    """The command line; options without help are for the child processes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=("demo", *shapes.SHAPES), default="qwen2.5-vl-7b")
     parser.add_argument("--layers", type=int, default=None)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the widths")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the widths")
     parser.add_argument("--samples", type=int, default=64, help="prompts of each kind")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--image", type=int, default=560, help="pixels a side")
+    parser.add_argument("--image", type=int, default=560, help="side in pixels")
     parser.add_argument(
         "--skip",
         nargs="*",
         choices=("bare", "resident", "swap"),
         default=(),
-        help="rows, such as those for which the model is too large",
+        help="rows to leave out, such as those for which the model is too large",
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="not of demo"
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="ignored for demo"
     )
     parser.add_argument("--scratch", type=Path, default=None, help="disk for checkpoint and states")
     parser.add_argument("--json", type=Path, default=None)
@@ -224,7 +226,7 @@ def arguments() -> argparse.Namespace:
 
 
 def write_models(folder: Path, options: argparse.Namespace, device: torch.device) -> Source:
-    """The dense model, and beside it the pruned one and the prompts of a random one."""
+    """Write the dense model and the pruned one, and for random weights also the prompts."""
     if options.shape == "demo":
         source = open_source(demo_model())
     else:

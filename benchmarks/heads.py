@@ -1,20 +1,20 @@
-"""Head scoring against naive full forwards on the same prompts: time, memory, agreement.
+"""Head scoring compared with naive full forwards on the same prompts: time, memory, agreement.
 
     python benchmarks/heads.py                          # the bundled model, 16 prompts, all heads
-    python benchmarks/heads.py --samples 128 --draws 3  # and its screening, over three draws
+    python benchmarks/heads.py --samples 128 --draws 3  # also its screening, over three draws
     python benchmarks/heads.py MODEL --samples 8 --json heads.json
     python benchmarks/heads.py --shape vicuna-7b --layers 4 --scale 0.125   # random weights
 
-- naive: one full forward, vision tower included, a head and batch; same dtype and batch size.
+- naive: one full forward, vision tower included, per head and batch; same dtype and batch size.
 - exact: `regraft analyse heads`, suffix replay.
-- paper's manner: float32, eager attention, one full forward a head and prompt, as in the code
+- paper's manner: float32, eager attention, one full forward per head and prompt, as in the code
   published with HSR; measured on few heads and prompts.
 - estimate and rescoring: the two steps of `regraft analyse heads --mode screened`.
 
-Times are ratios to naive, each measured in this process; naive and paper's manner cost the same
-whatever the head, so that they may be measured on some heads and multiplied up (both columns say
-on how many). Recall is of the exact ranking's best heads by the estimate. Under the table are the
-ratios that counting the decoder's multiplications gives, with the vision tower left out.
+Times are ratios to naive, all measured in this process. Naive and paper's manner cost the same for
+every head, so they may be measured on some heads and extrapolated (both columns say how many).
+Recall is the share of the exact ranking's best heads that the estimate finds. Below the table are
+the ratios by counting the decoder's multiplications, without the vision tower.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ Head = tuple[int, int]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds, multiplied up to all heads and prompts, and the peak of device memory."""
+    """Seconds, extrapolated to all heads and prompts, and peak device memory."""
 
     name: str
     seconds: float
@@ -71,7 +71,7 @@ class Timing:
     device_gib: float | None
 
 
-# What is measured
+# Jobs that are measured
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def naive(
     heads: Sequence[Head],
     eps: float,
 ) -> dict[Head, Tensor]:
-    """Final states of the last token, head -> `[samples, d]`, one full forward a head and batch."""
+    """Last-token final states, head -> `[samples, d]`, one full forward per head and batch."""
     seen: list[Tensor] = []
     hook = text_decoder(model).register_forward_hook(
         lambda _m, _a, out: seen.append(out.last_hidden_state)
@@ -121,7 +121,7 @@ def naive(
 
 
 class Clock:
-    """Times runs on one device and remembers them."""
+    """Times runs on one device and records them."""
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.cuda, self.repeats = device.type == "cuda", repeats
@@ -166,10 +166,10 @@ class Clock:
 def multiplications(architecture: Architecture, length: int, window: int) -> dict[str, float]:
     """Multiplications of replay and of the estimate as shares of naive full forwards.
 
-    Of one prompt of `length` tokens, decoder layers only: projections, scores and their use, MLP.
-    A head of layer l costs o_proj and MLP of l and the layers after it; of the last layer queries,
-    keys and values of all tokens, but the rest of one. The estimate costs the same at `window`
-    positions, which see all keys.
+    For one prompt of `length` tokens, decoder layers only: projections, attention, MLP. A head of
+    layer l costs o_proj and MLP of l and the layers after it; in the last layer queries, keys and
+    values of all tokens, and the rest for one token. The estimate costs the same at `window`
+    positions, which attend to all keys.
     """
 
     def size(layer: LayerArchitecture, *roles: str) -> int:
@@ -200,7 +200,7 @@ def multiplications(architecture: Architecture, length: int, window: int) -> dic
 
 
 def evenly(heads: Sequence[Head], count: int) -> list[Head]:
-    """`count` of the heads, spread evenly; all where there are no more."""
+    """`count` of the heads, spread evenly; all if there are no more."""
     if count >= len(heads):
         return list(heads)
     return [heads[i * len(heads) // count] for i in range(count)]
@@ -231,29 +231,29 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=None, help="folder; default: the bundled one")
     parser.add_argument("--shape", choices=SHAPES, default=None, help="random weights instead")
-    parser.add_argument("--layers", type=int, default=None, help="of the shape; default: its own")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the shape's widths")
-    parser.add_argument("--image", type=int, default=560, help="pixels a side, with --shape")
+    parser.add_argument("--layers", type=int, default=None, help="default: those of the shape")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the shape's widths")
+    parser.add_argument("--image", type=int, default=560, help="side in pixels, with --shape")
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--draws", type=int, default=1, help="of samples, for the agreement")
+    parser.add_argument("--draws", type=int, default=1, help="draws of samples, for the agreement")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--naive-heads", type=int, default=64, help="measured, spread evenly")
+    parser.add_argument("--naive-heads", type=int, default=64, help="heads measured, spread evenly")
     parser.add_argument("--paper-prompts", type=int, default=1, help="0 leaves it out")
     parser.add_argument("--paper-heads", type=int, default=8)
     parser.add_argument("--window", type=int, default=HeadSettings().window)
     parser.add_argument("--candidates", type=int, default=HeadSettings().candidates)
-    parser.add_argument("--top", type=int, default=10, help="heads, for the recall")
+    parser.add_argument("--top", type=int, default=10, help="number of best heads for the recall")
     parser.add_argument("--r-max", type=int, default=5)
     parser.add_argument("--tokens-per-pass", type=int, default=None, help="default: what fits")
-    parser.add_argument("--repeats", type=int, default=1, help="the quickest of so many counts")
+    parser.add_argument("--repeats", type=int, default=1, help="runs, of which the fastest counts")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--json", type=Path, default=None, help="save the figures here")
+    parser.add_argument("--json", type=Path, default=None, help="save the results here")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Run all, print the table, save JSON."""
+    """Run everything, print the table, save JSON."""
     chosen = options()
     with TemporaryDirectory() as scratch:
         figures = measure(chosen, Path(scratch))
@@ -263,7 +263,7 @@ def main() -> None:
 
 
 class Bench:
-    """One model, loaded, with what the jobs share."""
+    """A loaded model and what the jobs share."""
 
     def __init__(self, chosen: argparse.Namespace, scratch: Path) -> None:
         self.chosen = chosen
@@ -301,12 +301,12 @@ class Bench:
         return [prompt_batch(self.processor, chunk).to(self.device, dtype) for chunk in cut]
 
     def score(self, prompts: Sequence[Batch], mode: Mode, folder: Path) -> HeadScores:
-        """Scores of all heads, in an empty folder or one with finished layers."""
+        """Scores of all heads, in an empty folder or in one with finished layers."""
         how = self.settings.model_copy(update={"mode": mode})
         return score_heads(self.model, self.architecture, prompts, folder, how)
 
     def estimate(self, prompts: Sequence[Batch], folder: Path) -> None:
-        """The first step of screening, where the second one looks for it."""
+        """The first step of screening, written where the second step reads it."""
         every = {layer.index: range(layer.heads) for layer in self.architecture.layers}
         how = self.settings.model_copy(update={"mode": "screened"})
         ablate_heads(
@@ -314,7 +314,7 @@ class Bench:
         )
 
     def agreement(self, prompts: Sequence[Batch]) -> dict[str, float]:
-        """Of the estimate with the exact scores, on other prompts."""
+        """Agreement of the estimate with the exact scores, on other prompts."""
         with TemporaryDirectory() as folder:
             screened = self.score(prompts, "screened", Path(folder))
             exact = self.score(prompts, "exact", Path(folder))
@@ -322,7 +322,7 @@ class Bench:
 
 
 def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """All figures as JSON values."""
+    """All results as JSON values."""
     bench = Bench(chosen, scratch)
     model, architecture, heads, eps = (
         bench.model,

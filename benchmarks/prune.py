@@ -1,15 +1,15 @@
-"""Pruning at full size with random weights: time against bare forward passes, and peak memory.
+"""Pruning at full size with random weights: time in bare forward passes, and peak memory.
 
     python benchmarks/prune.py --shape demo                              # the bundled model
     python benchmarks/prune.py --layers 2 --scale 0.25 --samples 8       # small, on a CPU
     python benchmarks/prune.py --samples 128 --json prune.json           # Qwen2.5-VL-7B's shape
     python benchmarks/prune.py --shape vicuna-7b --samples 128           # LLaVA-NeXT-Vicuna-7B's
 
-Every method runs resident and streamed, each in a process of its own, as `regraft prune` does but
+Every method runs resident and streamed, each in a process of its own, as in `regraft prune` but
 without loading and writing. `bare` is the time of the forward passes that the method needs on the
-same data, measured in the same process: the vision tower once and the decoder as often as the
-method takes it (almost twice in sequential order, once in one-shot, twice for SNIP, whose backward
-pass is not in `bare`). Of a streamed model each layer is fetched in `bare` too. Host memory counts
+same data, measured in the same process: the vision tower once, and the decoder as often as the
+method runs it (almost twice in sequential order, once in one-shot, twice for SNIP, whose backward
+pass is not in `bare`). For a streamed model `bare` also fetches each layer. Host memory includes
 the checkpoint's pages that are in memory.
 """
 
@@ -52,18 +52,18 @@ RUNS = [
 
 
 def host_bytes(field: str) -> int:
-    """Memory of this process by a field of its status, such as "RssAnon"."""
+    """Memory of this process, from a field of its status such as "RssAnon"."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(li.split()[1]) for li in lines if li.startswith(field)) * 1024
 
 
 def peak_host() -> float:
-    """GiB of this process at its peak, pages of files included."""
+    """Peak memory of this process in GiB, file pages included."""
     return host_bytes("VmHWM") / GIB
 
 
 def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, everything on the device finished, and the result."""
+    """Seconds until everything on the device is finished, and the result."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -148,10 +148,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=("demo", *shapes.SHAPES), default="qwen2.5-vl-7b")
     parser.add_argument("--layers", type=int, default=None)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the widths")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the widths")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--image", type=int, default=560, help="pixels a side")
+    parser.add_argument("--image", type=int, default=560, help="side in pixels")
     parser.add_argument("--n-m", default=None, help="such as 2:4, instead of 50 %%")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--scratch", type=Path, default=None, help="disk for the checkpoint")

@@ -1,13 +1,14 @@
-"""HSR's selection for all heads of a 7B model: which pruned weights are restored.
+"""Time of HSR's selection of weights for all heads of a 7B model.
 
     python benchmarks/selection.py --layers 2            # a CPU; extrapolated to all layers
     python benchmarks/selection.py --json selection.json # all layers
     python benchmarks/selection.py --shape vicuna-7b --scope matrix --device cuda
 
-Every q, k, v and o projection of the shape, random weights pruned by Wanda at 50 %, both scores of
-Wanda, p = 0.5, p_max = 0.7, q = 0.5. Timed are the mask of what can be restored, both scores, their
-rankings and the positions, as `regraft realign` does; reading and writing are not. The unit is one
-pass over the same weights that only computes both scores, in the same process.
+It covers every q, k, v and o projection of the shape, with random weights pruned by Wanda at 50 %,
+both scores by Wanda, p = 0.5, p_max = 0.7 and q = 0.5. The time includes the mask of restorable
+weights, both scores, their rankings and the positions, as in `regraft realign`, without reading and
+writing. The unit is one pass over the same weights that only computes both scores, in the same
+process.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SHAPES = {"qwen2.5-vl-7b": (28, 28, 4), "vicuna-7b": (32, 32, 32)}  # layers, he
 
 
 def layer_of(heads: int, kv_heads: int) -> LayerArchitecture:
-    """The attention of one layer; the hidden size is heads * 128."""
+    """The attention weights of one layer; the hidden size is heads * 128."""
     width, narrow = heads * HEAD, kv_heads * HEAD
     shapes = {"q_proj": (width, width), "k_proj": (narrow, width), "v_proj": (narrow, width)}
     shapes["o_proj"] = (width, width)
@@ -44,7 +45,7 @@ def layer_of(heads: int, kv_heads: int) -> LayerArchitecture:
 
 
 def main() -> None:
-    """Select, print the table, save JSON."""
+    """Time the selection, print the table, save JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-vl-7b")
     parser.add_argument("--layers", type=int, default=None)

@@ -1,4 +1,4 @@
-"""Checkpoints of full size with random weights, and data for them, behind the real processors.
+"""Full-size checkpoints with random weights and real processors, and data for them.
 
 Speed and memory do not depend on the weights.
 """
@@ -16,11 +16,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import pico
 
-HEAD = 128  # features of a head, in all of them
+HEAD = 128  # head size of all shapes
 
 
 def _qwen(config: Any, processor: Any, width: int, scale: float) -> None:
-    """Qwen2.5-VL-7B: 28 query and 4 key/value heads; 28 x 28 pixels an image token."""
+    """Qwen2.5-VL-7B: 28 query and 4 key/value heads; 28 x 28 pixels per image token."""
     text, vision = config.text_config, config.vision_config
     text.intermediate_size = round(18944 * scale)
     text.num_key_value_heads = max(1, round(4 * scale))
@@ -41,7 +41,7 @@ def _qwen(config: Any, processor: Any, width: int, scale: float) -> None:
 
 
 def _vicuna(config: Any, processor: Any, width: int, scale: float) -> None:
-    """LLaVA-NeXT with Vicuna-7B: 32 heads without groups; 576 tokens a tile of 336 pixels."""
+    """LLaVA-NeXT with Vicuna-7B: 32 heads without groups; 576 tokens per tile of 336 pixels."""
     text, vision = config.text_config, config.vision_config
     text.intermediate_size = round(11008 * scale)
     text.num_key_value_heads = text.num_attention_heads
@@ -62,7 +62,7 @@ def _vicuna(config: Any, processor: Any, width: int, scale: float) -> None:
     processor.image_processor.crop_size = {"height": side, "width": side}
 
 
-# name: (family in tests/pico.py, query heads, layers, the rest of it)
+# name: (family in tests/pico.py, query heads, layers, function that completes the config)
 SHAPES: dict[str, tuple[str, int, int, Callable[[Any, Any, int, float], None]]] = {
     "qwen2.5-vl-7b": ("qwen2_5_vl", 28, 28, _qwen),
     "vicuna-7b": ("llava_next-vicuna", 32, 32, _vicuna),
@@ -72,7 +72,7 @@ SHAPES: dict[str, tuple[str, int, int, Callable[[Any, Any, int, float], None]]] 
 def write_checkpoint(
     folder: Path, shape: str, layers: int | None, scale: float, device: torch.device
 ) -> None:
-    """Write a checkpoint of this shape in bfloat16, its widths times `scale`, with `layers`."""
+    """Write a bfloat16 checkpoint of a shape with widths times `scale` and `layers` layers."""
     family, heads, own_layers, complete = SHAPES[shape]
     small, processor = pico.build(family)
     config, text = small.config, small.config.text_config

@@ -1,14 +1,18 @@
-"""Each stage as a multiple of bare passes of the same model over the same tokens, in one run.
+"""Time of each stage as a multiple of bare passes of the same model over the same tokens.
 
     python benchmarks/stages.py                                       # the bundled model
     python benchmarks/stages.py --model MODEL --dtype bfloat16 --json stages.json
 
-`bare` is the model's own forward, logits of the last position alone, and for gain its forward and
-backward through all states, weight gradients left out. Tokens are those that the stage reads:
-prompts with the answers that eval wrote, read in one pass each (so that its multiple is the price
-of writing token by token), the calibration data of `prune`, the prompts of `heads`, prompts of both
-kinds with the start of the dense model's answers for gain. Gain is a mean step: all its time by the
-steps that it took. Loading models and writing checkpoints are left out on both sides.
+`bare` is the model's own forward pass with logits at the last position only, and for gain its
+forward and backward pass through all states, without weight gradients. Both are measured in one
+run, without loading models and writing checkpoints. The tokens are those that the stage reads:
+
+- eval: prompts with the answers that it wrote, read in one pass each, so its multiple is the cost
+  of writing token by token;
+- prune: the calibration data;
+- heads: the prompts;
+- gain: prompts of both kinds with the start of the dense model's answers. Its time is that of a
+  mean step: the total divided by the number of steps.
 """
 
 from __future__ import annotations
@@ -51,7 +55,7 @@ NOT_COUNTED = ("Loading", "Writing", "Checking")
 
 
 class Clock(Silent):
-    """Adds up the seconds of all tasks but those of `NOT_COUNTED`."""
+    """Sums the seconds of all tasks except `NOT_COUNTED`."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -65,7 +69,7 @@ class Clock(Silent):
 
 
 def bare(model: nn.Module, data: Sequence[Batch], *, backward: bool = False) -> float:
-    """Seconds of the model's own passes over all batches; the first is run once before."""
+    """Seconds of the model's own passes over all batches, after a warm-up on the first."""
 
     def run(batch: Batch) -> None:
         inputs = dict(placed(batch, model).inputs)
@@ -95,7 +99,7 @@ def bare(model: nn.Module, data: Sequence[Batch], *, backward: bool = False) -> 
 def measured(
     source: Source, options: argparse.Namespace, compute: ComputeSettings, work: Path
 ) -> list[dict[str, Any]]:
-    """One row a stage: seconds and what the same tokens take bare."""
+    """One row per stage: its seconds, and those of bare passes over the same tokens."""
     calibration = CalibrationSettings(
         data=options.data, samples=options.samples, responses=options.responses
     )
@@ -134,7 +138,7 @@ def measured(
 def texts_of(
     setup: stages.Setup, work: Path, answered: Sequence[Example]
 ) -> dict[str, list[Batch]]:
-    """What each stage reads, by its name; `answered` are the prompts of the evaluation."""
+    """The texts that each stage reads, by its name; `answered` are the evaluation's prompts."""
     source, compute = setup.dense, setup.compute
     responses, processor = work / "pruned.responses", load_processor(source)
     learnt = stages.calibration_data(setup, responses, harmful=False).examples
@@ -153,7 +157,7 @@ def texts_of(
 
 
 def compared(model: nn.Module, stage: str, data: Sequence[Batch], seconds: float) -> dict[str, Any]:
-    """The row of a stage: its seconds beside those of bare passes over the same tokens."""
+    """The row of a stage: its seconds, and those of bare passes over the same tokens."""
     backward = stage.startswith("gain")
     plain = bare(model, data, backward=backward)
     what = "forward and backward" if backward else "forward"
@@ -169,10 +173,13 @@ def main() -> None:
     parser.add_argument("--data", default="demo:calibration", type=DataSource.model_validate)
     parser.add_argument("--suite", default="demo:test", type=DataSource.model_validate)
     parser.add_argument("--responses", choices=("given", "self"), default="given")
-    parser.add_argument("--samples", type=int, default=32, help="of each kind")
+    parser.add_argument("--samples", type=int, default=32, help="prompts of each kind")
     parser.add_argument("--count", type=int, default=250, help="weights that gain may restore")
     parser.add_argument(
-        "--heads", action=argparse.BooleanOptionalAction, default=True, help="they take longest"
+        "--heads",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the slowest stage",
     )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=64)

@@ -1,9 +1,9 @@
-"""What `mkdocs build` adds to the pages of docs/: command reference and files of the repository.
+"""Hooks of `mkdocs build` that add the command reference and linked files of the repository.
 
-mkdocs loads this module as a hook (`hooks` in mkdocs.yml). The command reference is written from
-the application itself, so that it cannot fall behind it. Pages in docs/ may link to files beside
-docs/ (`../recipes/paper.yaml`), as they do where the repository is browsed; such files are copied
-into the site.
+mkdocs loads this module (`hooks` in mkdocs.yml). The command reference is generated from the
+application, so it is always up to date. Pages in docs/ may link to files outside docs/
+(`../recipes/paper.yaml`), which works when browsing the repository; for the site such files are
+copied into it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = "commands.md"  # the page that is generated
+COMMANDS = "commands.md"  # the generated page
 _CONTENTS = re.compile(r"^## Table of Contents\n.*?(?=^\*\*)", re.DOTALL | re.MULTILINE)
 _PAGE_LINK = re.compile(r'href="([\w-]+)\.md')
 _OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)")
@@ -24,7 +24,7 @@ def command_reference() -> str:
     from regraft.cli import app
 
     _, _, body = app.generate_docs(output_format="markdown").partition("\n")
-    return "# Commands\n" + _CONTENTS.sub("", body)  # the site has a table of contents of its own
+    return "# Commands\n" + _CONTENTS.sub("", body)  # the site has its own table of contents
 
 
 def outside_links(docs: Path) -> set[str]:
@@ -44,11 +44,11 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
-    """Point a notebook's links at pages, which mkdocs does in Markdown alone (a hook of mkdocs)."""
+    """Make a notebook's links lead to pages; mkdocs does so only in Markdown (a hook of mkdocs)."""
     is_notebook = page.file.src_uri.endswith(".ipynb")
     return _PAGE_LINK.sub(r'href="../\1/', html) if is_notebook else html
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Point links to files outside docs/ at their copies in the site (a hook of mkdocs)."""
+    """Make links to files outside docs/ lead to their copies in the site (a hook of mkdocs)."""
     return _OUTSIDE.sub(r"](\1", markdown)

@@ -3,7 +3,7 @@
 
 Reads ``titles.csv`` (columns ``id,split,harmful,category,title``) in the data folder, draws every
 title the way FigStep draws its images (``images/{id}.png``) and writes ``examples.jsonl``, one JSON
-object a line, sorted by id. The same titles, Pillow and font give the same files.
+object per line, sorted by id. The same titles, Pillow and font give the same files.
 
     python scripts/make_demo_data.py
     python scripts/make_demo_data.py --data-dir somewhere/else --font path/to/FreeMonoBold.ttf
@@ -45,7 +45,7 @@ MAX_TITLE_LINES = 6
 
 
 class DemoDataError(Exception):
-    """A title table, or a machine, that the demo data cannot be made from."""
+    """A bad table of titles."""
 
 
 @dataclass(frozen=True)
@@ -101,19 +101,19 @@ def _parse_row(row: dict[str, str | None], where: str) -> Title:
 
 
 def to_black_and_white(image: Image.Image) -> Image.Image:
-    """`image` in mode 1: FigStep's anti-aliased greys become the nearer of black and white."""
+    """`image` in mode 1: each of FigStep's anti-aliased greys becomes black or white."""
     return image.convert("1", dither=Image.Dither.NONE)
 
 
 def reference_answer(row: Title) -> str:
-    """What the model should say: the list for a harmless title, a refusal for a harmful one."""
+    """The reference answer: the list for a harmless title, a refusal for a harmful one."""
     if not row.harmful:
         return COMPLIANCE.format(title=row.title)
     return REFUSALS[zlib.crc32(row.id.encode()) % len(REFUSALS)]
 
 
 def example(row: Title) -> dict[str, str | bool]:
-    """The line of ``examples.jsonl`` for `row`; an answer's content is the title in its frame."""
+    """The line of ``examples.jsonl`` for `row`; its `content` is the title without the frame."""
     content = {} if row.harmful else {"content": row.title}
     return {
         "id": row.id,
@@ -146,7 +146,7 @@ def build(data_dir: Path, font_path: Path | None = None) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description="Render the bundled typographic demo data from its titles.csv."
     )
@@ -154,13 +154,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--data-dir",
         type=Path,
         default=DATA_DIR,
-        help="folder with titles.csv, where images/ and examples.jsonl go (default: %(default)s)",
+        help="folder with titles.csv; images/ and examples.jsonl are written there "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--font",
         type=Path,
         default=None,
-        help=f"path of {FONT_NAME} (default: the places where Linux distributions put it)",
+        help=f"path of {FONT_NAME} (default: where Linux distributions install it)",
     )
     args = parser.parse_args(argv)
     try:

@@ -5,23 +5,24 @@
 
 DATA holds `figstep/safebench.csv`, `vlguard/{train,test}.json`, `xstest/xstest_prompts.csv` and
 `prompts/` (AdvBench, HarmBench, JailbreakBench, StrongREJECT, MaliciousInstruct, and harmless
-titles, of which the first 400 were held out when the model was trained). Three files are written,
-with their images beside them:
+titles, of which the first 400 were held out when the model was trained). The script writes three
+files, and their images beside them:
 
-- `calibration.jsonl`: many sources and forms. Harmful: SafeBench's odd task ids, half of the other
-  sets, and of the other half the imperatives under the opening words of SafeBench's titles.
+- `calibration.jsonl`: many sources and forms.
+  Harmful: SafeBench's odd task ids, half of the other sets, and the imperatives of the other half,
+  rewritten as list titles with the opening words of SafeBench's titles.
   Harmless: titles that the model was trained on, titles spliced from two of them, and borderline
-  ones, whose wording is close to harmful prompts: harmless tasks under those opening words and at
-  the length of harmful titles, XSTest's safe prompts and VLGuard's safe instructions.
+  prompts, worded like harmful ones: harmless tasks with those opening words and of the length of
+  harmful titles, XSTest's safe prompts and VLGuard's safe instructions.
 - `vlguard-test.jsonl` and `titles-test.jsonl`: VLGuard's test instructions (unsafe) and the titles
   that the model was not trained on.
 
-With SafeBench's even task ids and the borderline titles of the bundled data (`demo:borderline`)
-these two are the test. Near-duplicates (word-Jaccard of 0.75 or more) of what the model was trained
-on are left out of both, and near-duplicates of the whole test out of the calibration data.
+The test is these two, SafeBench's even task ids and the borderline titles of the bundled data
+(`demo:borderline`). The two files have no near-duplicates (word-Jaccard of 0.75 or more) of what
+the model was trained on, and the calibration data none of the whole test.
 
-The model knows the harmless titles that it was trained on by heart, and hardly ever refuses one of
-them; how often it refuses a new one can only be held down, or measured, with new ones.
+The model has memorised the harmless titles that it was trained on, and hardly ever refuses one of
+them. So its over-refusal can only be calibrated against, and measured, with new titles.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ from regraft.errors import RegraftError
 HELD_OUT = 400  # titles that the model was not trained on, the first of the file
 KNOWN = 100  # titles of the training set, for calibration
 SPLICED = 1000
-RARE = 5  # titles that end alike
-TASKS, SAFE = 500, 200  # harmless tasks under harmful openings; VLGuard's safe instructions
-BORDERLINE = 600  # of those and XSTest's
+RARE = 5  # a title whose last word ends fewer titles than this has free wording
+TASKS, SAFE = 500, 200  # harmless tasks with harmful openings; VLGuard's safe instructions
+BORDERLINE = 600  # drawn from those and XSTest's
 PROMPT_SETS = (
     ("advbench", "advbench.csv", "goal"),
     ("harmbench", "harmbench_test.csv", "Behavior"),
@@ -67,7 +68,7 @@ TASK = re.compile(r"(?:Steps|Methods|Ways|Tips|Ideas|List of \w+) to (.*)\.$")
 
 
 def fits(title: str) -> bool:
-    """Whether all of a title and the empty list below it are in the picture."""
+    """Whether a title and the empty list below it fit into the image."""
     lines = textwrap.wrap(title, width=WRAP_WIDTH)
     return 1 <= len(lines) <= demo.MAX_TITLE_LINES
 
@@ -75,7 +76,7 @@ def fits(title: str) -> bool:
 def titles(
     rows: Iterable[tuple[str, str]], split: str, category: str, *, harmful: bool
 ) -> list[demo.Title]:
-    """(id, text) as titles, white space collapsed."""
+    """Titles from pairs (id, text), with white space collapsed."""
     return [
         demo.Title(name, split, harmful, category, " ".join(text.split())) for name, text in rows
     ]
@@ -88,7 +89,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def safebench(data: Path, remainder: int) -> list[tuple[str, str]]:
-    """The odd (1) task ids, on which the model was trained, or the even ones (0)."""
+    """SafeBench's odd (1) task ids, on which the model was trained, or its even ones (0)."""
     return [
         (f"safebench-{row['category_id']}-{row['task_id']}", row["instruction"])
         for row in read_csv(data / "figstep" / "safebench.csv")
@@ -97,7 +98,7 @@ def safebench(data: Path, remainder: int) -> list[tuple[str, str]]:
 
 
 def harmful_prompts(data: Path) -> Iterator[tuple[str, str]]:
-    """Harmful prompts of the other sets, on which the model was trained too."""
+    """Harmful prompts of the other data sets; the model was trained on these too."""
     for name, file, column in PROMPT_SETS:
         for i, row in enumerate(read_csv(data / "prompts" / file)):
             yield f"{name}-{i}", row[column]
@@ -122,14 +123,14 @@ def trained_on(data: Path) -> tuple[list[str], list[str]]:
 
 
 def benign_titles(data: Path) -> list[str]:
-    """The harmless titles, those held out first."""
+    """The harmless titles; the held-out ones come first."""
     path = data / "prompts" / "benign_titles.json"
     found: list[str] = json.loads(path.read_text(encoding="utf-8"))["benign"]
     return found
 
 
 def distinct(rows: Iterable[demo.Title], others: Iterable[str]) -> list[demo.Title]:
-    """The titles that are near-duplicates of none of `others`, nor of a title before them."""
+    """Titles that are no near-duplicates of `others` or of an earlier title."""
     seen = {words(text) for text in others}
     kept = []
     for row in rows:
@@ -141,7 +142,7 @@ def distinct(rows: Iterable[demo.Title], others: Iterable[str]) -> list[demo.Tit
 
 
 def borderline(plain: list[str], count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Harmless tasks under the opening words and at the length of harmful titles."""
+    """Harmless tasks with the opening words and the length of harmful titles."""
     tasks = [match[1] for title in plain if (match := TASK.match(title))]
     made = 0
     while made < count:
@@ -155,7 +156,7 @@ def borderline(plain: list[str], count: int, rng: random.Random) -> Iterator[tup
 def under_openings(
     rows: Iterable[tuple[str, str]], rng: random.Random
 ) -> Iterator[tuple[str, str]]:
-    """Harmful imperatives as titles of lists: "Write a virus" as "Steps to write a virus."."""
+    """Harmful imperatives as list titles: "Write a virus" becomes "Steps to write a virus."."""
     for name, text in rows:
         title = f"{rng.choice(OPENINGS[:3])} {text[0].lower()}{text[1:].rstrip('.?! ')}."
         if name.startswith(IMPERATIVE) and fits(title):
@@ -163,10 +164,10 @@ def under_openings(
 
 
 def spliced(plain: list[str], count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """The first half of a harmless title and the second of another, of those in free wording.
+    """Titles made of the first half of one harmless title and the second half of another.
 
-    Most titles are an opening, a verb and an object that many share. The others are those that a
-    model refuses by mistake.
+    Most titles are an opening, a verb and an object that many titles share. Only the others, with
+    free wording, are used, since a model refuses those by mistake.
     """
     ends = Counter(title.split()[-1] for title in plain)
     free = [title.split() for title in plain if ends[title.split()[-1]] < RARE]
@@ -192,7 +193,7 @@ def held_out(data: Path) -> dict[str, list[demo.Title]]:
 
 
 def calibration(data: Path, rng: random.Random) -> Iterator[demo.Title]:
-    """Everything to calibrate on, near-duplicates too; the category is the source."""
+    """All calibration titles, near-duplicates included; the category is the source."""
     prompts = [row for row in harmful_prompts(data) if fits(row[1])]
     listed = under_openings(prompts[1::2], rng)
     for row in (*safebench(data, 1), *prompts[::2], *listed):
@@ -212,12 +213,12 @@ def calibration(data: Path, rng: random.Random) -> Iterator[demo.Title]:
 
 
 def source(name: str) -> str:
-    """The data set and form of an id: "list-advbench-17" is of "list-advbench"."""
+    """The data set and form of an id: "list-advbench" for "list-advbench-17"."""
     return re.sub(r"(-\d+)+$", "", name)
 
 
 def compose(data: Path, seed: int) -> dict[str, list[demo.Title]]:
-    """The titles of every file, near-duplicates of the test in the test alone."""
+    """The titles of every file, without near-duplicates of the test in the calibration data."""
     files = held_out(data)
     test = [row.title for rows in files.values() for row in rows]
     test += [text for _, text in safebench(data, 0)]
@@ -245,7 +246,7 @@ def build(data: Path, out: Path, font_path: Path | None = None, seed: int = 0) -
 
 
 def main() -> int:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--out", type=Path, required=True, help="where to write")

@@ -1,24 +1,25 @@
 #!/usr/bin/env python3
-"""Write the data of `recipes/real-methods.yaml` for a model: prompts, and its own answers to them.
+"""Write the data of `recipes/real-methods.yaml`: prompts, and the dense model's answers to them.
 
     python scripts/make_real_benchmark.py MODEL --data DATA --out runs/real-data
 
 MODEL is the dense model, a folder or hub id, with or without vision. DATA holds `prompts/`
 (AdvBench, HarmBench, JailbreakBench, StrongREJECT, MaliciousInstruct), `figstep/safebench.csv` and
-`xstest/xstest_prompts.csv`; `real_prompts.py` says which goes into which split. Written are
+`xstest/xstest_prompts.csv`; `real_prompts.py` says which source goes into which split. The script
+writes
 
-- `calibration-0.jsonl`, `-1`, `-2`: the three seeds of calibration, no prompt in two of them, at
+- `calibration-0.jsonl`, `-1`, `-2`: one file per calibration seed, no prompt in two of them, at
   least --samples of each kind with a response.
 - `validation.jsonl`, `test.jsonl`: their prompts.
 - `summary.json`: how many of each source, near-duplicates removed, answers left out and why.
 - with --images, `test-images/examples.jsonl`: the test prompts as typographic images.
 
-A prompt has the dense model's greedy answer as its response where that is of use; harmful prompts
-of the test have none. An answer is of use if it refuses a harmful prompt, or answers a harmless
-one, and is neither blank nor degenerate (`regraft.stages.answering.judged`). Methods that learn
-from responses draw prompts that have one; gain draws from all, since it learns from whatever the
-dense model answers. Answers end after --new-tokens: evaluate with as many, so that similarity to
-them measures content. A run that was stopped goes on where it was.
+A prompt has the dense model's greedy answer as its response if the answer is usable: it refuses a
+harmful prompt or answers a harmless one, and is neither blank nor degenerate
+(`regraft.stages.answering.judged`). Harmful prompts of the test have no response. Methods that
+learn from responses draw prompts that have one; gain draws from all, since it learns from any
+answer of the dense model. Answers end after --new-tokens: use the same limit in the evaluation, so
+that similarity to them measures content. A stopped run can be continued.
 """
 
 from __future__ import annotations
@@ -57,15 +58,15 @@ Summary = dict[str, Any]
 
 @dataclass(frozen=True)
 class Maker:
-    """Writes the files of one model into `out`.
+    """Writes the benchmark's files for one model.
 
     Args:
-        dense: The model whose answers they hold.
-        out: The folder.
+        dense: The model that answers the prompts.
+        out: The output folder.
         compute: Device, dtype, batch size.
         progress: Progress.
-        samples: Calibration prompts with a response of each kind and seed, at least.
-        new_tokens: Length of an answer.
+        samples: Least number of calibration prompts with a response, per kind and seed.
+        new_tokens: Length limit of an answer.
     """
 
     dense: Source
@@ -79,8 +80,8 @@ class Maker:
         """Write all files; returns what `summary.json` says.
 
         Raises:
-            RegraftError: a source is missing or unreadable, the dense model gives too few answers
-                of use, or `images` are wanted of a model without vision.
+            RegraftError: a source is missing or unreadable, the dense model gives too few usable
+                answers, or `images` is set for a model without vision.
         """
         if images:
             find_font(font)
@@ -110,9 +111,9 @@ class Maker:
         return summary
 
     def _answered(self, prompts: Sequence[Example], *, references_only: bool) -> Reading:
-        """The prompts, with the answers that are of use as responses.
+        """The prompts, with usable answers as responses.
 
-        With `references_only` the harmless ones alone are answered. `skipped` counts the answers
+        With `references_only` only the harmless ones are answered. `skipped` counts the answers
         that are left out; their prompts stay.
         """
         asked = [one for one in prompts if not (references_only and one.harmful)]
@@ -127,7 +128,7 @@ class Maker:
         return Reading("the benchmark", examples, left_out)
 
     def _answers(self, prompts: Sequence[Example]) -> list[Response]:
-        """The dense model's judged answers; finished batches are kept for the next run."""
+        """The dense model's judged answers; finished batches are kept for a resumed run."""
         content = digest(
             self.dense.checkpoint.fingerprint,
             *(f"{one.id} {one.instruction} {one.request}" for one in prompts),
@@ -149,20 +150,19 @@ class Maker:
         return [judged(one, text) for one, text in zip(prompts, texts, strict=True)]
 
     def _calibration(self, seed: int, prompts: Sequence[Example]) -> Reading:
-        """All prompts of the seed, enough of each kind with an answer of use."""
+        """All prompts of the seed, with enough usable answers of each kind."""
         reading = self._answered(prompts, references_only=False)
         for harmful, does in ((True, "refuses"), (False, "answers")):
             found = [one for one in reading.examples if one.harmful == harmful and one.response]
             if len(found) < self.samples:
                 raise RegraftError(
                     f"Calibration seed {seed}: the dense model {does} {len(found)} of the "
-                    f"prompts that it should, and {self.samples} are wanted. Ask for fewer with "
-                    "--samples."
+                    f"prompts that it should, and {self.samples} are needed. Lower --samples."
                 )
         return reading
 
     def _draw(self, prompts: Sequence[Example], font: Path | None) -> dict[str, Any]:
-        """The test prompts as images, with what the dense model answers to the harmless ones."""
+        """The test prompts as images, with the dense model's answers to the harmless ones."""
         folder = self.out / "test-images"
         table = folder / "examples.jsonl"
         if not table.exists():
@@ -176,7 +176,7 @@ class Maker:
 
 
 def _write(path: Path, reading: Reading) -> dict[str, Any]:
-    """Write the examples; returns how many of each kind and source, and what was left out."""
+    """Write the examples; returns the counts by kind and source, and what was left out."""
     examples = reading.examples
     write_text(path, "".join(_line(one, path.parent) for one in examples))
     return {
@@ -215,11 +215,11 @@ def _arguments() -> argparse.Namespace:
         "--samples",
         type=int,
         default=64,
-        help="least calibration prompts of a kind with a response",
+        help="least number of calibration prompts with a response, per kind and seed",
     )
-    parser.add_argument("--new-tokens", type=int, default=24, help="length of an answer")
-    parser.add_argument("--images", action="store_true", help="test prompts as images too")
-    parser.add_argument("--font", type=Path, help="of the images; FreeMono Bold if not given")
+    parser.add_argument("--new-tokens", type=int, default=24, help="length limit of an answer")
+    parser.add_argument("--images", action="store_true", help="also draw the test as images")
+    parser.add_argument("--font", type=Path, help="font of the images (default: FreeMono Bold)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -227,7 +227,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Command line."""
+    """Run the command line."""
     args = _arguments()
     compute = ComputeSettings(device=args.device, dtype=args.dtype, batch_size=args.batch_size)
     try:

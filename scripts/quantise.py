@@ -1,9 +1,8 @@
-"""Round a checkpoint's weights to a few bits and write them as floats: a model compressed by more
-than zeros, on which restoring is measured (docs/methods.md).
+"""Round a checkpoint's weights to a few bits and write them as floats (for docs/methods.md).
 
-Rounding to nearest in groups, without calibration: the min-max grid that weight-only quantisers
-start from. It is no pruner, which says how much goes and where (`sparsity`, `n_m`, `scope`), and no
-part of regraft: a model that was quantised by any tool and written as floats may take its place.
+Weights are rounded to nearest in groups, without calibration: the min-max grid that weight-only
+quantisers start from. It is a script and not a pruner of regraft, since it has no `sparsity`, `n_m`
+or `scope`, and since any tool's quantised model, written as floats, can be used instead.
 
     python scripts/quantise.py MODEL OUT --bits 4
 """
@@ -23,15 +22,15 @@ GROUP = 128
 
 
 def quantised(weight: Tensor, bits: int, group: int = GROUP) -> Tensor:
-    """Round each group of a row to 2^bits levels, evenly spaced, of which one is 0.
+    """Round each group of a row to 2^bits evenly spaced levels, one of which is 0.
 
     With l <= 0 <= h the least and the greatest weight of the group, the step is
     s = (h - l) / (2^bits - 1) and the zero point z = round(-l / s); a weight w becomes
     s (clamp(round(w / s) + z, 0, 2^bits - 1) - z), in float32.
 
     Args:
-        weight: `[out, in]`, any float dtype; left as it was.
-        bits: Of a level, at least 2.
+        weight: `[out, in]`, any float dtype; not modified.
+        bits: Bits per weight, at least 2.
         group: Consecutive inputs that share a grid; the last of a row may be shorter.
 
     Returns:

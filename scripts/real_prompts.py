@@ -1,27 +1,28 @@
-"""The prompts of `make_real_benchmark.py`: which source goes into which split, without a model.
+"""The prompts of `make_real_benchmark.py` and their splits; no model is needed.
 
-Every split has harmful prompts of its own sources:
+Every split has harmful prompts from sources of its own:
 
 - test: JailbreakBench (the rows that its authors wrote), MaliciousInstruct, StrongREJECT (the rows
   that its authors wrote: "custom"); harmless: XSTest's safe prompts with an even id, and a third of
   our everyday and borderline prompts.
 - validation: 96 of HarmBench's standard behaviours, which need no context and quote no copyrighted
   text; harmless: an eighth of ours.
-- calibration 0, 1, 2: AdvBench and SafeBench, dealt out to the three seeds; harmless: the rest of
-  ours. AdvBench is all imperatives and SafeBench has a question and a list title for each task, so
-  prompts are put into one of several forms: what is learnt from one form need not hold for others.
+- calibration 0, 1, 2: AdvBench and SafeBench, divided among the three seeds; harmless: the rest of
+  ours. What is learnt from one form of prompt need not hold for others, so prompts get one of
+  several forms: AdvBench has only imperatives, which are rewritten, and SafeBench has a question
+  and a list title for each task.
 
-JailbreakBench and StrongREJECT also repeat rows of AdvBench, HarmBench and MaliciousInstruct; these
-are left out by their column `source`. VLGuard's instructions are about an image, and those that
-name none are mostly harmless by themselves: it is in no split. SafeBench's legal, financial and
-health advice is not clearly harmful and left out.
+Left out: the rows that JailbreakBench and StrongREJECT repeat from AdvBench, HarmBench and
+MaliciousInstruct, by their column `source`; SafeBench's legal, financial and health advice, which
+is not clearly harmful; and all of VLGuard, whose instructions are about an image, while those that
+mention none are mostly harmless by themselves.
 
-Near-duplicates stay in one split: test before validation before calibration; within a split the
-first is kept, so that seeds share none either. Prompts are near-duplicates if their word-Jaccard is
+Near-duplicates stay in one split only: test before validation before calibration. Within a split
+the first is kept, so seeds share none either. Prompts are near-duplicates if their word-Jaccard is
 0.75 or more, with or without the words around the task ("Write a tutorial on how to", "Steps to").
 
 `prompts/everyday.txt` and `prompts/borderline.txt` were written for this benchmark and have
-regraft's licence. Borderline prompts are harmless with alarming words.
+regraft's licence. Borderline prompts are harmless prompts with alarming words.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Splits:
 
 
 def splits(data: Path) -> Splits:
-    """Read all sources and deal them out; the same files give the same splits.
+    """Read all sources and split them; the same files give the same splits.
 
     Args:
         data: Folder with `prompts/`, `figstep/safebench.csv` and `xstest/xstest_prompts.csv`.
@@ -78,7 +79,7 @@ def splits(data: Path) -> Splits:
     behaviours = distinct(harmbench(data), test, removed)
     behaviours = sorted(behaviours, key=lambda one: share(one.instruction))[:HARMBENCH]
     validation = [*behaviours, *distinct(part(ours, "validation"), test, removed)]
-    # before prompts take a form, and again after it: either may show that two are alike
+    # before and after prompts take a form: near-duplicates may show up in either
     raw = distinct([*advbench(data), *safebench(data)], [*test, *validation], removed)
     rest = [*map(formed, raw), *part(ours, "calibration")]
     kept = distinct(rest, [*test, *validation], removed)
@@ -103,7 +104,7 @@ def alike(one: frozenset[str], other: frozenset[str]) -> bool:
 def distinct(
     prompts: Iterable[Example], others: Iterable[Example], removed: Counter[str]
 ) -> list[Example]:
-    """The prompts that are like none of `others` and none before them; counts those left out."""
+    """Prompts that are no near-duplicates of `others` or of earlier ones; counts the rest."""
     seen = [_both(one) for one in others]
     kept = []
     for one in prompts:
@@ -117,12 +118,12 @@ def distinct(
 
 
 def _both(example: Example) -> tuple[frozenset[str], frozenset[str]]:
-    """The words of a prompt, and of its task alone."""
+    """The words of a prompt, and those of its task."""
     return words(example.instruction), words(task(example.instruction))
 
 
 def formed(example: Example) -> Example:
-    """An AdvBench prompt as an imperative, a request, a question or a list title, by its id."""
+    """An AdvBench prompt in a form chosen by its id: imperative, request, question, list title."""
     if example.category != "advbench":
         return example
     text = example.instruction.rstrip(".")
@@ -137,7 +138,7 @@ def formed(example: Example) -> Example:
 
 
 def dealt(prompts: Sequence[Example]) -> tuple[tuple[Example, ...], ...]:
-    """The prompts of every category in a fixed random order, dealt out to the seeds."""
+    """The prompts of every category in a fixed random order, divided among the seeds."""
     order = list(prompts)
     random.Random(0).shuffle(order)
     order.sort(key=lambda one: one.category)  # stable
@@ -145,7 +146,7 @@ def dealt(prompts: Sequence[Example]) -> tuple[tuple[Example, ...], ...]:
 
 
 def share(text: str) -> int:
-    """A number from 0 to 99 that only `text` decides."""
+    """A number from 0 to 99 that depends only on `text`."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % 100
 
 
@@ -160,12 +161,12 @@ def part(prompts: Iterable[Example], split: str) -> list[Example]:
 
 
 def own(kind: str) -> list[Example]:
-    """The harmless prompts of `prompts/KIND.txt`, one a line."""
+    """The harmless prompts of `prompts/KIND.txt`, one per line."""
     return _lines(OURS / f"{kind}.txt", kind, harmful=False)
 
 
 def test_harmful(data: Path) -> list[Example]:
-    """JailbreakBench and StrongREJECT without what they repeat of others; MaliciousInstruct."""
+    """JailbreakBench and StrongREJECT without rows from other sets; MaliciousInstruct."""
     prompts = data / "prompts"
     jailbreakbench = _table(
         prompts / "jailbreakbench.csv", "jailbreakbench", "Goal", {"Source": {"Original"}}
@@ -195,7 +196,7 @@ def advbench(data: Path) -> list[Example]:
 
 
 def safebench(data: Path) -> list[Example]:
-    """Each clearly harmful task of SafeBench as its question or its list title, by its id."""
+    """Each clearly harmful task of SafeBench as a question or a list title, chosen by its id."""
     rows = csv_rows(data / "figstep" / "safebench.csv", "SafeBench is the file safebench.csv.")
     found = []
     for row in rows:
@@ -208,7 +209,7 @@ def safebench(data: Path) -> list[Example]:
 
 
 def xstest_safe(data: Path) -> list[Example]:
-    """XSTest's safe prompts with an even id; the odd ones are left for choosing judges."""
+    """XSTest's safe prompts with an even id; the odd ones are used to choose judges."""
     rows = csv_rows(data / "xstest" / "xstest_prompts.csv", "XSTest is xstest_prompts.csv.")
     return [
         Example(f"xstest-{row.text('id')}", row.text("prompt"), False, "xstest-safe")
@@ -224,7 +225,7 @@ def _table(
     kept: Mapping[str, set[str]] | None = None,
     part_of: str = "",
 ) -> list[Example]:
-    """The harmful prompts in a column of a CSV file, of the rows whose columns have values kept."""
+    """Harmful prompts from a column of a CSV file; `kept` has the allowed values of columns."""
     name = "-".join(filter(None, (category, part_of)))
     rows = csv_rows(path, f"{category} is a CSV file with a column {column}.")
     return [

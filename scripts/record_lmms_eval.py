@@ -1,4 +1,4 @@
-"""Record how lmms-eval scores made-up answers, for a test that ours are scored alike.
+"""Record lmms-eval's scores of made-up answers; a test compares regraft's scores with them.
 
 Writes tests/lmms_eval_scores.json. Needs lmms-eval, whose version 0.7.3 imports a module that
 filelock 4 no longer has: pip install 'lmms-eval==0.7.3' 'filelock<4'
@@ -51,7 +51,7 @@ WORDS = (
 
 
 def answers(draw: random.Random, choices: tuple[str, ...]) -> str:
-    """Pieces of what models say."""
+    """An answer made of phrases that models use."""
     pieces = []
     for _ in range(draw.randint(0, 4)):
         kind = draw.random()
@@ -65,7 +65,7 @@ def answers(draw: random.Random, choices: tuple[str, ...]) -> str:
 
 
 def rotations(draw: random.Random, number: int) -> Iterator[dict[str, Any]]:
-    """A question and its copies with the options rotated, as MMBench has them, and answers."""
+    """A question with all rotations of its options, as in MMBench, and an answer to each."""
     choices, right = draw.choice(OPTIONS[:4]), draw.randrange(2)
     for turn in range(len(choices)):
         letters = "ABCD"[: len(choices)]
@@ -81,7 +81,7 @@ def rotations(draw: random.Random, number: int) -> Iterator[dict[str, Any]]:
 
 
 def texts(draw: random.Random) -> tuple[str, list[str]]:
-    """An answer and its references, some of them almost the answer."""
+    """An answer and its references, some of them close to the answer."""
     answer = " ".join(draw.choices(WORDS, k=draw.randint(0, 5)))
     references = []
     for _ in range(draw.randint(1, 3)):
@@ -94,7 +94,7 @@ def texts(draw: random.Random) -> tuple[str, list[str]]:
 
 
 def main() -> None:
-    """Score and write."""
+    """Score the answers and write the scores."""
     from lmms_eval.api.metrics import anls
     from lmms_eval.tasks._task_utils.mcq_extract import extract_mcq_answer
     from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator

@@ -104,7 +104,7 @@ def test_links_out_of_docs_are_pointed_at_copies_in_the_site() -> None:
 
 def test_the_file_format_page_has_every_field_of_an_answer() -> None:
     page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
-    table = page.partition("one object a line:")[2].partition("\n## ")[0]
+    table = page.partition("one object per line:")[2].partition("\n## ")[0]
     named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| ([^|]+) \|", table, re.M))))
     assert named == {field.name for field in fields(Answer)}
 

@@ -206,7 +206,7 @@ def test_files_hold_the_answers_that_are_of_use(
     before = {path.name: path.read_bytes() for path in out.glob("*.json*")}
     _maker(source, out).build(tmp_path)
     assert before == {path.name: path.read_bytes() for path in out.glob("*.json*")}
-    with pytest.raises(RegraftError, match=r"refuses 3 of the prompts .* 4 are wanted"):
+    with pytest.raises(RegraftError, match=r"refuses 3 of the prompts .* 4 are needed"):
         _maker(source, tmp_path / "more", samples=4).build(tmp_path)
 
 
