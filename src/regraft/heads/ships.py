@@ -48,9 +48,7 @@ class HeadSettings(Settings):
     """Head scoring by ablation on D^s prompts."""
 
     r_max: int = Field(5, ge=1, description="Rank of the subspaces of Ships.")
-    target: Annotated[AblationTarget, EXPERT] = Field(
-        "all", description="Which projection of a head is scaled."
-    )
+    target: Annotated[AblationTarget, EXPERT] = Field("all", description="Part of a head to scale.")
     eps: Annotated[float, EXPERT] = Field(
         EPS, ge=0, lt=1, description="The factor; 0 switches a head off."
     )
@@ -60,10 +58,10 @@ class HeadSettings(Settings):
         "best.",
     )
     window: Annotated[int, EXPERT] = Field(
-        8, ge=1, description="Screening: prompt positions recomputed."
+        8, ge=1, description="Screening: positions to recompute."
     )
     candidates: Annotated[int, EXPERT] = Field(
-        16, ge=1, description="Screening: how many of the best heads to ablate."
+        16, ge=1, description="Screening: best heads to ablate."
     )
     tokens_per_pass: Annotated[int | None, EXPERT] = Field(
         None, ge=1, description="Tokens in one pass; fewer need less memory."
