@@ -303,8 +303,11 @@ def test_vlguard_missing_images_are_never_dropped(tmp_path):
             [unsafe(1, "a.png", **{"instr-resp": []})],
             "row 1: the field 'instr-resp' must be a list",
         ),
-        ([unsafe(1, None)], "row 1: the field 'image' is missing"),
-        ([unsafe(1, "a.png", harmful_category=None)], "field 'harmful_category' is missing"),
+        ([unsafe(1, None)], "row 1: the field 'image' must be a string, found null"),
+        (
+            [unsafe(1, "a.png", harmful_category=None)],
+            "field 'harmful_category' must be a string, found null",
+        ),
         ([unsafe(1, "../a.png")], "example 'U_1' leaves the data set's folder"),
         (
             [unsafe(1, "a.png", safe=True)],

@@ -14,7 +14,7 @@ from typing import Literal
 
 Degeneration = Literal["empty", "repetition", "gibberish", "fragment"]
 
-_TIMES = 5  # a stretch must occur in a row to be a repetition
+_TIMES = 5  # fewest occurrences in a row that make a repetition
 _UNIT = 120  # most characters of the stretch
 _LOOPED = 12  # fewest characters of a repetition: 100000 is a number
 _ENOUGH = 40  # fewest characters in which gibberish can be recognised
