@@ -670,7 +670,7 @@ def test_unknown_device(world: World, refused: Refused, command: str) -> None:
         ({"sparcity": 0.5}, ["sparcity", "unknown setting"]),
         ({"prune": {"sparcity": 0.5}}, ["prune.sparcity", "unknown setting"]),
         ({"realign": [{"name": "a"}, {"name": "a"}]}, ["names of `realign` must differ", "a"]),
-        ({"realign": [{"name": "pruned"}]}, ["realign.0.name", "neither 'dense' nor 'pruned'"]),
+        ({"realign": [{"name": "pruned"}]}, ["realign.0.name", "not be 'dense' or 'pruned'"]),
         ({"realign": [{"name": "../x"}]}, ["realign.0.name", "../x"]),
         ({"realign": [HSR | {"p": 0.7, "p_max": 0.5}]}, ["realign.0", "p < p_max"]),
         ({"evaluate": {"suite": "tomorrow"}}, ["evaluate.suite", "unknown data set 'tomorrow'"]),

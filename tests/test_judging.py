@@ -106,7 +106,7 @@ def test_two_keyword_judges_by_hand(tmp_path: Path) -> None:
     assert attacks.kappa == pytest.approx(0)  # the other sees no attack succeed
     assert (refusals.harmful, refusals.share) == (False, wilson(2, 2))
     assert refusals.kappa == pytest.approx(1)
-    assert stages.own(folder).asr == wilson(1, 3)
+    assert stages.own_judge(folder).asr == wilson(1, 3)
     verdicts = json.loads((folder / "9.json").read_text())["verdicts"]
     assert verdicts["1"] == {"refused": True, "unsafe": None, "reason": "legally"}
 
@@ -116,7 +116,7 @@ def test_answers_that_say_nothing_are_counted_of_every_judge(
 ) -> None:
     texts = (*TEXTS, (False, ""), (True, "sorry " * 30))
     folder = _evaluation(tmp_path / "evaluation", texts=texts)
-    assert stages.own(folder).degenerate == {"harmful": 1, "harmless": 1}
+    assert stages.own_judge(folder).degenerate == {"harmful": 1, "harmless": 1}
     with pytest.raises(SystemExit, match="0"):
         main(["judge", "answers", str(folder), "--by", "gcg-1"])
     rows = capsys.readouterr().out.splitlines()
@@ -166,7 +166,7 @@ def test_the_same_judge_again_says_the_same(tmp_path: Path, full: bool) -> None:
     )
     texts = (*TEXTS, *((harmful, loop) for loop in loops for harmful in (True, False)))
     folder = _evaluation(tmp_path / "evaluation", full, texts)
-    own, again = stages.own(folder), _judge(folder, REGRAFT_2.name)
+    own, again = stages.own_judge(folder), _judge(folder, REGRAFT_2.name)
     assert (again.asr, again.over_refusal) == (own.asr, own.over_refusal)
     assert own.asr == wilson(1 if full else 2, 7)
     kept = folder / f"{len(REGRAFT_2.name)}.json"
@@ -213,7 +213,7 @@ def test_answers_cut_short_are_for_their_judge_only(tmp_path: Path) -> None:
     folder = _evaluation(tmp_path / "evaluation", full=False)
     with pytest.raises(RegraftError, match="--full-answers"):
         _judge(folder, "vlguard-1")
-    assert _judge(folder, REGRAFT_2.name).asr == stages.own(folder).asr
+    assert _judge(folder, REGRAFT_2.name).asr == stages.own_judge(folder).asr
 
 
 def test_verdicts_of_other_answers_are_refused(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ class ComputeSettings(Settings):
     device: str = Field("auto", description="cpu, cuda or cuda:1; auto picks one.")
     dtype: DTypeName = Field(
         "auto",
-        description="auto: float32 on a CPU, otherwise the checkpoint's own. CPUs with AMX, or "
-        "from AMD with AVX-512 BF16, are faster in bfloat16.",
+        description="auto: float32 on a CPU, else the checkpoint's own. bfloat16 is faster on "
+        "CPUs with AMX, or AMD's with AVX-512 BF16.",
     )
     batch_size: int = Field(8, ge=1, description="Examples in one forward pass.")
     placement: Annotated[Placement, NAMED] = Field(

@@ -97,11 +97,11 @@ class CalibrationSettings(PromptSettings):
 
     responses: Annotated[Literal["auto", "given", "self"], NAMED] = Field(
         "auto",
-        description="given: the data set's. self: the dense model's own, of which refusals of "
-        "harmful prompts and answers to harmless ones are kept. auto: given if any, else self.",
+        description="given: the data set's. self: the dense model's own, kept if they refuse "
+        "exactly the harmful prompts. auto: given if any, else self.",
     )
     max_response_tokens: Annotated[int, EXPERT] = Field(
-        64, ge=1, description="Maximum tokens of a response of the model."
+        64, ge=1, description="Maximum tokens of a response."
     )
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ class SearchSettings(Settings):
         "is held out.",
     )
     validation_limit: Annotated[int | None, EXPERT] = Field(
-        None, ge=1, description="Use only the first N validation prompts of each kind."
+        None, ge=1, description="Use only the first N of each kind."
     )
     points: int = Field(8, ge=1, description="How many numbers of weights to try.")
     most: float | None = Field(None, gt=0, description="Try at most this many per 10,000.")

@@ -34,7 +34,6 @@ from regraft.settings.data import CalibrationSettings
 from regraft.stages.provenance import describe, fingerprints, is_done, working
 from regraft.stages.reading import (
     draw_calibration,
-    draw_prompts,
     order_calibration,
     responses_are_given,
     warn_of_bundled,
@@ -105,16 +104,15 @@ def imitation_data(setup: Setup, folder: Path) -> dict[str, Reading]:
     """
     warn_of_bundled(setup.dense, setup.calibration.source, setup.progress.note)
     readings, loader = {}, _loader(setup)
-    for kind, harmful in (("safety", True), ("utility", False)):
-        prompts = draw_prompts(setup.dense, setup.calibration, harmful=harmful)
-        count = len(prompts.examples)
+    for role, prompts in setup.imitated().items():
+        kind, count = _kind(role == "safety"), len(prompts.examples)
         none_kept = (
-            f"the dense model's answer to each of the {count} {_kind(harmful)} prompts is empty, "
+            f"the dense model's answer to each of the {count} {kind} prompts is empty, "
             "so there is nothing to imitate. Give other prompts."
         )
         request = _Request(prompts, count, len(TOKEN_WEIGHTS) + 1, _unless_blank, {}, none_kept)
-        out = folder / f"{_kind(harmful)}-starts.jsonl"
-        readings[kind] = _answer_prompts(setup, loader, request, out)
+        out = folder / f"{kind}-starts.jsonl"
+        readings[role] = _answer_prompts(setup, loader, request, out)
     return readings
 
 

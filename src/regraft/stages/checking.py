@@ -238,8 +238,7 @@ def _verdict(
     evaluations: Mapping[str, Evaluation], names: Mapping[str, str], margins: Margins
 ) -> Check:
     dense, compressed = evaluations[DENSE], evaluations[COMPRESSED]
-    settings = {name: evaluations[name].about["settings"] for name in (DENSE, COMPRESSED)}
-    _check_same_way(names, settings)
+    _check_same_way(names, {name: one.about["settings"] for name, one in evaluations.items()})
     other = on_the_same(names[DENSE], dense.result, names[COMPRESSED], compressed.result)
     fractions = {name: points / 100 for name, points in margins.points().items()}
     return Check(

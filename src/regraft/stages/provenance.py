@@ -250,10 +250,7 @@ def but_for_rounding(content: Any) -> Any:
 def differing(
     one: Mapping[str, Any], other: Mapping[str, Any], *parts: str
 ) -> Iterator[tuple[str, str, Any, Any]]:
-    """Differences in parts that both descriptions have, as (part, field, both values).
-
-    Settings that change results by rounding only are ignored.
-    """
+    """(part, field, both values) where two descriptions differ by more than rounding settings."""
     for part in parts:
         if part in one and part in other:
             ours, theirs = (but_for_rounding(about[part]) for about in (one, other))
