@@ -472,7 +472,7 @@ def test_one_prompt_of_a_kind_is_too_few(benches, tmp_path, monkeypatch):
     monkeypatch.setattr(
         teacher, "load_layerwise", lambda *_, **__: pytest.fail("a model is loaded")
     )
-    with pytest.raises(RegraftError, match=r"harmless.*: .* at least 2; there are 1\. .*samples"):
+    with pytest.raises(RegraftError, match=r"harmless.*: .* at least 2; got 1\. .*samples"):
         bench.rank(tmp_path / "ranking", calibration=CalibrationSettings(data=data, samples=4))
     assert not (tmp_path / "ranking").exists() and not list(tmp_path.glob(".*"))
 

@@ -34,7 +34,7 @@ CHUNK = 2**20  # bytes processed at once: small enough for a processor's cache
 
 @dataclass(frozen=True)
 class TensorPatch:
-    """New values for one tensor of shape `shape`.
+    """New values for one tensor.
 
     Attributes:
         shape: Shape of the tensor on disk.

@@ -42,7 +42,7 @@ class HSRSettings(ImportanceSettings):
     @model_validator(mode="after")
     def _check_p(self) -> Self:
         if self.p is not None and self.p_max is not None and self.p >= self.p_max:
-            raise ValueError(f"p is {self.p} and p_max {self.p_max}; p must be below p_max")
+            raise ValueError(f"p is {self.p} and p_max {self.p_max}; p < p_max is required")
         return self
 
     def bounds(self, kept: float) -> tuple[float, RankingScope]:
