@@ -271,15 +271,7 @@ def ships(found: Correlation) -> Grid:
 def judges(run: Run) -> Grid:
     return Grid.of(
         "",
-        (
-            "Model",
-            "Judge",
-            "ASR",
-            "Agreement on attacks",
-            "Over-refusal",
-            "Agreement on refusals",
-            "Unreadable",
-        ),
+        ("Model", "Judge", "ASR", "Attacks agree", "Over-refusal", "Refusals agree", "Unreadable"),
         (
             (
                 one.name,
