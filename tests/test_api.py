@@ -127,7 +127,7 @@ ENDPOINT = "endpoint:http://localhost:1/v1#m"
                 root / "dense", root / "dense", out, method="hsr", heads_file="x", r_max=3
             ),
             "realign hsr {dense} {dense} --heads-file x --r-max 3 --out {out}",
-            "--heads-file has the scores: settings of the scoring of heads would have no effect.",
+            "--heads-file has the scores: settings of scoring would have no effect.",
         ),
         (
             lambda root, out: regraft.realign(

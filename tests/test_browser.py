@@ -276,6 +276,6 @@ def test_a_card_says_that_its_model_was_chosen() -> None:
     other = replace(REPORT.variants[1], name="pruned-2", label="another")
     more = replace(first, name="pruned-2/x", label="more", base="pruned-2")
     two = replace(REPORT, variants=(*REPORT.variants[:3], other, more))
-    told = "the one with the lowest ASR of the 2 prunings' first realigned models"
+    told = "It has the lowest ASR of the first realigned models of 2 prunings"
     assert told in render_card(study_of([two]))
     assert "the lowest ASR" not in render_card(study_of([REPORT]))

@@ -1422,7 +1422,7 @@ def test_gain_with_swaps_tells_both(
     words += ["--swap", "--data", world.data, "--samples", 4, "--device", "cpu"]
     run_ok(*words, "--out", "swap.safetensors")
     shown = " ".join(capsys.readouterr().out.split())
-    has(shown, "5 weights are restored and 5 kept ones go in exchange")
+    has(shown, "5 weights restored and 5 pruned in exchange")
 
 
 def test_someone_elses_extra_tensors_are_no_obstacle(world: World) -> None:

@@ -339,7 +339,7 @@ def test_answers_under_a_direction(source: Source, data: DataSource, tmp_path: P
     with pytest.raises(RegraftError, match=r"inputs\.defence"):
         _evaluate(source, data, tmp_path / "eval-much", tmp_path / "none")
     save_defence(tmp_path / "wide", Direction(torch.randn(7), 1, 1.0, {}))
-    with pytest.raises(RegraftError, match="adds 7 features behind layer 1; the model has 64"):
+    with pytest.raises(RegraftError, match="adds 7 features after layer 1; the model has 64"):
         _evaluate(source, data, tmp_path / "eval-wide", tmp_path / "wide")
 
 

@@ -220,8 +220,8 @@ def test_what_is_no_pair_is_refused(
         with pytest.raises(RegraftError, match=message):
             comparing.run_of_evaluations(folders, comparing.Pair(*pair))
     for words, message in (
-        (("--dense", dense), "beside --dense name --pruned too"),
-        (("--pruned", pruned), "beside --pruned name --dense too"),
+        (("--dense", dense), "with --dense, name --pruned too"),
+        (("--pruned", pruned), "with --pruned, name --dense too"),
     ):
         with pytest.raises(SystemExit):
             main(["report", *map(str, words)])

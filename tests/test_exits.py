@@ -78,7 +78,7 @@ def test_a_closed_stream_is_not_the_next_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; expected a number from 1 on"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; expected a number >= 1"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1'"),
         ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '999"),

@@ -114,9 +114,8 @@ def realign(
         dense: The dense model.
         pruned: The same model, pruned by any tool.
         out: The patch file; intermediate artifacts are written beside it.
-        search: Settings of a search for the number of weights to restore: `validation` prompts,
-            bounds and targets. Without validation prompts, a quarter of the calibration data is
-            held out for the search.
+        search: Settings of a search for the number of weights: `validation` prompts, bounds and
+            targets. Without such prompts a quarter of the calibration data is held out for it.
         max_new_tokens: Maximum length of an answer to a validation prompt.
         heads_file: Scores from `score_heads`.
         statistics_file: Statistics from `regraft analyse statistics`.

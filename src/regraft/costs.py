@@ -98,7 +98,7 @@ class Metered:
 
     def __init__(self, progress: Progress) -> None:
         self.flops = 0.0
-        self.advanced: Callable[[], None] = _nothing
+        self.advanced: Callable[[], None] = lambda: None
         self._inner = progress
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -174,7 +174,7 @@ class Ledger:
             save_estimate()
             raise
         finally:
-            self._metered.advanced = _nothing
+            self._metered.advanced = lambda: None
         self._save(earlier, _combined(distributed.gathered(spent())))
 
     def _meter(self, stage: str, model: str) -> Callable[[], Cost]:
@@ -259,7 +259,3 @@ def _combined(costs: Sequence[Cost]) -> Cost:
         flops=sum(one.flops for one in costs),
         peak_bytes=max(one.peak_bytes for one in costs),
     )
-
-
-def _nothing() -> None:
-    pass

@@ -163,9 +163,9 @@ class Trial:
 def choose(trials: Sequence[Trial], plain: Trial, max_over_refusal: float) -> Trial:
     """Choose the trial with the lowest ASR whose over-refusal is close to the plain model's.
 
-    The share of degenerate answers must be close too, since they count neither as attacks nor as
-    refusals. The plain model (strength 0) is a candidate: if nothing helps, nothing is added. Ties
-    in ASR go to the lower over-refusal, then the smaller strength, then the earlier layer.
+    The share of degenerate answers, neither attacks nor refusals, must be close too. The plain
+    model (strength 0) is a candidate: if nothing helps, nothing is added. Ties in ASR go to the
+    lower over-refusal, then the smaller strength, then the earlier layer.
 
     Args:
         trials: The candidates.
@@ -283,12 +283,10 @@ def load_defence(path: Path) -> Defence:
     about, where = header["about"], f"{path}: its header"
     if "prompt" in header:
         return replace(from_json(ShieldPrompt, header, where), about=about)
-    own = {key: header[key] for key in header.keys() - {"about"}}
+    own = {key: value for key, value in header.items() if key != "about"}
     made = from_json(_DirectionHeader, own, where)
     vector = tensors.get("direction")
     if vector is None or vector.ndim != 1 or not vector.is_floating_point():
-        raise RegraftError(
-            f"{path} is damaged: the tensor `direction` is missing or is not a vector of floats."
-        )
+        raise RegraftError(f"{path} is damaged: the tensor direction is missing or no vector.")
     require_finite(path, tensors)
     return Direction(vector, made.layer, made.strength, about, made.trials)

@@ -64,9 +64,7 @@ def check_inputs(
             f"{settings.method} as set here uses no statistics: leave out --statistics-file."
         )
     if heads_file is not None and scoring != HeadSettings():
-        raise RegraftError(
-            "--heads-file has the scores: settings of the scoring of heads would have no effect."
-        )
+        raise RegraftError("--heads-file has the scores: settings of scoring would have no effect.")
     _check_scoring(settings, scoring)
 
 
@@ -83,12 +81,12 @@ def check_tuning(
         raise RegraftError("--devices replaces --device: leave one of them out.")
     if not settings.searchable and choice.first_set("points", "most"):
         raise RegraftError(
-            "Without a --budget there is no number of weights to try: leave out --points, --most."
+            "Without a --budget there is no number to try: leave out --points, --most."
         )
 
 
 def _check_scoring(settings: MethodSettings, scoring: HeadSettings) -> None:
     if needs_of(settings).heads is None and scoring != HeadSettings():
         raise RegraftError(
-            "These settings score no heads: settings of the scoring of heads would have no effect."
+            "These settings score no heads: settings of scoring would have no effect."
         )

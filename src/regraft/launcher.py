@@ -30,8 +30,7 @@ def local_rank() -> int:
 
 def _number(name: str, default: str | None = None, *, least: int, most: int | None = None) -> int:
     text = os.environ.get(name, default)
-    expected = f"a number {'of at least' if most is None else 'from'} {least}"
-    expected += "" if most is None else f" to {most}"
+    expected = f"a number >= {least}" if most is None else f"a number from {least} to {most}"
     if text is None or not re.fullmatch(r"\s*[0-9]{1,9}\s*", text):
         raise _wrong(name, text, expected)
     if int(text) < least or (most is not None and int(text) > most):

@@ -25,9 +25,8 @@ class Task:
 def expect(advance: Advance, more: int) -> None:
     """Report that there are `more` units to do than announced; fewer if it is negative.
 
-    Units finished by an earlier, killed run are reported as fewer units: as units done just now
-    they would make the estimated time left too short. A plain callback, which cannot correct its
-    total, gets fewer units as units done.
+    Units that an earlier, killed run finished are reported as fewer units: as units done just now
+    they would make the time left look too short. A plain callback gets them as units done.
     """
     if isinstance(advance, Task):
         advance.expect(more)

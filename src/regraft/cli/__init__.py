@@ -24,10 +24,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Run an example recipe on the bundled model: ten minutes on one CPU core, no network.",
     ),
     "run": ("running:run", "Run a whole recipe: prune, realign, evaluate, report."),
-    "data": (
-        "making_data:app",
-        "Make data: write the model's answers to prompts, or render prompts as images.",
-    ),
+    "data": ("making_data:app", "Make data: the model's answers to prompts, or prompts as images."),
     "prune": (
         "pruning:prune",
         "Set the least important weights to 0, by Wanda or another pruner (--method).",

@@ -19,8 +19,8 @@ from regraft.cli.options import (
     OutFolder,
     Trust,
     as_command,
-    console_progress,
     given,
+    live_progress,
 )
 from regraft.cli.reporting import compare
 from regraft.console import say, show_grid, show_table
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from regraft.analysis.overlap import LayerOverlap
     from regraft.analysis.sweep import Sweep
     from regraft.heads.score import HeadScores
-    from regraft.report.study import Correlation
+
 
 app = App(
     name="analyse",
@@ -68,7 +68,7 @@ def heads(
     """
     from regraft import api
 
-    with console_progress() as progress:
+    with live_progress() as progress:
         blocks = given(settings, calibration, compute)
         scores = api.score_heads(model, out, progress=progress, **blocks)
         _show_heads(progress.console, scores, show)
@@ -86,7 +86,7 @@ def statistics(
     """Gather the statistics on D^s and D^u from which HSR ranks weights (Wanda: 9 MB for 7B)."""
     from regraft import stages
 
-    with console_progress() as progress:
+    with live_progress() as progress:
         source = open_source(model, trust_remote_code=compute.trust_remote_code)
         stages.write_statistics(stages.Setup(source, calibration, compute, progress), out, settings)
         progress.note(f"Wrote {out}")
@@ -119,7 +119,7 @@ def sweep(
     """
     from regraft.analysis.sweep import run_sweep
 
-    with console_progress() as progress:
+    with live_progress() as progress:
         found = run_sweep(read_recipe(recipe), setting, values, out, progress)
         _show_sweep(progress.console, found)
         progress.note(f"Figure: {(out / 'sweep.svg').absolute()}")
@@ -137,9 +137,13 @@ def relate(*run: Path, out: OutFolder) -> None:
         Folders of `regraft run` with head scores.
     """
     from regraft.analysis.relation import relate_runs
+    from regraft.report.summary import correlation_text
+    from regraft.report.tables import ships
 
-    with console_progress() as progress:
-        _show_relation(progress.console, relate_runs(run, out))
+    with live_progress() as progress:
+        found = relate_runs(run, out)
+        show_grid(progress.console, ships(found))
+        say(progress.console, correlation_text(found))
         progress.note(f"Figure: {(out / 'relation.svg').absolute()}")
 
 
@@ -168,7 +172,7 @@ def overlap(
     """
     from regraft.analysis.overlap import write_overlap
 
-    with console_progress() as progress:
+    with live_progress() as progress:
         dense = open_source(model, trust_remote_code=trust_remote_code)
         found = write_overlap(dense, statistics_file, share, scope, out, progress)
         _show_overlap(progress.console, found)
@@ -211,15 +215,6 @@ def _show_sweep(console: Console, sweep: Sweep) -> None:
     )
 
 
-def _show_relation(console: Console, found: Correlation) -> None:
-    """Print total Ships and the rise in ASR of each model, and their rank correlation."""
-    from regraft.report.summary import correlation_text
-    from regraft.report.tables import ships
-
-    show_grid(console, ships(found))
-    say(console, correlation_text(found))
-
-
 def _show_overlap(console: Console, found: Mapping[float, Sequence[LayerOverlap]]) -> None:
     """Print the Jaccard index by layer and over all layers, one column per share."""
     from regraft.analysis.overlap import by_chance
@@ -256,7 +251,7 @@ def defence(
     from regraft import stages
     from regraft.defence import Direction
 
-    with console_progress() as progress:
+    with live_progress() as progress:
         trust = trust_remote_code or compute.trust_remote_code
         target = stages.Target(
             open_source(pruned, trust_remote_code=trust), compute, progress=progress

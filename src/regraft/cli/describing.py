@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from regraft.cli.options import Model, Trust, console_progress
+from regraft.cli.options import Model, Trust, live_progress
 from regraft.models.architecture import Architecture, LayerArchitecture
 from regraft.models.load import Source, open_source
 from regraft.patch.pair import check_pair, survey
@@ -85,7 +85,7 @@ def _show_layers(console: Console, architecture: Architecture) -> None:
 def _compared(dense: Source, compressed: Source) -> str:
     """Describe what compression changed, with the N:M pattern and any doubt."""
     check_pair(dense, compressed)
-    with console_progress() as progress:
+    with live_progress() as progress:
         found = survey(dense, compressed, progress)
     text = found.described
     if found.grouping is not None:

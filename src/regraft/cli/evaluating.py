@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from regraft.cli.exits import leave
-from regraft.cli.options import Answering, Compute, Flat, OutFolder, console_progress, given
+from regraft.cli.options import Answering, Compute, Flat, OutFolder, given, live_progress
 from regraft.console import say, show_grid, show_table
 from regraft.evaluation.results import Estimate, EvalResult, Rates
 from regraft.report.formatting import degenerate, number_cell, on_text, rate_cell
@@ -64,7 +64,7 @@ def evaluate(
     """
     from regraft import api
 
-    with console_progress() as progress:
+    with live_progress() as progress:
         result = api.evaluate(
             model,
             suite,
@@ -148,7 +148,7 @@ def check(
     from regraft import api
     from regraft.report.gate import sentence, table
 
-    with console_progress() as progress:
+    with live_progress() as progress:
         blocks = given(margins, settings, compute, endpoint)
         found = api.check(
             dense, compressed, out, suites=suite, patch=patch, progress=progress, **blocks

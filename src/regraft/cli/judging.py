@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 from rich.console import Console
 
-from regraft.cli.options import Compute, MaybeOutFile, MaybeOutFolder, console_progress
+from regraft.cli.options import Compute, MaybeOutFile, MaybeOutFolder, live_progress
 from regraft.console import say, show_table
 from regraft.evaluation.keywords import KEYWORD_JUDGES
 from regraft.report.formatting import kappa, p_value, points_cell
@@ -56,7 +56,7 @@ def judge(
     from regraft.disk.files import slug
     from regraft.evaluation.judges import find
 
-    with console_progress() as progress:
+    with live_progress() as progress:
         for one in by:
             find(one)
         folder = out or evaluation / stages.VERDICTS
@@ -101,7 +101,7 @@ def judge_bench(
     from regraft import stages
     from regraft.evaluation.labelled import Labels
 
-    with console_progress() as progress:
+    with live_progress() as progress:
         labels = Labels(question, positive, ids)
         found = stages.measure_judges(file, by, labels, compute, progress, out)
         for name, bench in found.items():

@@ -8,15 +8,12 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from regraft.cli.options import Compute, Model, OutFile, OutFolder, console_progress
+from regraft.cli.options import Compute, Model, OutFile, OutFolder, live_progress
 from regraft.models.load import open_answering
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Prompts, TextPrompts
 
-app = App(
-    name="data",
-    help="Make data: write the model's answers to prompts, or render prompts as images.",
-)
+app = App(name="data", help="Make data: the model's answers to prompts, or prompts as images.")
 
 
 @app.command(name="respond")
@@ -37,7 +34,7 @@ def respond(
     """
     from regraft import stages
 
-    with console_progress() as progress:
+    with live_progress() as progress:
         source = open_answering(model, trust_remote_code=compute.trust_remote_code)
         reading = stages.write_responses(source, data, out, max_response_tokens, compute, progress)
         kinds = Counter(one.harmful for one in reading.examples)
@@ -62,7 +59,7 @@ def render(prompts: TextPrompts, *, out: OutFolder, font: Path | None = None) ->
     from regraft.data.sources import read
     from regraft.data.typographic import write_typographic
 
-    with console_progress() as progress:
+    with live_progress() as progress:
         reading = read(prompts)
         drawn = write_typographic(reading, out, progress, font)
         for ids, why in (

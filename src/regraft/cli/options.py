@@ -45,7 +45,7 @@ def given(*blocks: Settings) -> dict[str, Any]:
 
 
 @contextmanager
-def console_progress() -> Iterator[ConsoleProgress]:
+def live_progress() -> Iterator[ConsoleProgress]:
     """Progress and notes on standard output; of several processes only the first one prints."""
     width = None if sys.stdout.isatty() else 120
     yield ConsoleProgress(Console(width=width, quiet=not distributed.first(), emoji=False))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
-from regraft.cli.options import OutFolder, Trust, console_progress
+from regraft.cli.options import OutFolder, Trust, live_progress
 from regraft.console import say, show_table
 from regraft.errors import RegraftError
 from regraft.patch.apply import Operation
@@ -49,7 +49,7 @@ def apply(
     if out.exists() and out.resolve() == checkpoint.resolve():
         raise RegraftError(f"{out} is the checkpoint itself. Name a new folder with --out.")
     operation: Operation = "revert" if revert else "apply"
-    with console_progress() as progress:
+    with live_progress() as progress:
         if dry_run:
             preview = stages.preview(operation, checkpoint, patch, out, progress)
             _show_preview(progress.console, preview, out)
@@ -93,7 +93,7 @@ def export(
     """
     from regraft import stages
 
-    with console_progress() as progress:
+    with live_progress() as progress:
         stages.export_patches(pruned, patch, out, to, progress, trust_remote_code=trust_remote_code)
         progress.note(f"Export: {out}")
 
@@ -141,7 +141,7 @@ def push(
     from regraft.runs import publishing
 
     card = publishing.render(patch, repository, dense=dense, pruned=pruned, evaluated=evaluation)
-    with console_progress() as progress:
+    with live_progress() as progress:
         if dry_run is not None:
             publishing.write(patch, card, dry_run)
             progress.note(f"Nothing was uploaded. The files are in {dry_run}")

@@ -6,15 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, create_model
 
-from regraft.cli.options import (
-    Calibration,
-    Compute,
-    Flat,
-    Model,
-    OutFolder,
-    console_progress,
-    given,
-)
+from regraft.cli.options import Calibration, Compute, Flat, Model, OutFolder, given, live_progress
 from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, described
 from regraft.pruning.prune import zeros
 from regraft.settings.base import by_method
@@ -69,7 +61,7 @@ def prune(
     """
     from regraft import api
 
-    with console_progress() as progress:
+    with live_progress() as progress:
         named = flags.model_dump(exclude_unset=True)
         settings = by_method(named, lambda name: PRUNERS.get(name).settings_type, default="wanda")
         blocks = given(settings, calibration, compute)

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import App, Group, Parameter
 from pydantic import ValidationError
 
-from regraft.cli.options import OutFile, as_command, console_progress, given
+from regraft.cli.options import OutFile, as_command, given, live_progress
 from regraft.console import ConsoleProgress, show_search
 from regraft.errors import RegraftError
 from regraft.flags import DEFAULT_VALIDATION_TOKENS
@@ -82,7 +82,7 @@ def realign(
 
     if not search and choice != SearchSettings():
         raise RegraftError("Bounds, targets and points are for a search: add --search.")
-    with console_progress() as progress:
+    with live_progress() as progress:
         patch = api.realign(
             dense,
             pruned,

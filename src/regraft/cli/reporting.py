@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from regraft.cli.options import MaybeOutFolder, OutFolder, console_progress
+from regraft.cli.options import MaybeOutFolder, OutFolder, live_progress
 from regraft.cli.running import show_page
 from regraft.console import ConsoleProgress
 from regraft.errors import RegraftError
@@ -62,7 +62,7 @@ def report(
         raise RegraftError("Name the folder of a run, or folders of evaluations.")
     if texts and bundle is None:
         raise RegraftError("--texts is for a bundle: name its file with --bundle.")
-    with console_progress() as progress:
+    with live_progress() as progress:
         if folder and folder[0].suffix == ".zip":
             _check_bundles(progress, folder)
         elif pair is not None or any(map(is_evaluation, folder)):
@@ -145,5 +145,5 @@ def compare(*run: Path, out: OutFolder, against: Against = ()) -> None:
     """
     from regraft.runs.comparing import compare_runs
 
-    with console_progress() as progress:
+    with live_progress() as progress:
         show_page(progress, compare_runs(run, out, against), out)

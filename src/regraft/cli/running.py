@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regraft.cli.options import MaybeOutFolder, OutFolder, console_progress
+from regraft.cli.options import MaybeOutFolder, OutFolder, live_progress
 from regraft.console import ConsoleProgress, show_preview, show_study
 from regraft.errors import RegraftError
 from regraft.recipes.file import read_recipe
@@ -52,7 +52,7 @@ def run(
     from regraft.stages.evaluation_cache import EvaluationCache
 
     read = read_recipe(recipe)
-    with console_progress() as progress:
+    with live_progress() as progress:
         if dry_run:
             cache = EvaluationCache()
             for folder, one in recipe_runs.runs_of(read, out).items():

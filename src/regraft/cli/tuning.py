@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import App, Group, Parameter
 
-from regraft.cli.options import OutFolder, console_progress
+from regraft.cli.options import OutFolder, live_progress
 from regraft.cli.realigning import (
     AnswerLength,
     Choice,
@@ -59,7 +59,7 @@ def tune(
     from regraft import stages
 
     calibration = calibration.with_responses()
-    with console_progress() as progress:
+    with live_progress() as progress:
         check_tuning(settings, tuning, choice, scoring, compute.device)
         restoration = stages.Restoration(
             open_source(dense, trust_remote_code=compute.trust_remote_code),

@@ -52,17 +52,11 @@ def _rounded(value: Any) -> Any:
 
 
 def table(check: Check) -> Grid:
-    rows = [
-        (
-            NAMES[one.name],
-            rate_cell(one.dense),
-            rate_cell(one.compressed),
-            points_cell(one.change),
-            _margin(one),
-            Cell(one.outcome, note=_needed(one)),
-        )
-        for one in check.metrics
-    ]
+    rows = []
+    for one in check.metrics:
+        needed = f"about {one.needed:,} prompts would decide" if one.needed else ""
+        rates = rate_cell(one.dense), rate_cell(one.compressed), points_cell(one.change)
+        rows.append((NAMES[one.name], *rates, _margin(one), Cell(one.outcome, note=needed)))
     return Grid.of(f"check: {check.verdict}", _HEADINGS, rows)
 
 
@@ -71,10 +65,6 @@ def _margin(metric: Metric) -> str:
         return "none"
     sign = "-" if metric.name == "utility" else "+"
     return f"{sign}{100 * metric.margin:g}"
-
-
-def _needed(metric: Metric) -> str:
-    return f"about {metric.needed:,} prompts would decide" if metric.needed else ""
 
 
 def sentence(metric: Metric) -> str:

@@ -25,8 +25,7 @@ class Variant:
         base: Name of the model that it was made from and is compared with: the dense model for a
             pruned one, the pruned model for a realigned one; None for the dense model.
         sparsity: Fraction of zeros among the prunable weights.
-        restored: Number of restored weights; 0 also if unknown.
-        trained: Whether the restored weights have trained values instead of dense ones.
+        restored: Number of restored weights, with trained values if `trained`; 0 also if unknown.
         pruned: Number of weights that pruning set to 0 or, if `changed`, that compression changed;
             0 also if unknown.
         restored_by_module: Kind of module, such as "self_attn.q_proj" -> restored weights by layer.
@@ -37,8 +36,7 @@ class Variant:
         curve: The search on validation prompts that chose `restored`.
         passes: Compute of choosing the weights, in passes over the calibration prompts; None if not
             measured.
-        checkpoint: Path of a pruned model, relative to the run's folder.
-        patch: Path of the patch, relative to the run's folder.
+        checkpoint: Path of a pruned model, and `patch` of a patch, relative to the run's folder.
     """
 
     name: str
@@ -105,8 +103,7 @@ class DataAccount:
 class SharedPath:
     """A path of gain and the methods of a pruning that restore its first weights.
 
-    `allowed` maps a method to the number of weights that its budget allows; methods without a
-    budget, or with a search, are left out.
+    `allowed` maps methods that have a budget and no search to the number of weights it allows.
     """
 
     pruning: str
@@ -140,9 +137,8 @@ class Run:
         one_pass: The unit of `Variant.passes`.
         unrelated: Whether only the answers of the models are known, so that all are compared with
             the first.
-        caveat: A warning shown prominently.
-        seed: The calibration seed.
-        name: Name of the model in a recipe of several models.
+        caveat: A warning to show prominently.
+        seed: The calibration seed; `name` is that of the model in a recipe of several.
     """
 
     title: str

@@ -113,20 +113,14 @@ class Row(Measured):
     measured or does not apply.
 
     Attributes:
-        members: The models, by seed and draw.
-        drawn: Whether it is a random control.
-        weights: Number of restored weights.
-        restored: Restored weights per 10,000 pruned ones.
-        violated: Number of broken N:M groups.
+        members: The models, by seed and draw; `drawn` marks a random control.
+        weights: Number of restored weights; `restored` is the number per 10,000 pruned ones.
         passes: Compute of choosing the weights, in passes over the calibration prompts.
-        mean_asr: Mean over several attack suites with equal weights, as in the HSR paper.
-        mean_rsr: RSR of these means.
+        mean_asr: Mean over several attack suites with equal weights, as in the HSR paper; the RSR
+            of these means is `mean_rsr`.
         attacks: Test against the base: a pruned model against the dense one, a method against the
-            pruned model, unrelated models against the first.
-        refusals: The same test of refusals of harmless prompts.
-        against: Tests of attacks against the named methods.
-        over_refusal_from_pruned: This model's rate minus the pruned model's; the other differences
-            ("from") alike.
+            pruned model, unrelated models against the first; `refusals` alike.
+        over_refusal_from_pruned: This model's rate minus the pruned model's; others ("from") alike.
     """
 
     name: str

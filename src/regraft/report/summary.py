@@ -73,7 +73,7 @@ def _sentences(table: Table) -> Iterator[str]:
     if not table.pruning:
         yield _alone(dense)
         for row in others:
-            yield f"{_alone(row)} {_beside(row)}{_caveats(dense, row)}"
+            yield f"{_alone(row)} {_compared(row)}{_caveats(dense, row)}"
         return
     pruned = others[0]
     yield _pruning(dense, pruned)
@@ -85,8 +85,8 @@ def _sentences(table: Table) -> Iterator[str]:
 
 def _alone(row: Row) -> str:
     parts = [
-        f"{called} {rate(estimate)} on {estimate.n:,} prompts"
-        for called, estimate in (
+        f"{name} {rate(estimate)} on {estimate.n:,} prompts"
+        for name, estimate in (
             ("ASR", row.asr),
             ("over-refusal", row.over_refusal),
             ("utility", row.utility),
@@ -106,7 +106,7 @@ def _degenerate(row: Row) -> str:
     )
 
 
-def _beside(row: Row) -> str:
+def _compared(row: Row) -> str:
     tests = [("ASR", row.attacks), ("over-refusal", row.refusals)]
     found = [f"{name} {tested(test)}" for name, test in tests if test]
     return f"On the same prompts: {', '.join(found)}." if found else ""
@@ -255,7 +255,7 @@ def _one_pass(study: Study) -> str:
     one = next((run.one_pass for run in study.runs if run.one_pass), None)
     if one is None or len({run.name for run in study.runs}) > 1:
         return ""
-    return f" Here one pass is over {one.prompts:,} prompts with {one.tokens:,} tokens."
+    return f" Here one pass is over {one.prompts:,} prompts, {one.tokens:,} tokens."
 
 
 def _published_notes(study: Study) -> Iterator[str]:

@@ -91,6 +91,8 @@ def look_of(row: Row, number: int) -> str:
 
 def _heading(row: Row, number: int) -> Cell:
     about = "" if row.label == row.name else row.label
+    if about.startswith(f"{row.name} ("):  # "hsr (top 16 heads)"
+        about = about[len(row.name) + 2 : -1]
     return Cell(name_of(row), note=about, kind=look_of(row, number), number=number)
 
 
@@ -271,15 +273,7 @@ def ships(found: Correlation) -> Grid:
 def judges(run: Run) -> Grid:
     return Grid.of(
         "",
-        (
-            "Model",
-            "Judge",
-            "ASR",
-            "Agreement on attacks",
-            "Over-refusal",
-            "Agreement on refusals",
-            "Unreadable",
-        ),
+        ("Model", "Judge", "ASR", "Attacks agree", "Over-refusal", "Refusals agree", "Unreadable"),
         (
             (
                 one.name,

@@ -163,10 +163,7 @@ def _evaluation(folder: Path, folders: Sequence[str], texts: bool) -> Iterator[t
 
 
 def _folders(recipe: Recipe) -> list[str]:
-    """The folders to remove from texts: the common one of the recipe's paths, and the home.
-
-    Only a common folder is removed, so that different paths stay different.
-    """
+    """The folders to remove: the one that all paths share, so that they stay distinct, and home."""
     content = recipe.model_dump(mode="json")
     sources = [content["calibration"]["data"], *content["evaluate"]["suite"]]
     sources += [one["search"]["validation"] for one in content["realign"] if one["search"]]

@@ -133,9 +133,7 @@ def _manifest(path: Path, content: Mapping[str, bytes]) -> dict[str, Any]:
     found = content.keys() - {MANIFEST}
     if differing := sorted(found ^ expected.keys()):
         what = "is missing" if differing[0] in expected else "was added"
-        raise RegraftError(
-            f"{path}: {differing[0]} {what}; the bundle was changed. Ask for it again."
-        )
+        raise RegraftError(f"{path}: {differing[0]} {what}: it was changed. Ask for it again.")
     if changed := [name for name in sorted(found) if digest(content[name]) != expected[name]]:
         raise RegraftError(
             f"{path}: {changed[0]} does not match its digest; the bundle was changed or damaged. "
@@ -192,9 +190,6 @@ def _check_page(where: str, page: Any, results: Mapping[str, EvalResult], folder
     """Check every row of a report.json against the evaluations it is about.
 
     Args:
-        where: The file, for errors.
-        page: The content of the file.
-        results: The checked results; see `Bundle`.
         folder: The folder of the file in the bundle; "" for the report over several runs.
     """
     runs = [_run(one, results, folder or _folder_of(one)) for one in page["runs"]]

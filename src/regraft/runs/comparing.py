@@ -131,10 +131,6 @@ def _variants(
         )
 
 
-def _has_sizes(one: Evaluation) -> bool:
-    return "prunable" in one.about
-
-
 def _check_pair(found: Mapping[str, Evaluation]) -> None:
     """Raise RegraftError if what was recorded about the models contradicts their roles.
 
@@ -147,7 +143,7 @@ def _check_pair(found: Mapping[str, Evaluation]) -> None:
             f"{dense} and {pruned} are evaluations of the same model "
             f"({_model(about[dense]['inputs'])}). Name the pruned model's by --pruned."
         )
-    if _has_sizes(found[dense]) and _has_sizes(found[pruned]):
+    if "prunable" in about[dense] and "prunable" in about[pruned]:
         _check_sizes((dense, about[dense]), (pruned, about[pruned]))
     for name in others:
         inputs = about[name]["inputs"]

@@ -40,16 +40,11 @@ def render(
     """Render the card of a patch.
 
     Args:
-        patch: The file of the patch.
-        repository: OWNER/NAME on the hub.
-        dense: Hub id of the dense model.
-        pruned: Hub id of the pruned checkpoint.
         evaluated: Folders of `regraft eval`, for a table of rates; the others are compared with the
             first.
 
     Raises:
-        RegraftError: the file is not a patch, an id is invalid, or the evaluations cannot be
-            compared.
+        RegraftError: the file is no patch, an id is invalid, or evaluations cannot be compared.
     """
     for named in filter(None, (repository, dense, pruned)):
         if not MODEL_ID.fullmatch(named) or "@" in named:
