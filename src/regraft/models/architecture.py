@@ -131,7 +131,7 @@ class Architecture:
 
     @property
     def left_dense(self) -> list[str]:
-        """Names, within a layer, of matrices that are never pruned, such as routers."""
+        """Names, within a layer, of weights (not vectors) that are never pruned: routers, kernels."""
         first = next(self.linears)
         own = re.match(rf"(.*?\b(?:{'|'.join(LAYER_LISTS)})\.){first.layer}\.", f"{first.module}.")
         assert own is not None

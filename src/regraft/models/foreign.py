@@ -87,9 +87,9 @@ def check_settings(folder: Path) -> None:
 
 
 def _check_tokenizer(path: Path) -> None:
-    """Raise if a tokenizer has no tokens, or a normalizer that lengthens text without bounds.
+    """Raise if a tokenizer has no tokens, or a normalizer that makes texts far longer.
 
-    If such a normalizer exhausts memory, the process ends.
+    Such a text may take all memory, which ends the process without an error.
     """
     try:
         parsed = json.loads(path.read_bytes())
