@@ -50,8 +50,8 @@ Side = tuple[LayerwisePass, Loss]
 TRAINED = "trained"  # `values` in the `about` of a patch with trained values
 TRAINED_VALUES = (
     "the values are trained, not the dense model's. The result has weights of neither the pruned "
-    "nor the dense model, so what their licences and evaluations say need not hold for it; reverting "
-    "works as with any patch."
+    "nor the dense model, so their licences and evaluations may not hold for it; reverting works "
+    "as with any patch."
 )
 BETAS = (0.9, 0.999)
 EPS = 1e-8
