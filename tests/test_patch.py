@@ -282,6 +282,14 @@ def test_missing_parts(tmp_path: Path) -> None:
         load_patch(tmp_path / "b")
 
 
+def test_shape_beyond_int64(tmp_path: Path) -> None:
+    shape = (2**62, 2**62)
+    tensors = {"x.positions": torch.tensor([0, 2**62]), "x.values": torch.ones(2)}
+    layout = {"x": {"shape": list(shape), "base": ""}}
+    write_artifact(tmp_path / "a", FORMAT, {"about": {}, "tensors": layout}, tensors)
+    assert load_patch(tmp_path / "a").tensors["x"].shape == shape
+
+
 def test_foreign_files(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "weights.safetensors")
     write_artifact(tmp_path / "heads.safetensors", "regraft-heads-1", {}, {})

@@ -156,7 +156,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Spearman | None:
     Raises:
         ValueError: the lengths differ, or there are fewer than 3.
     """
-    from scipy.stats import rankdata, spearmanr  # slow to import; only several models need it
+    from scipy.stats import rankdata, spearmanr  # slow to import, needed for several models only
 
     if len(x) != len(y) or len(x) < FEWEST:
         raise ValueError(f"A rank correlation needs 3 pairs or more; got {len(x)} and {len(y)}.")

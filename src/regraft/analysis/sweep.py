@@ -162,6 +162,6 @@ def _draw_rate(panel: Any, sweep: Sweep, field: str, look: tuple[str, str, str])
         if (rate := getattr(one, field)) is not None
     }
     for name, rate in references.items():
-        dash = ":" if name == "dense" else "--"
-        panel.axhline(100 * rate.value, color=INK, lw=0.8, ls=dash, label=name)
+        dashes = ":" if name == "dense" else "--"
+        panel.axhline(100 * rate.value, color=INK, lw=0.8, ls=dashes, label=name)
     panel.set_ylim(0, ceiling([*rates.values(), *references.values()]))

@@ -311,7 +311,7 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def slug(text: str) -> str:
-    """`text` as a file name of word characters, dots and dashes; if others were lost, a digest."""
+    """`text` as a file name of word characters, dots and dashes; others become "-" and a digest."""
     plain = re.sub(r"[^\w.-]+", "-", text).strip("-.")
     return plain if plain == text else f"{plain[-60:]}-{digest(text)[:8]}"
 

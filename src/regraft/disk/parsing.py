@@ -154,7 +154,7 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (yaml.YAMLError, RecursionError):
             raise
-        except Exception as error:  # any kind: a KeyError for `!!bool x`, a ValueError for others
+        except Exception as error:  # any kind: `!!bool x` a KeyError, a long integer a ValueError
             value = shown(node.value) if isinstance(node, yaml.ScalarNode) else "this"
             raise yaml.constructor.ConstructorError(
                 None, None, f"{value} cannot be read as {node.tag}", node.start_mark

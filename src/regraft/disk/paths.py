@@ -105,7 +105,6 @@ def within(path: Path, folder: Path) -> bool:
 
     Snapshots in the hub's cache link to the blobs beside them, which count as inside.
     """
-
     real, root = (Path(os.path.realpath(one)) for one in (path, folder))
     if real.is_relative_to(root):
         return True

@@ -68,9 +68,10 @@ class HeadScores:
         return heads if exact is None else sorted(heads, key=lambda head: not exact[head])
 
     def certain(self, criterion: Criterion) -> int:
-        """How many of the best heads by estimate have exact scores without a gap.
+        """How many of the best heads may be chosen: all before the first without an exact score.
 
-        Further heads may have exact scores because they rank high by the other criterion.
+        Heads are in the order of their estimates. Later ones may have exact scores because they
+        rank high by the other criterion.
         """
         if self.exact is None or self.estimate is None:
             return len(self.ranked(criterion))

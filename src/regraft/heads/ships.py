@@ -87,7 +87,7 @@ class HeadSettings(Settings):
 def most_rank(samples: int, hidden: int) -> int:
     """The highest rank at which subspaces of a space of `samples` dimensions can differ.
 
-    That many vectors would span the whole space, whatever the states are.
+    It is below `samples`: as many vectors span the whole space, whatever the states are.
     """
     return min(samples - 1, hidden)
 

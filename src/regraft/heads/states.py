@@ -227,7 +227,6 @@ def tokens_that_fit(architecture: Architecture, hidden: Tensor) -> int:
 
 def even_chunks(heads: Sequence[int], size: int) -> list[Sequence[int]]:
     """Split heads into even chunks of at most `size`."""
-
     size = math.ceil(len(heads) / math.ceil(len(heads) / size))
     return [heads[start : start + size] for start in range(0, len(heads), size)]
 

@@ -131,7 +131,7 @@ class Architecture:
 
     @property
     def left_dense(self) -> list[str]:
-        """Names, within a layer, of matrices that are never pruned, such as routers."""
+        """Names, within a layer, of matrices and kernels that are never pruned, such as routers."""
         first = next(self.linears)
         own = re.match(rf"(.*?\b(?:{'|'.join(LAYER_LISTS)})\.){first.layer}\.", f"{first.module}.")
         assert own is not None

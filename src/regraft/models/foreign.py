@@ -87,9 +87,9 @@ def check_settings(folder: Path) -> None:
 
 
 def _check_tokenizer(path: Path) -> None:
-    """Raise if a tokenizer has no tokens, or a normalizer that lengthens text without bounds.
+    """Raise if a tokenizer has no tokens, or a normalizer that makes texts far longer.
 
-    If such a normalizer exhausts memory, the process ends.
+    Such a text may take all memory, which ends the process without an error.
     """
     try:
         parsed = json.loads(path.read_bytes())
@@ -233,9 +233,8 @@ def _kind(value: object) -> type:
 def of_processor(folder: Path) -> Iterator[None]:
     """`foreign` for tokenizer and processor: the message names their files."""
     existing = [name for name in (*_TEXT, *_SETTINGS[2:]) if (folder / name).is_file()]
-    advice = "If a file is damaged or missing, copy the base model's tokenizer and processor files."
-    if existing:
-        advice = f"It is made of {', '.join(existing)}. {advice}"
+    made = f"It is made of {', '.join(existing)}. " if existing else ""
+    advice = f"{made}If a tokenizer or processor file is damaged or missing, copy the base model's."
     with foreign(folder, "the processor", advice):
         try:
             yield

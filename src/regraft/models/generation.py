@@ -191,7 +191,6 @@ def positions_of(config: Any) -> int | None:
 
 def _ropes(text: Any) -> Iterator[Mapping[str, Any]]:
     """The parameters of rotary embeddings; some models have separate ones per layer type."""
-
     stated = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
     if not isinstance(stated, Mapping):
         return

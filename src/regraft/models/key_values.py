@@ -91,7 +91,7 @@ class Recorded:
     Attributes:
         entering: The layers' inputs, `[B, S, d]`.
         arguments: Their other arguments, without the cache.
-        known: Their keys and values, for the layers in `keep`.
+        known: Their keys and values, of the layers that `record` was asked to keep.
         added: What the decoder adds to a layer's output (Qwen3VLTextModel's deepstack), if
             anything.
         final: The normed final state, `[B, S, d]`.

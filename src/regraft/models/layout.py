@@ -131,6 +131,7 @@ def _stacked(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
 
 
 def _unsqueeze(one: Tiling, dim: int) -> Tiling:
+    """Insert a dimension of size 1."""
 
     def put(values: tuple[int, ...], new: int) -> tuple[int, ...]:
         return (*values[:dim], new, *values[dim:])

@@ -286,7 +286,7 @@ def load_processor(source: Source) -> Any:
 def placed(batch: Batch, model: nn.Module) -> Batch:
     """The batch on the model's device, pixels in the dtype of its first floating-point weight.
 
-    If every weight is offloaded to disk, accelerate's hooks move the batch.
+    If every weight is offloaded, accelerate's hooks move the batch.
     """
     parameters = [one for one in model.parameters() if one.is_floating_point()]
     first = next((p for p in parameters if not p.is_meta), None)

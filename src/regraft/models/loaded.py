@@ -120,7 +120,7 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint, architecture: Archit
     modules = dict(model.named_modules())
     for linear in _one_of_each(architecture):
         if getattr(modules[linear.module], linear.parameter).is_meta:
-            continue  # a layer of a split model, offloaded to disk
+            continue  # an offloaded layer of a split model
         weight = linear.weight(modules[linear.module])
         stored = checkpoint.matrix(linear.tensor, linear.stored, linear.shape)
         if not torch.equal(stored.to(weight.dtype), weight.cpu()):
@@ -150,6 +150,6 @@ def enough_memory(folder: Path) -> Iterator[None]:
             raise
         raise RegraftError(
             f"{folder}: there is not enough memory for its weights. Load them in fewer bytes with "
-            "--dtype bfloat16 (in a recipe compute.dtype), or lower --batch-size "
-            "(compute.batch_size)."
+            "--dtype bfloat16 (in a recipe compute.dtype), and lower --batch-size "
+            "(compute.batch_size), which takes memory too."
         ) from error

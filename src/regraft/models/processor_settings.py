@@ -55,7 +55,7 @@ _KINDS: tuple[tuple[re.Pattern[str], Callable[[Any], bool], str], ...] = (
     (re.compile(r"_(mean|std)$"), _are_numbers, "a number, or a list of numbers"),
     (re.compile(r"^(temporal_patch|merge)_size$"), _is_number, "a number"),
     (re.compile(r"^(height|width)$|_edge$|^rescale_factor$"), _is_number, "a number"),
-    (re.compile(r"^(crop_)?size$"), _is_size, "a number, a list of them, or an object of them"),
+    (re.compile(r"^(crop_)?size$"), _is_size, "a number, or a list or an object of numbers"),
     (re.compile(r"^patch_size$"), _is_patch, "a number, or height and width"),
     (re.compile(r"^resample$"), _is_filter, "0 to 5, a filter of Pillow"),
 )

@@ -146,7 +146,7 @@ def quantisation_of(config: Any) -> str | None:
     quantisation = _quantization_config(config)
     if quantisation is None:
         return None
-    if quantisation.get("load_in_4bit") or quantisation.get("load_in_8bit"):  # old: without a name
+    if quantisation.get("load_in_4bit") or quantisation.get("load_in_8bit"):  # old: unnamed
         return "bitsandbytes"
     method = quantisation.get("quant_method", "a method that config.json does not name")
     return str(getattr(method, "value", method))

@@ -65,10 +65,10 @@ def recorded(model: nn.Module) -> Iterator[list[VisionOutput]]:
         return result
 
     with ExitStack() as stack:
+        projector: Any = getattr(inner, "multi_modal_projector", None)
         if inner is not None and (features := _features(inner)) is not None:
             stack.enter_context(_replaced(inner, lambda *a, **k: keep(features(*a, **k))))
-        elif inner and hasattr(inner, "vision_model") and hasattr(inner, "multi_modal_projector"):
-            projector: Any = inner.multi_modal_projector
+        elif projector is not None and hasattr(inner, "vision_model"):
             hook = projector.register_forward_hook(lambda _module, _args, result: keep(result))
             stack.enter_context(hook)
         yield outputs

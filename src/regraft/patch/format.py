@@ -291,8 +291,8 @@ def _positions(path: Path, name: str, stored: Tensor) -> Tensor:
 
 
 def _ascending_below(size: int, positions: Tensor) -> bool:
-    """Whether positions are a vector of ascending numbers from 0 to `size` - 1."""
-    if positions.ndim != 1:
-        return False
-    bounded = torch.cat([torch.tensor([-1]), positions, torch.tensor([size])])
-    return bool((bounded[1:] > bounded[:-1]).all())
+    """Whether positions `[k]` are ascending numbers from 0 to `size` - 1, however large."""
+    if not len(positions):
+        return True
+    inside = int(positions[0]) >= 0 and int(positions[-1]) < size
+    return inside and bool((positions[1:] > positions[:-1]).all())

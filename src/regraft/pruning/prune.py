@@ -173,7 +173,7 @@ def unreached(linears: Iterable[LinearArchitecture], found: Sums) -> list[Linear
 def by_magnitude(
     weights: Mapping[LinearArchitecture, Tensor], patterns: Patterns
 ) -> Iterator[tuple[LinearArchitecture, PrunedWeight]]:
-    """Prune experts that no calibration token reached by |W|: their statistics are unknown.
+    """Prune experts by |W|, for those without statistics because no calibration token reached them.
 
     For inputs of equal size and no correlation Wanda's and SparseGPT's scores order weights by
     magnitude, and so does SNIP's for gradients of equal size.

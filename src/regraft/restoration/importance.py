@@ -166,7 +166,7 @@ def by_importance(
         context: The models and statistics; its seed breaks ties.
         regions: Which blocks of each matrix may be restored.
         band: Share of a matrix that pruning kept -> its thresholds, None to skip the matrix.
-        name: The pruner whose score is the importance, for one that has no statistics.
+        name: The pruner whose score is the importance; read only if `context` has no statistics.
         formula: Scores one matrix.
     """
     none = ImportanceStatistics(name, {}, 0)

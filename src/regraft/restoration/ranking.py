@@ -136,7 +136,7 @@ class Best:
         if not count:
             return torch.empty(0, dtype=torch.int64)
         least = flat.topk(count).values[-1]
-        if len(self._kept) == self.count:
+        if len(self._kept) == self.count:  # a tie may still go to this matrix, if it comes earlier
             least = max(least, self._kept.score[-1].to(least))
         return (flat >= least).nonzero().flatten()
 
@@ -289,10 +289,16 @@ def load_ranking(path: Path) -> Ranking:
                 f"per weight, {stored['linear'].numel()} as in linear. Make the ranking again."
             )
     if values is not None and values.shape != stored["linear"].shape:
-        raise RegraftError(f"{path}: the tensor values must have one number per weight.")
+        raise RegraftError(
+            f"{path}: the tensor values is {list(values.shape)}; expected one number per weight, "
+            f"{stored['linear'].numel()} as in linear. Make the ranking again."
+        )
     require_finite(path, stored)
     linear, position, removed = (stored[name].long() for name in ("linear", "position", "removed"))
     least = ((linear, 0), (position, 0), (removed, KEPT))
     if any((one < low).any() for one, low in least):
-        raise RegraftError(f"{path}: linear or position is below 0, or removed below {KEPT}.")
+        raise RegraftError(
+            f"{path}: linear or position has a number below 0, or removed one below {KEPT}. Make "
+            "the ranking again."
+        )
     return Ranking(linear, position, removed, stored["score"], about, values)

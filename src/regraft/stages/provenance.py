@@ -42,7 +42,9 @@ from regraft.settings.compute import ComputeSettings
 _ONLY_ROUNDING = ("batch_size", "tokens_per_pass")  # settings that change results by rounding only
 _PIECES = "by size of image"  # how unfinished work is split; if that changes, it starts again
 # fields of descriptions that are results and no part of the key
-_OUTCOMES = {"violated_groups", "heads", "start", "steps", "end", "values", "passes", "replies"}
+_OUTCOMES = {
+    *("violated_groups", "heads", "skipped", "start", "steps", "end", "values", "passes", "replies")
+}
 
 
 @cache

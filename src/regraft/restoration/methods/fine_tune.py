@@ -49,9 +49,9 @@ Side = tuple[LayerwisePass, Loss]
 """Prompts of one kind, embedded, and the loss of a response to them."""
 TRAINED = "trained"  # `values` in the `about` of a patch with trained values
 TRAINED_VALUES = (
-    "the values are trained and not the dense model's. Not every weight is the pruned or the dense "
-    "model's any more, which is what their licence and evaluations are about; reverting works as "
-    "with any patch."
+    "the values are trained, not the dense model's. The result has weights of neither the pruned "
+    "nor the dense model, so their licences and evaluations may not hold for it; reverting works "
+    "as with any patch."
 )
 BETAS = (0.9, 0.999)
 EPS = 1e-8

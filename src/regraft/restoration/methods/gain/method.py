@@ -49,7 +49,7 @@ LEAST_FALL = 0.01  # relative fall of the held-out loss below which a step is th
 
 
 class GainSettings(AlwaysBudgeted):
-    """Restore what is predicted to bring answers nearest to the dense model's; stops by itself."""
+    """Restore weights predicted to bring answers closest to the dense model's; stops by itself."""
 
     method: Literal["gain"] = "gain"
     budget: float | None = Field(

@@ -46,10 +46,10 @@ def gain(gradient: Tensor, dense: Tensor, current: Tensor) -> Tensor:
 def first_order_limit(worth: Tensor, loss: float) -> int:
     """Number of weights that are together predicted to halve the loss, at least one.
 
-    The best weights of a step all push the same decision, so their effects do not simply add up:
-    with enough weights to predict a loss of zero the model refuses much more than the dense one,
-    and later steps are spent on undoing that. `worth` `[k]` float32 is the predicted fall by each
-    weight, best first; `loss` is the current loss.
+    The best weights of a step all push the same decision, so together they do less than the sum of
+    their predictions: with enough weights to predict a loss of zero the model refuses much more
+    than the dense one, and later steps are spent on undoing that. `worth` `[k]` float32 is the
+    predicted fall by each weight, best first; `loss` is the current loss.
     """
     return max(1, int((worth.double().cumsum(0) <= loss / 2).sum()))
 
