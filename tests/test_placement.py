@@ -134,7 +134,7 @@ def test_a_patch_is_never_lost_on_a_spread_model(pico_dir, tmp_path):
     tensor = TensorPatch.of(weight, torch.tensor([3]), torch.tensor([1.0], dtype=weight.dtype))
     model = spread(opened.model, tmp_path / "offloaded")
     with (
-        pytest.raises(load.RegraftError, match="no patch can be put on it"),
+        pytest.raises(load.RegraftError, match="offloaded to disk, where it cannot be patched"),
         patched(model, opened.architecture, Patch({linear.tensor: tensor}, {})),
     ):
         pass
