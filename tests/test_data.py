@@ -31,7 +31,7 @@ from regraft.data.readers.safebench import FIGSTEP_PROMPT, read_safebench
 from regraft.data.readers.vlguard import parse_vlguard, read_vlguard
 from regraft.data.sources import DataSource, join_suites, of_split, read, seen_before, split_off
 from regraft.errors import PassingError, RegraftError
-from regraft.settings.data import CalibrationSettings, _several
+from regraft.settings.data import CalibrationSettings, _data_sources
 from regraft.settings.searching import SearchSettings
 from regraft.stages.provenance import describe
 from regraft.stages.reading import draw_calibration, order_calibration
@@ -802,7 +802,7 @@ def test_test_prompts_that_were_used_before_are_found(tmp_path):
     ],
 )
 def test_several_suites_in_a_row(words, suites):
-    found = _several(None, [SimpleNamespace(value=word) for word in words.split()])
+    found = _data_sources(None, [SimpleNamespace(value=word) for word in words.split()])
     assert [str(suite) for suite in found] == suites
 
 
