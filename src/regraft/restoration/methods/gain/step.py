@@ -153,8 +153,7 @@ def _candidates(
     index = {linear.key: i for i, linear in enumerate(architecture.linears)}
     weights = weights_of(problem.model.network, architecture)
     losses = [Recorded(side.loss) for side in problem.sides]
-    # The backward passes of both kinds run side by side, so that the gradients of only one layer
-    # are in memory.
+    # Both backward passes run side by side, so that only one layer's gradients are in memory.
     passes = (_gradients(problem, i, loss, advance) for i, loss in enumerate(losses))
     for (layer, for_safety), (_, for_utility) in zip(*passes, strict=True):
         for linear in layer.linears:
