@@ -23,7 +23,7 @@ from regraft.errors import RegraftError
 
 SUFFIX = ".parquet"
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.parquet")
-_OTHER_DATA = {".csv", ".tsv", ".json", ".jsonl", ".txt", ".zip"}
+_OTHER = {".csv", ".tsv", ".json", ".jsonl", ".txt", ".zip"}  # data in other formats
 _NO_DATA = {"dataset_infos.json", "requirements.txt"}
 _MOST_ROWS = 2**22  # of a table, whose rows are all kept in memory
 _MOST_CELL = 256 * 2**20  # bytes
@@ -128,8 +128,7 @@ def table_in(folder: Path, split: str | None) -> Path | None:
     """
     files = sorted(path.relative_to(folder) for path in folder.rglob(f"*{SUFFIX}"))
     if not files or any(
-        path.suffix.lower() in _OTHER_DATA and path.name not in _NO_DATA
-        for path in folder.rglob("*")
+        path.suffix.lower() in _OTHER and path.name not in _NO_DATA for path in folder.rglob("*")
     ):
         return None
     tables: dict[str, Path] = {}

@@ -1,8 +1,7 @@
 """Read a chat server's error messages, apart from what they repeat of the request.
 
 OpenAI's form is {"error": {"message", "param", "code"}}, FastAPI's {"detail": [{"loc", "msg"}]} or
-{"detail": "words"}; others write plain text. Many repeat the prompt, whose words say nothing about
-the error.
+{"detail": "words"}; others write plain text. Many repeat the prompt, which has to be ignored.
 """
 
 from __future__ import annotations
