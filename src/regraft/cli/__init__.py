@@ -15,6 +15,7 @@ from rich.console import Console
 
 import regraft
 from regraft.cli.exits import end, finish, joined, prepare_streams
+from regraft.disk.paths import is_text
 from regraft.errors import RegraftError
 
 __all__ = ["app", "main"]
@@ -133,6 +134,8 @@ def _joined(words: Sequence[str]) -> list[str]:
     """The words with `--data NAME PATH` as `--data NAME:PATH`; settings take a flag's one word."""
     if wrong := [word for word in words if "\0" in word]:
         raise RegraftError(f"{wrong[0]!r} holds a NUL, which nothing here may be called.")
+    if wrong := [word for word in words if not is_text(word)]:
+        raise RegraftError(f"{wrong[0]!r} is not UTF-8, as all names here must be. Rename it.")
     if not {"--data", "--validation"}.intersection(words):
         return list(words)
     from regraft.data.sources import words_of_first

@@ -94,9 +94,12 @@ def _report_run(progress: ConsoleWatch, folders: Sequence[Path], out: Path | Non
             "Several folders are for evaluations, which hold a results.json; runs are compared "
             "by `regraft analyse compare`."
         )
-    if out is not None:
-        raise RegraftError("The report of a run lies in its own folder: leave out --out.")
     run = folders[0]
+    if out is not None:
+        raise RegraftError(
+            f"{run} holds no results.json and so is no evaluation; if it is a run, its report lies "
+            "in its own folder: leave out --out."
+        )
     show_page(progress, recipe_runs.report_recipe(run), run / "report")
 
 

@@ -85,14 +85,14 @@ class DataSource(BaseModel):
 
 
 @kept_if_read()
-def read(source: DataSource) -> Reading:
-    """Read the data set that `source` names; of a folder with several files see `of_split` first.
+def read(source: DataSource, split: Split | None = None) -> Reading:
+    """Read the data set that `source` names; of a folder with a file a split that one.
 
     Raises:
         RegraftError: see its reader; it has no prompt of the kind.
     """
     try:
-        return _read(source)
+        return _read(source if split is None else of_split(source, split))
     except PassingError:
         raise
     except RegraftError as error:
@@ -217,7 +217,7 @@ def join_suites(suites: Sequence[DataSource], limit: int | None) -> Reading:
     """
     if twice := [suite for i, suite in enumerate(suites) if suite in suites[:i]]:
         raise RegraftError(f"{twice[0]} is named twice: its prompts would count twice.")
-    readings = [read(of_split(suite, "test")) for suite in suites]
+    readings = [read(suite, "test") for suite in suites]
     examples: list[Example] = []
     skipped: dict[str, int] = {}
     taken: set[str] = set()

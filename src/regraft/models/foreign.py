@@ -7,6 +7,7 @@ folder and the files.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -19,9 +20,9 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-from regraft.data.collate import lent_template
+from regraft.data.collate import lent_template, message
 from regraft.disk.parsing import read_json, shown
-from regraft.disk.paths import require_file
+from regraft.disk.paths import read_text, require_file
 from regraft.errors import RegraftError, is_device_memory, is_fault, is_host_memory
 from regraft.models import processor_settings
 
@@ -31,11 +32,13 @@ _SETTINGS = (
     *("special_tokens_map.json", "added_tokens.json", "chat_template.json"),
 )
 _TEXT = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+_OF_BASE = "Take the file of the base model."
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ANY = -math.inf
 _BOUNDS = {  # what a field's name ends in, and from where to where all models have it
     "config.json": (
         (re.compile(r"(layers?|depths?|blocks|stages)$"), _ANY, 1024),  # an object each
+        (re.compile(r"num_hidden_layers$"), 0, 1024),
         (re.compile(r"num_labels$"), _ANY, 4096),
         (re.compile(r"experts$"), _ANY, 2**14),  # as Doge has
         (  # rows, columns
@@ -68,6 +71,14 @@ def check_settings(folder: Path) -> None:
         if not (path.exists() or path.is_symlink()):
             continue
         require_file(path)  # to open a pipe may never end
+        with path.open("rb") as file:
+            if file.read(3) == codecs.BOM_UTF8:
+                raise RegraftError(
+                    f"{path} begins with a byte order mark, which transformers does not read. Save "
+                    "it as UTF-8 without one."
+                )
+        if path.suffix == ".jinja":
+            read_text(path)
         if name == "tokenizer.json":
             _check_tokenizer(path)
         if name in _TEXT:
@@ -88,24 +99,25 @@ def check_settings(folder: Path) -> None:
 
 
 def _check_tokenizer(path: Path) -> None:
-    """Raise where a tokenizer knows no tokens, or puts far longer texts in the place of short ones.
+    """Raise where a tokenizer is no JSON, knows no tokens, or makes far longer texts of short ones.
 
     What such a normalizer makes of a prompt takes all memory, and the process ends.
     """
     try:
-        read = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):  # which tokenizers will tell
-        return
-    content = read if isinstance(read, dict) else {}
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise RegraftError(f"{path}: not valid JSON: {error}. {_OF_BASE}") from error
+    if not isinstance(content, dict):
+        raise RegraftError(f"{path}: expected a JSON object, found {shown(content)}. {_OF_BASE}")
     model = content.get("model")
     if isinstance(model, dict) and model.get("vocab", ...) in ({}, []):
-        raise RegraftError(f"{path}: model.vocab is empty. Take the file of the base model.")
+        raise RegraftError(f"{path}: model.vocab is empty. {_OF_BASE}")
     steps = list(_steps(content.get("normalizer")))
     grown = max((_grown(start, steps) for start, _ in [("a", ""), *steps] if start), default=1)
     if grown > _MOST_GROWN:
         raise RegraftError(
             f"{path}: its normalizer makes {grown:,} characters of one; expected {_MOST_GROWN:,} "
-            "at most. Take the file of the base model."
+            f"at most. {_OF_BASE}"
         )
 
 
@@ -152,7 +164,7 @@ def _require_within(path: Path, content: Any, bounds: _Bounds, field: str = "") 
     elif isinstance(content, int | float) and not isinstance(content, bool):
         for name, least, most in bounds:
             if name.search(field) and not least <= content <= most:
-                wanted = f"{most:,} at most" if least == _ANY else f"{least:g} to {most:,}"
+                wanted = f"{most:,} at most" if least == _ANY else f"{least:g} to {most:,.0f}"
                 raise RegraftError(f"{path}: {field} is {shown(content)}; expected {wanted}.")
 
 
@@ -309,11 +321,12 @@ def check_template(folder: Path, processor: Any) -> None:
     What else is wrong with a template is said where a prompt is rendered.
 
     Raises:
-        RegraftError: it is no template, does not end, or makes far too much of the word.
+        RegraftError: it is no template, does not end, leaves the word out, or makes far too much
+            of it.
     """
     if any(_factor(one) > _MOST_NUMBER for one in _templates(processor)):
         raise _bad(folder, f"holds a power, or multiplies by more than {_MOST_NUMBER:,}.")
-    asked = [{"role": "user", "content": "Hello"}]
+    asked = [message(processor, "user", "Hello")]
     rendered: list[str] = []
     wrong: list[str] = []
 
@@ -335,6 +348,8 @@ def check_template(folder: Path, processor: Any) -> None:
         raise _bad(folder, f"is no template: {wrong[0]}")
     if rendered and len(rendered[0]) > _MOST_RENDERED:
         raise _bad(folder, f"makes {len(rendered[0]):,} characters of one word.")
+    if rendered and "Hello" not in rendered[0]:
+        raise _bad(folder, "leaves out what the user says.")
 
 
 def _bad(folder: Path, why: str) -> RegraftError:

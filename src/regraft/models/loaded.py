@@ -121,6 +121,7 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint, architecture: Archit
             continue  # a split model's layer that waits on disk
         weight = linear.weight(modules[linear.module])
         stored = checkpoint.matrix(linear.tensor, linear.stored, linear.shape)
+        require_finite(checkpoint.folder, {linear.tensor: stored})  # NaN equals nothing
         if not torch.equal(stored.to(weight.dtype), weight.cpu()):
             raise RegraftError(
                 f"{checkpoint.folder}: tensor {linear.tensor} on disk is not {linear.parameter} "

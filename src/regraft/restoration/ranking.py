@@ -290,4 +290,6 @@ def load_ranking(path: Path) -> Ranking:
     least = ((linear, 0), (position, 0), (removed, KEPT))
     if any((one < low).any() for one, low in least):
         raise RegraftError(f"{path}: linear, position or removed hold numbers below 0.")
+    if len(torch.stack([linear, position]).unique(dim=1)[0]) < len(linear):
+        raise RegraftError(f"{path} names a weight twice. Make the ranking again.")
     return Ranking(linear, position, removed, stored["score"], about, values)

@@ -180,7 +180,7 @@ def _require_made_from(dense: Source, path: Path, about: Mapping[str, Any]) -> N
     if about["inputs"]["dense"] != dense.checkpoint.fingerprint:
         raise RegraftError(
             f"{path} was made from another checkpoint than {dense.folder}. Make it again with "
-            f"`regraft {about['stage']}` from this one."
+            f"`regraft analyse {about['stage']}` from this one."
         )
 
 

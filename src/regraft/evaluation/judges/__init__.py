@@ -180,7 +180,7 @@ def find_text_judge(text: str) -> TextJudge:
     if not isinstance(kind, TextJudge):
         raise RegraftError(
             f"The judge {text!r} is a model: evaluate by a judge of words, then judge the saved "
-            f"answers by it (`regraft judge FOLDER --by {text}`)."
+            f"answers by it (`regraft judge answers FOLDER --by {text}`)."
         )
     return kind.load(argument)
 
