@@ -292,7 +292,7 @@ def test_folders_that_are_neither_evaluations_nor_models(
     dense, out = folders / "dense", ("--out", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     empty = refused(dense, tmp_path / "empty", *out, "--suite", "demo:test")
-    assert "it is not a model folder" in empty
+    assert "is neither a model, without config.json, nor an evaluation" in empty
     assert "does not exist" in refused(dense, tmp_path / "gone", *out, "--suite", "demo:test")
     broken = shutil.copytree(dense, tmp_path / "broken")
     content = read_json(broken / "results.json")

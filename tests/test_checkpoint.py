@@ -219,6 +219,19 @@ def test_a_source_that_changes_while_it_is_copied_is_told(small: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_are_there_and_no_file(small: Path) -> None:
+    for shard in small.glob("*.safetensors"):
+        shard.unlink()
+    (small / "model.safetensors.index.json").unlink(missing_ok=True)
+    (small / "model.safetensors").symlink_to("gone.safetensors")
+    with pytest.raises(RegraftError, match=r"model.safetensors does not exist"):
+        open_checkpoint(small)
+    (small / "model.safetensors").unlink()
+    (small / "model.safetensors").mkdir()
+    with pytest.raises(RegraftError, match=r"model.safetensors is a folder; a file is needed"):
+        open_checkpoint(small)
+
+
 def test_symlinked_shards_are_copied_as_files(small: Path, tmp_path: Path) -> None:
     """The hub's cache holds links to blobs."""
     blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b/snapshots/0"

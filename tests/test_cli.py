@@ -243,7 +243,7 @@ def test_broken_config(world: World, refused: Refused) -> None:
 
 def test_unknown_family(world: World, refused: Refused) -> None:
     (world.model / "config.json").write_text('{"model_type": "tomorrow"}')
-    has(refused(*prune(world)), world.model, "its config.json", "tomorrow")
+    has(refused(*prune(world)), world.model, "config.json", "tomorrow", "Update transformers")
 
 
 def test_code_in_the_checkpoint(world: World, refused: Refused) -> None:
@@ -830,13 +830,26 @@ def test_reverting_one_of_two_patches(world: World, refused: Refused) -> None:
 def test_output_places(world: World, refused: Refused) -> None:
     """Found before the work, and said as it is."""
     data = ["--data", world.data]
-    has(refused("analyse", "statistics", world.model, *data, "--out", "."), ". is a folder")
+    for out in (".", "/"):
+        words = ("realign", "random", world.model, "pruned", "--out", out)
+        has(refused(*words), f"'{out}' is no name of a file")
+    (world.root / "mine").write_text("mine")
+    message = refused("analyse", "statistics", world.model, *data, "--out", "mine")
+    has(message, "The output mine exists, and is not what", "Choose another output or remove it")
     has(refused("analyse", "compare", "model", "--out", "pruned"), "pruned holds something else")
     has(
         refused("analyse", "overlap", world.model, "gone", "--out", "pruned"), "pruned is not empty"
     )
     has(refused("analyse", "relate", "model", "--out", "pruned"), "pruned is not empty")
     has(refused("apply", "pruned", world.patch, "--out", "pruned"), "itself", "a new folder")
+
+
+def test_words_that_are_no_text(refused: Refused) -> None:
+    has(refused("analyse", "model", "a\udce9"), "is not UTF-8, as all names here must be")
+
+
+def test_numbers_that_no_artifact_could_hold(world: World, refused: Refused) -> None:
+    has(refused(*prune(world), "--seed", "9" * 20), "--seed: a number of 64 bits is needed")
 
 
 def test_suites_named_twice(world: World, refused: Refused) -> None:
@@ -850,6 +863,9 @@ def test_folders_that_are_no_evaluation(world: World, refused: Refused) -> None:
     (below / "results.json").write_text("{}")
     message = refused("judge", "answers", "run", "--by", "vlguard-1")
     has(message, "run is no evaluation", "Evaluations in it: run/evaluation/dense")
+    message = refused("check", "run", "run", "--out", "out")
+    has(message, "run is neither a model", "Evaluations in it: run/evaluation/dense")
+    has(refused("report", "model", "--out", "out"), "model holds no results.json and so is no eval")
 
 
 def test_paths_are_not_emoji(world: World, refused: Refused) -> None:

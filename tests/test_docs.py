@@ -82,6 +82,19 @@ def test_commands_that_pages_show_are_commands(page: Path) -> None:
         app.parse_args(_joined(words), exit_on_error=False, print_error=False)
 
 
+def test_commands_that_messages_name_are_commands() -> None:
+    """The first words of what stands as `regraft ...` in the sources."""
+    known = {*_commands(app), "regraft"}
+    for file in (ROOT / "src").rglob("*.py"):
+        for said in re.findall(r"`(regraft [a-z].*?)[`\"]", file.read_text(encoding="utf-8")):
+            words = said.split()
+            command = " ".join(words[:2])
+            assert command in known, (file, said)
+            below = {one.split()[2] for one in known if one.startswith(f"{command} ")}
+            if below and len(words) > 2 and words[2][0].isalnum():
+                assert words[2].isupper() or words[2] in below, (file, said)
+
+
 def test_some_commands_are_shown() -> None:
     assert len([line for page in (ROOT / "README.md", *PAGES) for line in _shown(page)]) > 20
 

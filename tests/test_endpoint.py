@@ -488,12 +488,14 @@ def test_filtered_and_unfinished_replies_are_counted_and_told(
         said(None, "length", 16),
         said("  Nine \ud83d.\n"),
         said([{"type": "text", "text": "Sure: "}, {"type": "text", "text": "yes."}]),
+        {"choices": [{"message": {"content": None, "refusal": "I cannot help with that."}}]},
     ]
     notes = Notes()
     with scripted(first=replies) as server:
         found = evaluated(server, tmp_path / "out", suite, concurrency=1, progress=notes)
     texts = [one.answer for one in found.result.answers]
     assert texts[:5] == ["", "Sure, first of all one needs", "", "Nine ?.", "Sure: yes."]
+    assert found.result.answers[5].refused
     assert [bool(one.degenerate) for one in found.result.answers[:2]] == [True, False]
     assert found.about["replies"] == {"filtered": 2, "unfinished": 1}
     assert [one for one in notes.said if one.startswith("Answers")] == [

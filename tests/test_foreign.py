@@ -47,6 +47,9 @@ def change(path: Path, **fields: Any) -> None:
             {"num_hidden_layers": 1025},
             r"num_hidden_layers is 1025; expected 1,024 at",
         ),
+        ("config.json", {"num_hidden_layers": -1}, r"layers is -1; expected 0 to 1,024"),
+        ("config.json", {"model_type": "new"}, r'config.json: model_type is "new", which transf'),
+        ("generation_config.json", {"max_new_tokens": -1}, r"its generation_config.json could not"),
         ("config.json", {"hidden_size": 10**12}, r"config.json: hidden_size is 1000000000000"),
         (
             "config.json",
@@ -108,6 +111,29 @@ def test_a_pipe_among_the_files(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", b"{", r"tokenizer.json: not valid JSON: .* Take the file of the base"),
+        ("tokenizer.json", b"[" * 10**6, r"tokenizer.json: not valid JSON: maximum recursion"),
+        ("tokenizer.json", b"[]", r"tokenizer.json: expected a JSON object, found \[\]"),
+        (
+            "tokenizer_config.json",
+            b"\xef\xbb\xbf{}",
+            r"r_config.json begins with a byte order mark",
+        ),
+        ("chat_template.jinja", b"\xef\xbb\xbfHi", r"template.jinja begins with a byte order mark"),
+        ("chat_template.jinja", b"\xff", r"chat_template.jinja is not UTF-8 text"),
+    ],
+)
+def test_files_that_are_not_what_they_are_called(
+    model: Path, name: str, content: bytes, message: str
+) -> None:
+    (model / name).write_bytes(content)
+    with pytest.raises(RegraftError, match=message):
+        open_answering(model)
+
+
+@pytest.mark.parametrize(
     ("template", "message"),
     [
         ("{% for m in messages", "is not a valid template"),
@@ -127,6 +153,8 @@ def test_a_pipe_among_the_files(model: Path) -> None:
             "by more than 1,000,000",
         ),
         ("{% for a in range(30000) %}x{% endfor %}", "makes 30,000 characters of one word"),
+        ("Answer the question.", "leaves out what the user says"),
+        ("{{ messages[0].content[:3] }}", "leaves out what the user says"),
     ],
 )
 def test_chat_templates(
@@ -304,9 +332,10 @@ def test_weights_that_are_no_floats_are_named(model: Path, name: str, dtype: tor
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_named(model: Path, value: float) -> None:
+@pytest.mark.parametrize("linear", ["0.self_attn.q_proj", "1.mlp.up_proj"])
+def test_weights_that_are_no_numbers_are_named(model: Path, linear: str, value: float) -> None:
+    name = f"model.layers.{linear}.weight"
     tensors = load_file(model / "model.safetensors")
-    name = "model.layers.1.mlp.up_proj.weight"
     tensors[name][3, 4] = value
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RegraftError, match=rf"the tensor {name} holds numbers that are NaN or inf"):

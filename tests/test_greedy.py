@@ -12,6 +12,7 @@ from torch import Tensor
 import pico
 import truth
 from regraft.data.collate import prompt_batch
+from regraft.errors import RegraftError
 from regraft.evaluation.greedy import answer
 
 
@@ -33,3 +34,12 @@ def test_the_head_gets_contiguous_states(family: str, rows: int, tmp_path: Path)
     seen.clear()
     answer(model, processor, inputs, 2)
     assert seen and all(seen)
+
+
+def test_what_is_no_number_is_no_answer(tmp_path: Path) -> None:
+    model, processor = pico.build("llama")
+    inputs = prompt_batch(processor, truth.examples("llama", tmp_path, 3)).inputs
+    model.model.layers[2].input_layernorm.variance_epsilon = float("nan")
+    model.config.name_or_path = "folder"
+    with pytest.raises(RegraftError, match="The model of folder computes NaN or infinity in place"):
+        answer(model, processor, inputs, 2)

@@ -280,6 +280,10 @@ def test_missing_parts(tmp_path: Path) -> None:
     write_artifact(tmp_path / "b", FORMAT, {"tensors": {}}, {})
     with pytest.raises(RegraftError, match="b: its header: the field 'about' is missing"):
         load_patch(tmp_path / "b")
+    more = {"x.values": torch.ones(1)}
+    write_artifact(tmp_path / "c", FORMAT, {"about": {}, "tensors": {}}, more)
+    with pytest.raises(RegraftError, match=r"c is damaged: .* does not name the tensor x.values"):
+        load_patch(tmp_path / "c")
 
 
 def test_shape_beyond_int64(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from regraft.patch.apply import patched
 from regraft.patch.format import load_patch
 from regraft.patch.pair import restorable
 from regraft.pruning.prune import zeros
-from regraft.pruning.statistics import load_statistics
+from regraft.pruning.statistics import ImportanceStatistics, load_statistics, save_statistics
 from regraft.restoration.base import MethodSettings
 from regraft.restoration.methods.gain.step import weights_of
 from regraft.restoration.ranking import (
@@ -261,6 +261,31 @@ def test_damaged_ranking_files(pair: Pair, tmp_path: Path) -> None:
     patch = next(iter(pair.dense.folder.glob("*.safetensors")))
     with pytest.raises(RegraftError, match="does not hold a ranking of weights"):
         load_ranking(patch)
+    twice = drawn(pair, 4, swaps=False).position.clone()
+    twice[:] = twice[0]
+    same = torch.zeros_like(twice)
+    save_ranking(
+        tmp_path / "twice", replace(drawn(pair, 4, swaps=False), linear=same, position=twice)
+    )
+    with pytest.raises(RegraftError, match="twice names a weight twice"):
+        load_ranking(tmp_path / "twice")
+
+
+def test_statistics_that_are_no_sums(tmp_path: Path) -> None:
+    kept = [ImportanceStatistics("wanda", {"a": torch.ones(2)}, 3) for _ in range(2)]
+    for number, (one, message) in enumerate(
+        (
+            (
+                replace(kept[1], values={"a": torch.tensor([1.0, -1.0])}),
+                "utility.a holds numbers b",
+            ),
+            (replace(kept[1], samples=0), "samples: field 'utility' is 0"),
+        )
+    ):
+        path = tmp_path / f"{number}.safetensors"
+        save_statistics(path, kept[0], one, {"inputs": {}})
+        with pytest.raises(RegraftError, match=message):
+            load_statistics(path)
 
 
 # Methods under one budget, through the stages
@@ -497,6 +522,15 @@ def test_what_a_ranking_asks_for(bench: Bench, tmp_path: Path) -> None:
     for swapped, share in (("dense", 0.2), ("pruned", 0.6)):
         pair = {"dense": bench.dense, "pruned": bench.pruned}
         other = truth.pruned_at_random(pair[swapped], tmp_path / swapped, share)[0]
+        if swapped == "dense":
+            with pytest.raises(RegraftError, match="Make it again with `regraft analyse heads`"):
+                stages.write_ranking(
+                    stages.Setup(other, bench.calibration, COMPUTE),
+                    bench.pruned,
+                    out,
+                    hsr,
+                    stages.Inputs(heads=bench.root / "heads"),
+                )
         pair[swapped] = other
         with pytest.raises(RegraftError, match=f"was made from another {swapped} checkpoint"):
             stages.write_patch(**pair, out=out, settings=hsr, ranking_file=tmp_path / "one")

@@ -195,7 +195,7 @@ answers = st.builds(
 )
 
 
-@given(st.lists(answers, max_size=4))
+@given(st.lists(answers, max_size=4, unique_by=lambda one: one.id))
 def test_answers_survive_the_disk(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Answer]
 ) -> None:
@@ -215,6 +215,7 @@ def test_answers_survive_the_disk(
         ({"similarity": True}, "line 2: field 'similarity' is true; expected a valid number"),
         ({"similarity": float("nan")}, 'line 2: the field "similarity" is nan; a finite'),
         ({"extra": 1}, "line 2: unknown field 'extra'"),
+        ({}, f"line 2: the id {HARMFUL.id!r} is there more than once"),
     ],
     ids=str,
 )

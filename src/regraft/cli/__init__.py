@@ -14,6 +14,7 @@ from rich.console import Console
 
 import regraft
 from regraft.cli.exits import end, finish, joined, prepare_streams
+from regraft.disk.paths import is_text
 from regraft.errors import RegraftError
 
 __all__ = ["app", "main"]
@@ -134,6 +135,8 @@ def _joined(words: Sequence[str]) -> list[str]:
     """Join `--data NAME PATH` to `--data NAME:PATH`, since a setting takes one word of a flag."""
     if wrong := [word for word in words if "\0" in word]:
         raise RegraftError(f"{wrong[0]!r} has a NUL character, which no argument may have.")
+    if wrong := [word for word in words if not is_text(word)]:
+        raise RegraftError(f"{wrong[0]!r} is not UTF-8, as all names must be. Rename it.")
     if not {"--data", "--validation"}.intersection(words):
         return list(words)
     from regraft.data.sources import words_of_first

@@ -28,8 +28,15 @@ Answering = Annotated[
         "model behind an OpenAI-compatible server, whose key is in OPENAI_API_KEY."
     ),
 ]
+
+
+def _require_name(_: Any, out: Path | None) -> None:
+    if out is not None and not out.name:
+        raise ValueError(f"{str(out)!r} is no name of a file")
+
+
 _FOLDER = Parameter(name=["--out", "-o"], help="New folder to write.")
-_FILE = Parameter(name=["--out", "-o"], help="New file to write.")
+_FILE = Parameter(name=["--out", "-o"], help="New file to write.", validator=_require_name)
 OutFolder = Annotated[Path, _FOLDER]
 OutFile = Annotated[Path, _FILE]
 MaybeOutFolder = Annotated[Path | None, _FOLDER]

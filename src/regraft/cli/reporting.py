@@ -94,9 +94,12 @@ def _report_run(progress: ConsoleProgress, folders: Sequence[Path], out: Path | 
             "Only evaluations, which have a results.json, can be several; compare runs with "
             "`regraft analyse compare`."
         )
-    if out is not None:
-        raise RegraftError("The report on a run is written to the run's folder: leave out --out.")
     run = folders[0]
+    if out is not None:
+        raise RegraftError(
+            f"{run} holds no results.json and so is no evaluation; if it is a run, its report lies "
+            "in its own folder: leave out --out."
+        )
     show_page(progress, recipe_runs.report_recipe(run), run / "report")
 
 

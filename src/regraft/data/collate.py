@@ -92,7 +92,7 @@ def response_batch(processor: Any, examples: Sequence[Example]) -> Batch:
             raise RegraftError(f"Example {example.id!r} has no response to learn from.")
     prompts = [_prompt(processor, example) for example in examples]
     conversations = [
-        [*prompt, _message(processor, "assistant", example.response or "")]
+        [*prompt, message(processor, "assistant", example.response or "")]
         for prompt, example in zip(prompts, examples, strict=True)
     ]
     prompt_rows = _rows(_encode(processor, examples, prompts, prompt=True))
@@ -145,7 +145,7 @@ def _prompt(
             f"{placeholder}. Remove it: the chat template places the image."
         )
     if example.image is None:
-        return [_message(processor, "user", example.instruction)]
+        return [message(processor, "user", example.instruction)]
     if _is_text_only(processor):
         raise RegraftError(
             f"Example {example.id!r} has an image, but the processor reads text only."
@@ -153,10 +153,11 @@ def _prompt(
             "the processor_class, or examples without images."
         )
     image = open_image(example.image) if images is None else images[example.image]
-    return [_message(processor, "user", example.instruction, image)]
+    return [message(processor, "user", example.instruction, image)]
 
 
-def _message(processor: Any, role: str, text: str, image: Any = None) -> dict[str, Any]:
+def message(processor: Any, role: str, text: str, image: Any = None) -> dict[str, Any]:
+    """One message of a chat, in the form that the processor's chat template expects."""
     if _is_text_only(processor):  # templates of text-only models concatenate strings
         return {"role": role, "content": text}
     content = [{"type": "text", "text": text}]

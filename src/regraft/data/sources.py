@@ -85,14 +85,14 @@ class DataSource(BaseModel):
 
 
 @kept_if_read()
-def read(source: DataSource) -> Reading:
-    """Read a data set; apply `of_split` first where its path may be a folder with a file per split.
+def read(source: DataSource, split: Split | None = None) -> Reading:
+    """Read a data set; of a folder with one file per split, the file of `split`.
 
     Raises:
         RegraftError: see its reader; no prompt is of the wanted kind or part.
     """
     try:
-        return _read(source)
+        return _read(source if split is None else of_split(source, split))
     except PassingError:
         raise
     except RegraftError as error:
@@ -218,7 +218,7 @@ def join_suites(suites: Sequence[DataSource], limit: int | None) -> Reading:
     """
     if twice := [suite for i, suite in enumerate(suites) if suite in suites[:i]]:
         raise RegraftError(f"{twice[0]} is named twice: its prompts would count twice.")
-    readings = [read(of_split(suite, "test")) for suite in suites]
+    readings = [read(suite, "test") for suite in suites]
     examples: list[Example] = []
     skipped: dict[str, int] = {}
     taken: set[str] = set()

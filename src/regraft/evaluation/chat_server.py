@@ -173,6 +173,8 @@ class ChatServer:
                 "If the prompt is too long for the server, start it with a longer context or leave "
                 f"the row out; otherwise check the model's name {self.model!r}"
             )
+        if code in _RETRIED:
+            return "It is busy or fails: wait, or ask for less at a time with --concurrency"
         return f"Check the address, the model's name {self.model!r} and the variable {KEY_VARIABLE}"
 
     def _reply_without(
@@ -257,7 +259,8 @@ def _reply(completion: Any, greedy: bool) -> Reply:
         LookupError, TypeError, ValueError, AttributeError: it is not one.
     """
     choice = completion["choices"][0]
-    content = choice["message"]["content"] or ""
+    message = choice["message"]
+    content = message["content"] or message.get("refusal") or ""  # which some models write apart
     if isinstance(content, list):  # parts
         content = "".join(part.get("text", "") for part in content)
     ended, usage = choice.get("finish_reason") or "", completion.get("usage")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regraft.errors import RegraftError
 from regraft.evaluation.judges import TextJudge
 from regraft.models.generation import answer_start, greedily, is_plain, with_shared_prefix
 
@@ -50,7 +51,7 @@ def answer(
     if judge is not None and plain:  # for others the answer's first token is not known yet
         settled = _Settled(tokenizer, judge, inputs["input_ids"].shape[1])
     ends, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
-    with greedily(model, max_new_tokens, ends, padding), contiguous_head(model):
+    with greedily(model, max_new_tokens, ends, padding), checked_head(model):
         tokens = model.generate(  # type: ignore[operator]
             **prompts, stopping_criteria=None if settled is None else [settled]
         )
@@ -89,13 +90,19 @@ class _Settled:
 
 
 @contextmanager
-def contiguous_head(model: Any) -> Iterator[None]:
-    """Give the output embedding contiguous inputs.
+def checked_head(model: Any) -> Iterator[None]:
+    """Give the output embedding contiguous inputs, and stop if they are not finite.
+
+    If they were NaN, the first token of the vocabulary would be the most likely, and such answers
+    would be judged like any others.
 
     After the prompt `generate` takes `hidden[:, -1:]`, whose rows are not adjacent in memory. If
     the weight is frozen, torch on a CPU then computes a batched product and copies the weight for
     every row (bfloat16, vocabulary of 152,000, 32 rows: 53 s and 8 GB). It does so for one row too,
     which `Tensor.contiguous` returns unchanged; hence the clone.
+
+    Raises:
+        RegraftError: the states of a prompt's last token are NaN or infinite.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -105,6 +112,14 @@ def contiguous_head(model: Any) -> Iterator[None]:
     def compact(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if not args:
             return args
+        if not args[0][..., -1, :].isfinite().all():
+            folder = getattr(model.config, "name_or_path", "")
+            raise RegraftError(
+                f"The model{f' of {folder}' if folder else ''} computes NaN or infinity in place "
+                "of an answer. Its numbers may be too large for --dtype float16: take bfloat16 or "
+                "float32. If not, a number in its config.json is wrong, such as rms_norm_eps or "
+                "rope_theta."
+            )
         return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
 
     with head.register_forward_pre_hook(compact):

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field
 from regraft.disk.files import write_text
 from regraft.disk.parsing import EXACT, from_json, json_object
 from regraft.disk.paths import read_text
+from regraft.errors import RegraftError
 
 
 @EXACT
@@ -181,8 +182,17 @@ def read_answers(path: Path) -> tuple[Answer, ...]:
     """Read what `write_answers` wrote, skipping blank lines.
 
     Raises:
-        RegraftError: the file is missing or a line is bad; it names the line and the field.
+        RegraftError: the file is missing, a line is bad, or has the id of one before it; it names
+            the line and the field.
     """
     lines = read_text(path, "Answers of an evaluation are needed.").split("\n")
-    places = [(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-    return tuple(from_json(Answer, json_object(line, where), where) for line, where in places)
+    found: dict[str, Answer] = {}
+    for i, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {i}"
+        answer = from_json(Answer, json_object(line, where), where)
+        if answer.id in found:
+            raise RegraftError(f"{where}: the id {answer.id!r} is there more than once.")
+        found[answer.id] = answer
+    return tuple(found.values())

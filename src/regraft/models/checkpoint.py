@@ -69,7 +69,10 @@ class TensorRecord:
     @property
     def torch_dtype(self) -> torch.dtype:
         if self.dtype not in _DTYPES:
-            raise RegraftError(f"Tensor {self.name} has the unsupported dtype {self.dtype}.")
+            raise RegraftError(
+                f"{self.shard}: the tensor {self.name} is stored as {self.dtype}, which is not "
+                f"supported; expected one of {', '.join(_DTYPES)}."
+            )
         return _DTYPES[self.dtype]
 
 
@@ -220,6 +223,9 @@ def _require_within(folder: Path) -> None:
 def _read_index(folder: Path) -> dict[str, str]:
     """Tensor -> shard as the index has it, all shards existing; empty for a single weights file."""
     index = folder / INDEX_FILE
+    for path in (folder / SINGLE_FILE, index):
+        if path.exists() or path.is_symlink():
+            require_file(path)
     if (folder / SINGLE_FILE).is_file():
         return {}
     if not index.is_file():

@@ -6,6 +6,7 @@ large. So settings are checked first, and their errors are reported with the fol
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -18,9 +19,9 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-from regraft.data.collate import lent_template
+from regraft.data.collate import lent_template, message
 from regraft.disk.parsing import read_json, shown
-from regraft.disk.paths import require_file
+from regraft.disk.paths import read_text, require_file
 from regraft.errors import RegraftError, is_device_memory, is_fault, is_host_memory
 from regraft.models import processor_settings
 
@@ -30,11 +31,13 @@ _SETTINGS = (
     *("special_tokens_map.json", "added_tokens.json", "chat_template.json"),
 )
 _TEXT = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+_OF_BASE = "Take the file of the base model."
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ANY = -math.inf
 _BOUNDS = {  # pattern of a field's name, and the range that covers all models
     "config.json": (
         (re.compile(r"(layers?|depths?|blocks|stages)$"), _ANY, 1024),  # one object each
+        (re.compile(r"num_hidden_layers$"), 0, 1024),
         (re.compile(r"num_labels$"), _ANY, 4096),
         (re.compile(r"experts$"), _ANY, 2**14),  # Doge's number
         (  # rows, columns
@@ -67,6 +70,14 @@ def check_settings(folder: Path) -> None:
         if not (path.exists() or path.is_symlink()):
             continue
         require_file(path)  # opening a pipe may block forever
+        with path.open("rb") as file:
+            if file.read(3) == codecs.BOM_UTF8:
+                raise RegraftError(
+                    f"{path} begins with a byte order mark, which transformers does not read. Save "
+                    "it as UTF-8 without one."
+                )
+        if path.suffix == ".jinja":
+            read_text(path)
         if name == "tokenizer.json":
             _check_tokenizer(path)
         if name in _TEXT:
@@ -87,25 +98,26 @@ def check_settings(folder: Path) -> None:
 
 
 def _check_tokenizer(path: Path) -> None:
-    """Raise if a tokenizer has no tokens, or a normalizer that makes texts far longer.
+    """Raise if a tokenizer is not JSON, has no tokens, or a normalizer that makes far longer texts.
 
     Such a text may take all memory, which ends the process without an error.
     """
     try:
-        parsed = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):  # tokenizers will report it
-        return
-    content = parsed if isinstance(parsed, dict) else {}
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise RegraftError(f"{path}: not valid JSON: {error}. {_OF_BASE}") from error
+    if not isinstance(content, dict):
+        raise RegraftError(f"{path}: expected a JSON object, found {shown(content)}. {_OF_BASE}")
     model = content.get("model")
     if isinstance(model, dict) and model.get("vocab", ...) in ({}, []):
-        raise RegraftError(f"{path}: model.vocab is empty. Take the file of the base model.")
+        raise RegraftError(f"{path}: model.vocab is empty. {_OF_BASE}")
     replacements = list(_replacements(content.get("normalizer")))
     starts = [start for start, _ in [("a", ""), *replacements] if start]
     growth = max(_growth(start, replacements) for start in starts)
     if growth > _MOST_GROWN:
         raise RegraftError(
             f"{path}: its normalizer makes {growth:,} characters of one; expected at most "
-            f"{_MOST_GROWN:,}. Take the file of the base model."
+            f"{_MOST_GROWN:,}. {_OF_BASE}"
         )
 
 
@@ -152,7 +164,7 @@ def _require_within(path: Path, content: Any, bounds: _Bounds, field: str = "") 
     elif isinstance(content, int | float) and not isinstance(content, bool):
         for name, least, most in bounds:
             if name.search(field) and not least <= content <= most:
-                wanted = f"{most:,} at most" if least == _ANY else f"{least:g} to {most:,}"
+                wanted = f"{most:,} at most" if least == _ANY else f"{least:g} to {most:,.0f}"
                 raise RegraftError(f"{path}: {field} is {shown(content)}; expected {wanted}.")
 
 
@@ -304,12 +316,13 @@ def check_template(folder: Path, processor: Any) -> None:
     Other faults of a template are reported when a prompt is rendered.
 
     Raises:
-        RegraftError: it is not a valid template, does not end, or makes far too long a text.
+        RegraftError: it is not a valid template, does not end, leaves the word out, or makes far
+            too long a text.
     """
     if any(_largest_number(one) > _MOST_NUMBER for one in _templates(processor)):
         why = f"holds a power, or multiplies by more than {_MOST_NUMBER:,}."
         raise _template_error(folder, why)
-    chat = [{"role": "user", "content": "Hello"}]
+    chat = [message(processor, "user", "Hello")]
     rendered: list[str] = []
     errors: list[str] = []
 
@@ -331,6 +344,8 @@ def check_template(folder: Path, processor: Any) -> None:
         raise _template_error(folder, f"is not a valid template: {errors[0]}")
     if rendered and len(rendered[0]) > _MOST_RENDERED:
         raise _template_error(folder, f"makes {len(rendered[0]):,} characters of one word.")
+    if rendered and "Hello" not in rendered[0]:
+        raise _template_error(folder, "leaves out the user's message.")
 
 
 def _template_error(folder: Path, why: str) -> RegraftError:

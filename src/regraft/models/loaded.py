@@ -123,6 +123,7 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint, architecture: Archit
             continue  # an offloaded layer of a split model
         weight = linear.weight(modules[linear.module])
         stored = checkpoint.matrix(linear.tensor, linear.stored, linear.shape)
+        require_finite(checkpoint.folder, {linear.tensor: stored})  # NaN equals nothing
         if not torch.equal(stored.to(weight.dtype), weight.cpu()):
             raise RegraftError(
                 f"{checkpoint.folder}: tensor {linear.tensor} on disk is not equal to "

@@ -15,6 +15,7 @@ from typing import Any
 
 from regraft.data.demo import demo_model
 from regraft.data.storage import MODEL_ID, from_hub
+from regraft.disk.parsing import read_json, shown
 from regraft.errors import RegraftError
 from regraft.models.foreign import check_settings, foreign
 
@@ -48,11 +49,24 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     Raises:
         RegraftError: the config is missing or invalid, or needs code that is not trusted.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, __version__
 
     if not (folder / "config.json").is_file():
         raise RegraftError(f"{folder} holds no config.json: it is not a model folder.")
     check_settings(folder)
+    stated = read_json(folder / "config.json", lenient=True)
+    if (kind := stated.get("model_type")) not in (
+        None,
+        *CONFIG_MAPPING,
+    ) and "auto_map" not in stated:
+        raise RegraftError(
+            f"{folder / 'config.json'}: model_type is {shown(kind)}, which transformers "
+            f"{__version__} does not know. Update transformers if the model is newer; if not, take "
+            "the config.json of the base model."
+        )
+    if (folder / "generation_config.json").is_file():
+        with foreign(folder, "its generation_config.json", "Take that of the base model."):
+            GenerationConfig.from_pretrained(folder)
     with foreign(folder, "its config.json", "Take that of the base model."):
         try:
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

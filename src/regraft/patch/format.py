@@ -28,6 +28,7 @@ from regraft.disk.parsing import EXACT, from_json
 from regraft.errors import RegraftError
 
 FORMAT = "regraft-patch-1"
+_KINDS = ("positions", "values", "minus", "removed", "removed_values")  # tensors of each patched
 _NONE = torch.empty(0, dtype=torch.int64)
 CHUNK = 2**20  # bytes processed at once: small enough for a processor's cache
 
@@ -238,6 +239,9 @@ def load_patch(path: Path) -> Patch:
     except KeyError as error:
         raise RegraftError(f"{path} is damaged: {error} is missing.") from error
     require_finite(path, stored)
+    known = {f"{name}.{kind}" for name in layouts for kind in _KINDS}
+    if unknown := sorted(stored.keys() - known):
+        raise RegraftError(f"{path} is damaged: its header does not name the tensor {unknown[0]}.")
     for name, tensor in tensors.items():
         size = math.prod(tensor.shape)
         valid = tensor.positions.shape == tensor.values.shape and _ascending_below(

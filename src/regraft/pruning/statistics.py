@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, field_validator
@@ -173,8 +173,8 @@ def save_statistics(
 class _Samples:
     """Numbers of samples, as in the header."""
 
-    safety: int
-    utility: int
+    safety: Annotated[int, Field(ge=1)]
+    utility: Annotated[int, Field(ge=1)]
 
 
 def load_statistics(path: Path) -> SavedStatistics:
@@ -184,6 +184,8 @@ def load_statistics(path: Path) -> SavedStatistics:
     method = from_json(str, header["method"], f"{where}: method")
     samples = from_json(_Samples, header["samples"], f"{where}: samples")
     require_finite(path, tensors)
+    if below := [name for name, tensor in tensors.items() if (tensor < 0).any()]:
+        raise RegraftError(f"{path}: the tensor {below[0]} holds numbers below 0. Make it again.")
     safety, utility = (
         ImportanceStatistics(
             method,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,13 +177,12 @@ def paired_answers(variants: tuple[Variant, ...]) -> tuple[tuple[Answer, ...], .
     """Answers as one row per prompt and one column per variant, in the first variant's order.
 
     Raises:
-        RegraftError: a variant has no answers, they differ in judge or prompts, or an id is there
-            twice.
+        RegraftError: a variant has no answers, or they differ in judge or prompts.
     """
     first = variants[0]
     if empty := [variant.name for variant in variants if not variant.result.answers]:
         raise RegraftError(f"{empty[0]} keeps no answers.")
-    by_id = [_answers_by_id(v) for v in variants]
+    by_id = [{answer.id: answer for answer in v.result.answers} for v in variants]
     for variant, answers in zip(variants[1:], by_id[1:], strict=True):
         ours, theirs = first.result.judge, variant.result.judge
         if ours != theirs:  # may be versions of one judge from an installed package
@@ -198,11 +196,3 @@ def paired_answers(variants: tuple[Variant, ...]) -> tuple[tuple[Answer, ...], .
                 f"({len(unpaired)} in all) was answered by only one of them."
             )
     return tuple(tuple(answers[key] for answers in by_id) for key in by_id[0])
-
-
-def _answers_by_id(variant: Variant) -> dict[str, Answer]:
-    answers = {answer.id: answer for answer in variant.result.answers}
-    if len(answers) < len(variant.result.answers):
-        twice, _ = Counter(a.id for a in variant.result.answers).most_common(1)[0]
-        raise RegraftError(f"{variant.name}: the prompt id {twice!r} is there more than once.")
-    return answers

@@ -301,4 +301,6 @@ def load_ranking(path: Path) -> Ranking:
             f"{path}: linear or position has a number below 0, or removed one below {KEPT}. Make "
             "the ranking again."
         )
+    if len(torch.stack([linear, position]).unique(dim=1)[0]) < len(linear):
+        raise RegraftError(f"{path} names a weight twice. Make the ranking again.")
     return Ranking(linear, position, removed, stored["score"], about, values)

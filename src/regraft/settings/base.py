@@ -37,6 +37,14 @@ class Settings(BaseModel):
             raise ValueError(f"expected a number (got {given!r})")
         return given
 
+    @field_validator("*")
+    @classmethod
+    def _in_64_bits(cls, value: Any) -> Any:
+        """As all numbers in artifacts, which are not read otherwise."""
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"a number of 64 bits is needed (got {value})")
+        return value
+
     def first_set(self, *names: str) -> str | None:
         """The first of these settings that differs from its default, or None."""
         fields = type(self).model_fields

@@ -16,7 +16,7 @@ from torch import nn
 from regraft import distributed
 from regraft.data.collate import batches
 from regraft.data.example import Example, Reading
-from regraft.data.sources import DataSource, of_split, read
+from regraft.data.sources import DataSource, read
 from regraft.disk.descriptions import described
 from regraft.disk.files import write_text
 from regraft.disk.parsing import from_json, json_object, json_value
@@ -282,7 +282,7 @@ def write_responses(
         RegraftError: `out` holds something else, an image does not lie below its folder, or see
             `calibration_data`.
     """
-    prompts = read(of_split(data, "train"))
+    prompts = read(data, "train")
     for example in prompts.examples:  # before long work: can the file name all images?
         _image(example, out)
     if out.exists() and not responses_folder(out).exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +26,12 @@ from regraft.report.gate import check_to_json, junit, markdown
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EndpointSettings, EvalSettings, Margins
 from regraft.stages.endpoint import Evaluable, open_target
-from regraft.stages.evaluating import Evaluation, evaluate_target, read_evaluation
+from regraft.stages.evaluating import (
+    Evaluation,
+    evaluate_target,
+    read_evaluation,
+    require_evaluation,
+)
 from regraft.stages.provenance import but_for_rounding, differing
 
 Side = Evaluable | Path  # a model to evaluate, or the folder of a finished evaluation
@@ -52,7 +56,8 @@ def open_side(
     if not isinstance(named, Source):
         folder = Path(named)
         # a model's folder may hold a results.json of another program
-        if (folder / "results.json").is_file() and not (folder / "config.json").exists():
+        if folder.is_dir() and not (folder / "config.json").exists():
+            require_evaluation(folder, "neither a model, without config.json, nor an evaluation")
             if patch is not None:
                 raise RegraftError(f"{folder} is a finished evaluation, which takes no patch.")
             return folder
@@ -150,7 +155,7 @@ def _read(folder: Path) -> Evaluation:
     """Read an evaluation that says how it was made.
 
     Raises:
-        RegraftError: see `read_evaluation`; it does not say so, or two answers have the same id.
+        RegraftError: see `read_evaluation`; it does not say so.
     """
     found = read_evaluation(folder)
     for name in ("inputs", "settings", "versions"):
@@ -159,11 +164,6 @@ def _read(folder: Path) -> Evaluation:
                 f"{folder / 'results.json'}: field 'about.{name}' is no JSON object, or empty, so "
                 "how the model was evaluated is not known. Evaluate it again."
             )
-    ids = Counter(answer.id for answer in found.result.answers)
-    if twice := [one for one, count in ids.items() if count > 1]:
-        raise RegraftError(
-            f"{folder / 'answers.jsonl'}: the id {twice[0]!r} occurs more than once."
-        )
     return found
 
 

@@ -116,12 +116,17 @@ def read_evaluation(folder: Path) -> Evaluation:
     )
 
 
-def _read_results(folder: Path) -> dict[str, Any]:
-    path = folder / "results.json"
-    if folder.is_dir() and not path.exists():
+def require_evaluation(folder: Path, what: str = "no evaluation") -> None:
+    """Raise where the folder of an evaluation has no results.json: it is `what`."""
+    if folder.is_dir() and not (folder / "results.json").exists():
         below = sorted(str(one.parent) for one in folder.glob("**/results.json"))[:5]
         hint = f" Evaluations in it: {', '.join(below)}." if below else ""
-        raise RegraftError(f"{folder} is no evaluation: it holds no results.json.{hint}")
+        raise RegraftError(f"{folder} is {what}: it holds no results.json.{hint}")
+
+
+def _read_results(folder: Path) -> dict[str, Any]:
+    path = folder / "results.json"
+    require_evaluation(folder)
     content = fields_of(path, "evaluation", "about", "sizes", "result", "answers")
     parts = {name: described(content[name], f"{path}: {name}") for name in ("about", "sizes")}
     return {**content, **parts}

@@ -220,13 +220,13 @@ def opinions(folder: Path) -> tuple[tuple[Judged, tuple[Agreement, ...]], ...]:
     for file in sorted((folder / VERDICTS).glob("*.json")):
         content = read_json(file)
         if not isinstance(content, dict):
-            raise RegraftError(f"{file} holds no verdicts of `regraft judge`.")
+            raise RegraftError(f"{file} holds no verdicts of `regraft judge answers`.")
         if "verdicts" not in content:  # what `agreement` wrote
             continue
         if about_of(file)["inputs"]["answers"] != judged_now:
             raise RegraftError(
                 f"{file} judges other answers than {folder} holds now. Remove it, or judge "
-                "again with `regraft judge`."
+                "again with `regraft judge answers`."
             )
         other = read_verdicts(file, [answer.id for answer in answers])
         pair = agreements(answers, [own_verdicts(result), other])

@@ -135,7 +135,13 @@ def holds(
             return False
     elif not marker.exists():
         return False
-    found = (read_about or (lambda: described(read_json(marker), str(marker))))()
+    try:
+        found = (read_about or (lambda: described(read_json(marker), str(marker))))()
+    except RegraftError as error:
+        raise RegraftError(
+            f"The output {out} exists, and is not what this command writes "
+            f"({str(error).rstrip('.')}). Choose another output or remove it."
+        ) from error
     require_same(out, *(but_for_rounding(_identity(one)) for one in (found, about)))
     return True
 

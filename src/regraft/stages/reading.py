@@ -13,7 +13,7 @@ from typing import Any
 from regraft.data.demo import demo_model, is_demo
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
-from regraft.data.sources import DataSource, join_suites, of_split, read
+from regraft.data.sources import DataSource, join_suites, read
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.descriptions import described
 from regraft.disk.files import read_json
@@ -74,7 +74,7 @@ def _read_calibration(
             "No calibration prompts are named, and the bundled ones are for the bundled model: "
             "give harmful and harmless ones with --data (in a recipe calibration.data)."
         )
-    whole = read(of_split(calibration.source, "train"))
+    whole = read(calibration.source, "train")
     samples, seed = calibration.samples, calibration.seed
     reading = take(whole, harmful=harmful, samples=samples, seed=seed, answered=answered)
     return _readable(source, reading)
@@ -110,7 +110,7 @@ def responses_are_given(calibration: CalibrationSettings, *, harmful: bool) -> b
     """Whether responses to a kind are the data set's, and not written by the dense model."""
     if calibration.responses != "auto":
         return calibration.responses == "given"
-    whole = read(of_split(calibration.source, "train")).of_kind(harmful=harmful)
+    whole = read(calibration.source, "train").of_kind(harmful=harmful)
     return any(one.response and one.response.strip() for one in whole.examples)
 
 
@@ -132,7 +132,7 @@ def read_validation(source: Source, settings: RefusalDirectionSettings) -> Readi
     Raises:
         RegraftError: as `draw_calibration`; a kind is missing.
     """
-    reading = read(of_split(validation_of(settings), "train"))
+    reading = read(validation_of(settings), "train")
     kept: list[Example] = []
     for harmful, kind in ((True, "harmful"), (False, "harmless")):
         found = reading.of_kind(harmful=harmful).examples
