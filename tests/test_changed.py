@@ -460,7 +460,7 @@ def test_it_is_told(dense: Source, changed: Source, tmp_path: Path, capsys: Any)
     random = ("realign", "random", dense.folder, changed.folder, "--budget", 40)
     found = run(*random, "--out", tmp_path / "patch.safetensors")
     assert f"The model is {kind}" in found
-    assert f"{int(40 * count / 10_000):,} weights are restored" in found
+    assert f"{int(40 * count / 10_000):,} weights restored" in found
     assert f"per 10,000 of {count:,} changed weights" in found
     assert load_ranking(tmp_path / "patch.ranking.safetensors").about["kind"] == "changed"
 

@@ -845,7 +845,7 @@ def test_output_places(world: World, refused: Refused) -> None:
 
 
 def test_words_that_are_no_text(refused: Refused) -> None:
-    has(refused("analyse", "model", "a\udce9"), "is not UTF-8, as all names here must be")
+    has(refused("analyse", "model", "a\udce9"), "is not UTF-8, as all names must be")
 
 
 def test_numbers_that_no_artifact_could_hold(world: World, refused: Refused) -> None:
@@ -1358,7 +1358,7 @@ def test_whole_way_by_single_commands(
     )
     files = ["--heads-file", "heads.st", "--statistics-file", "statistics.st"]
     shown = run("realign", "hsr", world.model, "half", *files, "--top-heads", 2, "--out", "hsr.st")
-    has(shown, "weights are restored", "per 10,000")
+    has(shown, "weights restored", "per 10,000")
     has(run("apply", "half", "hsr.st", "--out", "realigned"), "Checkpoint: realigned")
     has(
         run("apply", "realigned", "hsr.st", "--revert", "--out", "reverted"), "Checkpoint: reverted"
@@ -1409,7 +1409,7 @@ def test_gain_and_search(
     words += ["--validation", world.data, "--max-new-tokens", 2, "--out", "gain.safetensors"]
     run_ok(*words)
     shown = " ".join(capsys.readouterr().out.split())
-    has(shown, "gain.safetensors:", "weights are restored", "per 10,000 of")
+    has(shown, "gain.safetensors:", "weights restored", "per 10,000 of")
     made = {path.name for path in world.root.glob("gain*")}
     assert made == {
         "gain.safetensors",
@@ -1420,7 +1420,7 @@ def test_gain_and_search(
     }
     curve = json.loads((world.root / "gain.curve.json").read_text())
     chosen = curve["chosen"]
-    assert f"{chosen:,} weights are restored" in shown
+    assert f"{chosen:,} weights restored" in shown
     before = tree(world.root)
     run_ok(*words)
     assert tree(world.root) == before

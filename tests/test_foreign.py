@@ -21,7 +21,7 @@ from regraft.data.collate import prompt_batch
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import Answerer
-from regraft.models import foreign
+from regraft.models import chat_template, foreign
 from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import load_model, load_processor, open_answering, open_source
 from regraft.models.loaded import check_besides
@@ -153,14 +153,14 @@ def test_files_that_are_not_what_they_are_called(
             "by more than 1,000,000",
         ),
         ("{% for a in range(30000) %}x{% endfor %}", "makes 30,000 characters of one word"),
-        ("Answer the question.", "leaves out what the user says"),
-        ("{{ messages[0].content[:3] }}", "leaves out what the user says"),
+        ("Answer the question.", "leaves out the user.s message"),
+        ("{{ messages[0].content[:3] }}", "leaves out the user.s message"),
     ],
 )
 def test_chat_templates(
     model: Path, template: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(foreign, "_PATIENCE", 0.05 if "has not" in message else 60.0)
+    monkeypatch.setattr(chat_template, "_PATIENCE", 0.05 if "has not" in message else 60.0)
     source = open_source(model)
     load_processor(source)
     (model / "chat_template.jinja").write_text(template)

@@ -128,8 +128,8 @@ def realign(
     prompts = CalibrationSettings if needs.statistics else PromptSettings
     blocks = kind.settings_type, HeadSettings, prompts, ComputeSettings
     own, scoring, data, compute = _settings({"method": method, **settings}, *blocks)
-    given = stages.Inputs(heads=_path(heads_file), statistics=_path(statistics_file))
     check_search(search is not None, own, max_new_tokens)
+    given = stages.Inputs(heads=_path(heads_file), statistics=_path(statistics_file))
     check_inputs(own, scoring, given.heads, given.statistics)
     (answers,) = _settings({"max_new_tokens": max_new_tokens, "full_answers": False}, EvalSettings)
     choice = None if search is None else _settings(search, SearchSettings)[0]
@@ -138,10 +138,8 @@ def realign(
     if choice is not None:
         choice, calibration = with_held_out(choice, before.folder, calibration)
         if calibration.data != data.data:
-            progress.note(
-                "No validation prompts were given: a quarter of the calibration prompts is held "
-                "out for the search."
-            )
+            held_out = "a quarter of the calibration prompts is held out for the search"
+            progress.note(f"No validation prompts were given: {held_out}.")
     restoration = stages.Restoration(
         before, calibration, compute, progress, scoring=scoring, evaluation=answers
     )

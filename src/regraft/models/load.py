@@ -22,9 +22,10 @@ from regraft.data.collate import Batch
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.architecture import Architecture, LinearArchitecture
+from regraft.models.chat_template import check_template
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.describe import read_architecture
-from regraft.models.foreign import check_template, foreign, of_processor
+from regraft.models.foreign import foreign, of_processor
 from regraft.models.layout import Layout, read_layout
 from regraft.models.loaded import (
     check_finite,
@@ -251,7 +252,8 @@ def _load_weights(
         require_accelerate("Quantised weights go to an accelerator")
         one_device = {"": target}
     with quiet(), enough_memory(source.folder), foreign(source.folder, "the model", _ADVICE):
-        model, loading = auto_class(source.config, source.folder).from_pretrained(
+        network: nn.Module
+        network, loading = auto_class(source.config, source.folder).from_pretrained(
             source.folder,
             config=deepcopy(source.config),  # loading changes it
             dtype="float32" if dtype == "auto" and target.type == "cpu" else dtype,
@@ -265,11 +267,9 @@ def _load_weights(
     check_loading(source.folder, loading)
     if unused := describe_unused(source.folder, loading):
         note(unused)
-    model.requires_grad_(False).eval()
     if (architecture := source.readable_architecture) is not None:
-        check_weights(model, source.checkpoint, architecture)
-    network: nn.Module = model
-    return network
+        check_weights(network, source.checkpoint, architecture)
+    return network.requires_grad_(False).eval()
 
 
 def load_processor(source: Source) -> Any:

@@ -1,0 +1,97 @@
+"""Check a model's chat template: a template can run for ever, or make gigabytes of one word."""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+
+from regraft.data.collate import lent_template, message
+from regraft.errors import RegraftError
+
+_MOST_RENDERED = 20_000  # characters of a chat of one word
+_MOST_NUMBER = 10**6  # in a template
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag that transformers adds
+_PATIENCE = 10.0  # seconds for rendering
+
+
+def check_template(folder: Path, processor: Any) -> None:
+    """Render a chat of one word as a test of the template, for a few seconds at most.
+
+    Other faults of a template are reported when a prompt is rendered.
+
+    Raises:
+        RegraftError: it is not a valid template, does not end, leaves the word out, or makes far
+            too long a text.
+    """
+    if any(_largest_number(one) > _MOST_NUMBER for one in _templates(processor)):
+        why = f"holds a power, or multiplies by more than {_MOST_NUMBER:,}."
+        raise _template_error(folder, why)
+    chat = [message(processor, "user", "Hello")]
+    rendered: list[str] = []
+    errors: list[str] = []
+
+    def render() -> None:
+        try:
+            lent = lent_template(processor)
+            text = processor.apply_chat_template(chat, chat_template=lent, tokenize=False)
+            rendered.append(str(text))
+        except Exception as error:
+            if type(error).__name__ == "TemplateSyntaxError":  # others may want an image
+                errors.append(str(error))
+
+    thread = threading.Thread(target=render, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    if thread.is_alive():
+        raise _template_error(folder, f"has not rendered one word in {_PATIENCE:.0f} seconds.")
+    if errors:
+        raise _template_error(folder, f"is not a valid template: {errors[0]}")
+    if rendered and len(rendered[0]) > _MOST_RENDERED:
+        raise _template_error(folder, f"makes {len(rendered[0]):,} characters of one word.")
+    if rendered and "Hello" not in rendered[0]:
+        raise _template_error(folder, "leaves out the user's message.")
+
+
+def _largest_number(template: str) -> int:
+    """An upper bound of what a template multiplies by: its largest constant or their product.
+
+    Python makes 'a' * 10**10 in one step that no timeout interrupts, jinja2 even while compiling.
+    """
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        tree = environment.parse(_GENERATION.sub("", template))
+    except (jinja2.TemplateError, RecursionError):  # rendering will report it
+        return 1
+    if tree.find(nodes.Pow):  # no prompt needs powers
+        return _MOST_NUMBER + 1
+    converts = any(one.name in ("int", "float") for one in tree.find_all(nodes.Filter))
+    values = [one.value for one in tree.find_all(nodes.Const) if converts or type(one.value) is int]
+    values += [one.data for one in tree.find_all(nodes.TemplateData) if converts]
+    numbers = [int(digits) for one in values for digits in re.findall(r"\d{1,18}", str(one))]
+    product = 1
+    for node in tree.find_all(nodes.Mul):
+        for side in (node.left, node.right):
+            if isinstance(side, nodes.Const) and isinstance(side.value, int):
+                product = min(_MOST_NUMBER + 1, product * max(1, abs(side.value)))
+    return max([product, *numbers])
+
+
+def _templates(processor: Any) -> list[str]:
+    """All chat templates of a processor or a tokenizer, which may have several by name."""
+    found: list[Any] = []
+    for owner in (processor, getattr(processor, "tokenizer", None)):
+        own = getattr(owner, "chat_template", None)
+        found += own.values() if isinstance(own, dict) else [own]
+    return [one for one in found if isinstance(one, str)]
+
+
+def _template_error(folder: Path, why: str) -> RegraftError:
+    return RegraftError(
+        f"{folder}: the chat template (chat_template.jinja, or in tokenizer_config.json) {why} "
+        "Take that of the base model."
+    )
