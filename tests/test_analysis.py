@@ -191,7 +191,7 @@ HSR = {"realign": [{"method": "hsr"}]}
             {"realign": [{"method": "hsr", "heads": "all"}]},
             "top-heads",
             [1],
-            "changes nothing where",
+            "has no effect when",
         ),
         (
             {"realign": [{"method": "set-difference"}]},

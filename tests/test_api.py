@@ -120,7 +120,7 @@ ENDPOINT = "endpoint:http://localhost:1/v1#m"
                 root / "dense", out, responses="given", max_response_tokens=3
             ),
             "analyse heads {dense} --responses given --max-response-tokens 3 --out {out}",
-            "`max-response-tokens` changes nothing where `responses` are given",
+            "`max-response-tokens` has no effect when `responses` are given",
         ),
         (
             lambda root, out: regraft.realign(

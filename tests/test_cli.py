@@ -717,19 +717,19 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
     has(refused(*random, "--responses", "given"), "--responses")
     has(
         refused(*realign, "--responses", "given", "--max-response-tokens", 5),
-        "`max-response-tokens` changes nothing",
+        "`max-response-tokens` has no effect",
     )
     magnitude = prune(world, "--method", "magnitude")
     has(refused(*magnitude, "--samples", 3), "magnitude uses no data")
     scored: list[object] = ["analyse", "heads", world.model, "--out", "h", "--candidates", 4]
-    has(refused(*scored), "`candidates` changes nothing where `mode` is exact")
+    has(refused(*scored), "`candidates` has no effect when `mode` is exact")
     shield: list[object] = ["analyse", "defence", "adashield", world.pruned, "--out", "d"]
     has(refused(*shield, "--layer", 1), "--layer")
     has(refused(*shield, "--data", "demo"), "--data")
     given: list[object] = ["analyse", "defence", "refusal-direction", world.pruned, "--out", "d"]
     given += ["--layer", 1, "--strength", 2]
     has(refused(*given, "--prompt", "x"), "--prompt")
-    has(refused(*given, "--max-over-refusal", 2), "`max-over-refusal` changes nothing where")
+    has(refused(*given, "--max-over-refusal", 2), "`max-over-refusal` has no effect when")
     statistics = [
         "analyse",
         "statistics",
@@ -741,7 +741,7 @@ def test_settings_that_would_change_nothing(world: World, refused: Refused) -> N
         "--max-response-tokens",
         9,
     ]
-    has(refused(*statistics), "`max-response-tokens` changes nothing")
+    has(refused(*statistics), "`max-response-tokens` has no effect")
 
 
 def test_settings_that_would_change_nothing_in_tuning(world: World, refused: Refused) -> None:
@@ -749,7 +749,7 @@ def test_settings_that_would_change_nothing_in_tuning(world: World, refused: Ref
     tune, difference = ["tune", "hsr", *pair], ["tune", "set-difference", *pair]
     has(refused(*difference, "--q", 0.3), "--q")
     has(refused(*difference, "--top-heads", 3), "--top-heads")
-    has(refused(*tune, "--window", 9), "`window` changes nothing where `mode` is exact")
+    has(refused(*tune, "--window", 9), "`window` has no effect when `mode` is exact")
     has(refused(*tune, "--device", "cuda:7", "--devices", "cpu"), "--devices replaces --device")
     has(refused(*tune, "--points", 3), "Without a --budget there is no number")
 

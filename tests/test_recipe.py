@@ -335,7 +335,7 @@ def test_errors_name_the_field(tmp_path: Path, text: str, parts: list[str]) -> N
         ({"method": "hsr-a", "search": {}}, "'hsr-a' has no number of weights to search"),
         ({"method": "hsr", "search": {}}, "give it a `budget` too"),
         ({"method": "hsr", "budget": 3, "q": 0.1}, "takes the place of `q`"),
-        ({"method": "hsr", "heads": "all", "criterion": "kl"}, "`criterion` changes nothing where"),
+        ({"method": "hsr", "heads": "all", "criterion": "kl"}, "`criterion` has no effect when"),
         ({"method": "hsr", "passes": 4}, r"passes\s+unknown setting of method hsr"),
         ({"method": "hsr-a", "score": "snip"}, r"score\s+unknown setting of method hsr-a"),
         ({"method": "gain", "q": 0.1}, r"q\s+unknown setting of method gain"),
@@ -432,14 +432,14 @@ def test_a_folder_here_is_not_one_beside_the_recipe(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("prune: {n_m: 2:4, scope: matrix}", "`scope` changes nothing where `n_m` is 2:4"),
+        ("prune: {n_m: 2:4, scope: matrix}", "`scope` has no effect when `n_m` is 2:4"),
         ("prune: {n_m: 2:4, sparsity: 0.6}", "prune: `n_m` 2:4 takes the place of `sparsity` 0.6"),
         (
             "calibration: {max_response_tokens: 5, responses: given}",
-            "calibration: `max_response_tokens` changes nothing",
+            "calibration: `max_response_tokens` has no effect",
         ),
         ("evaluate: {keywords: [sorry], judge: gcg-1}", "take the place of the judge gcg-1"),
-        ("heads: {window: 3}\nrealign: {method: hsr}", "heads: `window` changes nothing where"),
+        ("heads: {window: 3}\nrealign: {method: hsr}", "heads: `window` has no effect when"),
         ("defend: {method: adashield, strength: 2}", "unknown setting of method adashield"),
         ("defend: {strength: 2}", "unknown setting of method adashield"),
         ("defend: {method: refusal-direction, prompt: x}", "unknown setting of method refusal-"),
@@ -449,7 +449,7 @@ def test_a_folder_here_is_not_one_beside_the_recipe(
         ),
         (
             "defend: {method: refusal-direction, layer: 1, strength: 2, validation_limit: 3}",
-            "`validation_limit` changes nothing where `layer` and `strength` are given",
+            "`validation_limit` has no effect when `layer` and `strength` are given",
         ),
         ("defend: {method: shield}", "There is no defence 'shield'; expected adashield, safety-"),
     ],

@@ -70,7 +70,7 @@ class HeadSettings(Settings):
     @model_validator(mode="after")
     def _check_mode(self) -> Self:
         if self.mode == "exact" and (name := self.first_set("window", "candidates")):
-            raise ValueError(f"`{name}` changes nothing where `mode` is exact")
+            raise ValueError(f"`{name}` has no effect when `mode` is exact")
         return self
 
     def passes(self, heads: int) -> float:

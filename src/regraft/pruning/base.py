@@ -70,9 +70,7 @@ class PruneSettings(Settings):
                 f"{self.sparsity:g}; leave one of them out"
             )
         if self.n_m is not None and self.first_set("scope"):
-            raise ValueError(
-                f"`scope` changes nothing where `n_m` is {self.n_m}: groups are in rows"
-            )
+            raise ValueError(f"`scope` has no effect when `n_m` is {self.n_m}: groups are in rows")
         return self
 
     @property

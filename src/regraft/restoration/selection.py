@@ -49,7 +49,7 @@ class InHeads(MethodSettings):
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
         if name := self.first_set(*_UNREAD[self.heads]):
-            raise ValueError(f"`{name}` changes nothing where `heads` is {self.heads}")
+            raise ValueError(f"`{name}` has no effect when `heads` is {self.heads}")
         return self
 
     @property

@@ -107,5 +107,5 @@ class CalibrationSettings(PromptSettings):
     @model_validator(mode="after")
     def _check_responses(self) -> Self:
         if self.responses == "given" and self.first_set("max_response_tokens"):
-            raise ValueError("`max_response_tokens` changes nothing where `responses` are given")
+            raise ValueError("`max_response_tokens` has no effect when `responses` are given")
         return self

@@ -105,7 +105,7 @@ class RefusalDirectionSettings(DefenceSettings):
     @model_validator(mode="after")
     def _check_search(self) -> Self:
         if not self.searches and (name := self.first_set(*_OF_SEARCH)):
-            raise ValueError(f"`{name}` changes nothing where `layer` and `strength` are given")
+            raise ValueError(f"`{name}` has no effect when `layer` and `strength` are given")
         if self.strength is not None and self.first_set("strengths"):
             raise ValueError("`strengths` change nothing where a `strength` is given")
         return self

@@ -229,7 +229,7 @@ class FineTuneSettings(Counted):
     @model_validator(mode="after")
     def _check_seed(self) -> Self:
         if not self.drawn and self.first_set("draw_seed"):
-            raise ValueError("`draw_seed` changes nothing where `positions` are given")
+            raise ValueError("`draw_seed` has no effect when `positions` are given")
         return self
 
     @property

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from regraft.errors import RegraftError
+from regraft.disk.parsing import from_json
 from regraft.restoration.methods.gain.objective import Try, numbers_tried
 
 End = Literal["steps", "weights", "held-out", "candidates"]
@@ -159,10 +159,6 @@ def read_path(about: Mapping[str, Any]) -> GainPath | None:
     """
     if "steps" not in about:
         return None
-    try:
-        return _JSON.validate_python(about)
-    except ValidationError as error:
-        raise RegraftError(
-            f"A ranking by gain has no valid record of its path ({error}). Remove the ranking to "
-            "make it again."
-        ) from error
+    fields = {name: about[name] for name in ("start", "steps", "end") if name in about}
+    where = "A ranking by gain has no valid record of its path; remove it to make it again"
+    return from_json(GainPath, fields, where)
