@@ -324,9 +324,9 @@ def test_the_matrix_page() -> None:
     assert "p < 0.001 worse than dense" in overview
     models = [row[0] for row in rows if re.match(r"\d+ ", row[0])]
     assert models[4:8] == [
-        *("1 dense", "2 wanda-60", "3 hsr hsr (HSR, top)", "4 random random (HSR, random)"),
+        *("1 dense", "2 wanda-60", "3 hsr HSR, top", "4 random HSR, random"),
     ]
-    detail = [row for row in rows if row[0] == "3 hsr hsr (HSR, top)"][3]
+    detail = [row for row in rows if row[0] == "3 hsr HSR, top"][3]
     assert "5 breaks 12 of 4,000 2:4 groups" in detail
     names = [a["aria-label"] for tag, a in outline.tags if tag == "svg"]
     assert names == [
