@@ -845,11 +845,13 @@ def test_output_places(world: World, refused: Refused) -> None:
 
 
 def test_words_that_are_no_text(refused: Refused) -> None:
-    has(refused("analyse", "model", "a\udce9"), "is not UTF-8, as all names here must be")
+    has(refused("analyse", "model", "a\udce9"), "is not UTF-8, as all names must be")
 
 
 def test_numbers_that_no_artifact_could_hold(world: World, refused: Refused) -> None:
-    has(refused(*prune(world), "--seed", "9" * 20), "--seed: a number of 64 bits is needed")
+    has(
+        refused(*prune(world), "--seed", "9" * 20), "--seed: expected an integer of at most 64 bits"
+    )
 
 
 def test_suites_named_twice(world: World, refused: Refused) -> None:
