@@ -401,7 +401,7 @@ def test_respond_writes_a_data_set(
     with pytest.raises(RegraftError, match=r"calibration.jsonl holds something other"):
         stages.write_responses(source, data, out, 16, COMPUTE)
     assert len(says.asked) == asked, "found before the work"
-    with pytest.raises(RegraftError, match=r"'harmful-0-0' does not lie below .*elsewhere"):
+    with pytest.raises(RegraftError, match=r"'harmful-0-0' is not below .*elsewhere"):
         stages.write_responses(source, data, tmp_path / "elsewhere" / "c.jsonl", 16, COMPUTE)
     assert out.read_text() == "mine"
 

@@ -277,7 +277,7 @@ def test_folders_that_make_no_page(
     runs = (tmp_path / "r", tmp_path / "s")
     for words, message in (
         ((one, other), "Name a folder for the report on several evaluations"),
-        ((one, "--out", tmp_path / "data"), "holds something else than a report"),
+        ((one, "--out", tmp_path / "data"), "holds something other than a report"),
         ((one, runs[0], "--out", tmp_path / "x"), "r/results.json"),
         (runs, "compare runs with `regraft analyse compare`"),
         ((runs[0], "--out", tmp_path / "x"), "leave out --out"),

@@ -215,7 +215,7 @@ def test_answers_survive_the_disk(
         ({"similarity": True}, "line 2: field 'similarity' is true; expected a valid number"),
         ({"similarity": float("nan")}, 'line 2: the field "similarity" is nan; a finite'),
         ({"extra": 1}, "line 2: unknown field 'extra'"),
-        ({}, f"line 2: the id {HARMFUL.id!r} is there more than once"),
+        ({}, f"line 2: the id {HARMFUL.id!r} occurs more than once"),
     ],
     ids=str,
 )

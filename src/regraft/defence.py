@@ -150,7 +150,8 @@ def middle_layers(layers: int) -> range:
 class Trial:
     """Rates on the validation prompts with `strength` times the direction added at `layer`.
 
-    `degenerate` is the share of answers that are degenerate, as too strong a direction makes them.
+    `degenerate` is the share of answers that are degenerate and not refusals, as too strong a
+    direction makes them.
     """
 
     layer: int

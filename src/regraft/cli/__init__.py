@@ -22,7 +22,7 @@ __all__ = ["app", "main"]
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": (
         "running:demo",
-        "Run an example recipe on the bundled model: ten minutes on one CPU core, no network.",
+        "Run an example recipe on the bundled model: about ten minutes on a CPU core, no network.",
     ),
     "run": ("running:run", "Run a whole recipe: prune, realign, evaluate, report."),
     "data": ("making_data:app", "Make data: the model's answers to prompts, or prompts as images."),

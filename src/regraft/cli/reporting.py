@@ -91,14 +91,14 @@ def _report_run(progress: ConsoleProgress, folders: Sequence[Path], out: Path | 
 
     if len(folders) > 1:
         raise RegraftError(
-            "Only evaluations, which have a results.json, can be several; compare runs with "
+            "Several folders must be evaluations, which have a results.json; compare runs with "
             "`regraft analyse compare`."
         )
     run = folders[0]
     if out is not None:
         raise RegraftError(
-            f"{run} holds no results.json and so is no evaluation; if it is a run, its report lies "
-            "in its own folder: leave out --out."
+            f"{run} has no results.json, so it is not an evaluation; the report on a run is "
+            "written to the run's folder: leave out --out."
         )
     show_page(progress, recipe_runs.report_recipe(run), run / "report")
 

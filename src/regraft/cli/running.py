@@ -63,7 +63,7 @@ def run(
 
 
 def demo(*, out: OutFolder = Path("demo-run")) -> None:
-    """Run an example recipe on the bundled model: ten minutes on one CPU core, no network."""
+    """Run an example recipe on the bundled model: about ten minutes on a CPU core, no network."""
     from importlib.resources import files
 
     run(Path(str(files("regraft"))) / "demo" / "demo.yaml", out=out)

@@ -174,7 +174,7 @@ class ChatServer:
                 f"the row out; otherwise check the model's name {self.model!r}"
             )
         if code in _RETRIED:
-            return "It is busy or fails: wait, or ask for less at a time with --concurrency"
+            return "The server is busy or failing: wait, or evaluate with a lower --concurrency"
         return f"Check the address, the model's name {self.model!r} and the variable {KEY_VARIABLE}"
 
     def _reply_without(
@@ -260,7 +260,7 @@ def _reply(completion: Any, greedy: bool) -> Reply:
     """
     choice = completion["choices"][0]
     message = choice["message"]
-    content = message["content"] or message.get("refusal") or ""  # which some models write apart
+    content = message["content"] or message.get("refusal") or ""  # some models have a field for it
     if isinstance(content, list):  # parts
         content = "".join(part.get("text", "") for part in content)
     ended, usage = choice.get("finish_reason") or "", completion.get("usage")

@@ -116,8 +116,8 @@ def checked_head(model: Any) -> Iterator[None]:
             folder = getattr(model.config, "name_or_path", "")
             raise RegraftError(
                 f"The model{f' of {folder}' if folder else ''} computes NaN or infinity in place "
-                "of an answer. Its numbers may be too large for --dtype float16: take bfloat16 or "
-                "float32. If not, a number in its config.json is wrong, such as rms_norm_eps or "
+                "of an answer. Its numbers may be too large for --dtype float16: use bfloat16 or "
+                "float32. Otherwise a number in its config.json is wrong, such as rms_norm_eps or "
                 "rope_theta."
             )
         return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])

@@ -182,8 +182,8 @@ def read_answers(path: Path) -> tuple[Answer, ...]:
     """Read what `write_answers` wrote, skipping blank lines.
 
     Raises:
-        RegraftError: the file is missing, a line is bad, or has the id of one before it; it names
-            the line and the field.
+        RegraftError: the file is missing, or a line is bad or repeats an id; it names the line and
+            the field.
     """
     lines = read_text(path, "Answers of an evaluation are needed.").split("\n")
     found: dict[str, Answer] = {}
@@ -193,6 +193,6 @@ def read_answers(path: Path) -> tuple[Answer, ...]:
         where = f"{path}, line {i}"
         answer = from_json(Answer, json_object(line, where), where)
         if answer.id in found:
-            raise RegraftError(f"{where}: the id {answer.id!r} is there more than once.")
+            raise RegraftError(f"{where}: the id {answer.id!r} occurs more than once.")
         found[answer.id] = answer
     return tuple(found.values())

@@ -19,10 +19,10 @@ from regraft.report.summary import summary
 
 
 def check_report_folder(folder: Path) -> None:
-    """Raise RegraftError if a folder holds something else than a report."""
+    """Raise RegraftError if a folder holds something other than a report."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").exists():
         raise RegraftError(
-            f"The output folder {folder} holds something else than a report. Choose a new folder."
+            f"The output folder {folder} holds something other than a report. Choose a new folder."
         )
 
 

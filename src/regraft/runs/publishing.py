@@ -122,7 +122,7 @@ def _prepare(api: HfApi, repository: str, public: bool, patch: Patch | None) -> 
         return
     if PATCH_FILE not in files:
         raise RegraftError(
-            f"{repository} holds {min(files)} and no {PATCH_FILE}: it is something else than a "
+            f"{repository} holds {min(files)} and no {PATCH_FILE}: it is something other than a "
             f"patch, and is left as it is. {_FIX}"
         )
     if (base := _base_of(api, repository)) != patch.about["inputs"]["pruned"]:

@@ -40,9 +40,9 @@ class Settings(BaseModel):
     @field_validator("*")
     @classmethod
     def _in_64_bits(cls, value: Any) -> Any:
-        """As all numbers in artifacts, which are not read otherwise."""
+        """Refuse larger integers, which could not be read back from an artifact."""
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ValueError(f"a number of 64 bits is needed (got {value})")
+            raise ValueError(f"expected an integer of at most 64 bits (got {value})")
         return value
 
     def first_set(self, *names: str) -> str | None:
@@ -115,8 +115,8 @@ def checked_name(name: str, *taken: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in taken:
         reserved = f", and not be {' or '.join(map(repr, taken))}" if taken else ""
         raise ValueError(
-            f"{name!r} must consist of letters, digits, '.', '_' and '-', start with a letter or "
-            f"digit{reserved}"
+            f"{name!r} must consist of letters, digits, '.', '_' and '-' and start with a letter "
+            f"or digit{reserved}"
         )
     return name
 

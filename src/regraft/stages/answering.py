@@ -329,8 +329,8 @@ def _image(example: Example, out: Path) -> str | None:
     image, folder = example.image.resolve(), out.resolve().parent
     if not image.is_relative_to(folder):
         raise RegraftError(
-            f"The image {example.image} of example {example.id!r} does not lie below {folder}, so "
-            f"that {out.name} could not name it. Choose an --out in a folder above the images."
+            f"The image {example.image} of example {example.id!r} is not below {folder}, so "
+            f"{out.name} could not name it. Choose an --out in a folder above the images."
         )
     return str(image.relative_to(folder))
 

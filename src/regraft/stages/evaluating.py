@@ -117,7 +117,7 @@ def read_evaluation(folder: Path) -> Evaluation:
 
 
 def require_evaluation(folder: Path, what: str = "no evaluation") -> None:
-    """Raise where the folder of an evaluation has no results.json: it is `what`."""
+    """Raise if an existing folder has no results.json; the error says that it is `what`."""
     if folder.is_dir() and not (folder / "results.json").exists():
         below = sorted(str(one.parent) for one in folder.glob("**/results.json"))[:5]
         hint = f" Evaluations in it: {', '.join(below)}." if below else ""

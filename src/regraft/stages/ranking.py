@@ -213,8 +213,8 @@ def check_restorable(settings: MethodSettings, survey: Survey) -> None:
     """Raise if no weight can be restored, or none by this method and budget."""
     if not survey.restorable:
         raise RegraftError(
-            "No weight can be restored: none is zero in the second checkpoint alone, and none "
-            "differs otherwise. Give the dense checkpoint first and the pruned one second."
+            "No weight can be restored: no prunable weight is zero in the second checkpoint alone, "
+            "or differs otherwise. Give the dense checkpoint first and the pruned one second."
         )
     if survey.kind == "changed" and (why := settings.only_pruned):
         raise RegraftError(
