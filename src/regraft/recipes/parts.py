@@ -175,6 +175,7 @@ class VariantSettings(Way, MethodSettings):
     repeats: int = Field(
         1,
         ge=1,
+        le=100,
         description="Of a random control: R draws NAME-1 to NAME-R, with seeds that no two "
         "calibration seeds share.",
     )
