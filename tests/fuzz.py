@@ -327,7 +327,7 @@ def of_values(valid: bytes, *, run: bool) -> Iterator[Case]:
     length = int.from_bytes(valid[:8], "little")
     header = json.loads(valid[8 : 8 + length])
     names = [one for one in header if one != "__metadata__"]
-    for name in (names[0], names[-1]):
+    for name in (names[0], names[-1], next(one for one in names if "q_proj" in one)):
         stop = 8 + length + header[name]["data_offsets"][1]
         for value in (float("nan"), float("inf"), -float("inf")):
             content = valid[: stop - 4] + struct.pack("<f", value) + valid[stop:]
@@ -361,6 +361,14 @@ ODD: Mapping[str, Sequence[tuple[str, Any]]] = {
         ("num_hidden_layers", 1000),
         ("rope_parameters", {"rope_type": "yarn"}),
         ("quantization_config", {"quant_method": 5}),
+        ("num_hidden_layers", -1),
+        ("model_type", "tomorrow"),
+        ("rms_norm_eps", f"{RAW}NaN"),
+        ("rope_parameters.rope_theta", 0),
+    ],
+    "generation settings": [
+        *(("max_new_tokens", one) for one in (-1, 0, "x")),
+        *((f"{name}_config", "x") for name in ("watermarking", "compile")),
     ],
     "index": [("metadata", 5)],
     "results": [

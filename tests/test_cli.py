@@ -674,6 +674,7 @@ def test_unknown_device(world: World, refused: Refused, command: str) -> None:
         ({"realign": [{"name": "../x"}]}, ["realign.0.name", "../x"]),
         ({"realign": [HSR | {"p": 0.7, "p_max": 0.5}]}, ["realign.0", "p < p_max"]),
         ({"evaluate": {"suite": "tomorrow"}}, ["evaluate.suite", "unknown data set 'tomorrow'"]),
+        ({"realign": [{"method": "random", "repeats": 10**5}]}, ["repeats", "or equal to 100"]),
         ({"compute": {"batch_size": 0}}, ["compute.batch_size", "got 0"]),
         ({"heads": {"target": "head"}}, ["heads.target", "'head'"]),
     ],

@@ -19,12 +19,14 @@ import pico
 import regraft
 from regraft.data.collate import prompt_batch
 from regraft.data.example import Example
+from regraft.disk.files import write_json
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import Answerer
 from regraft.models import chat_template, foreign
 from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import load_model, load_processor, open_answering, open_source
 from regraft.models.loaded import check_besides
+from regraft.models.processor_settings import differing
 
 FAMILY = "llama"
 
@@ -357,6 +359,14 @@ def test_too_little_memory_is_no_fault_of_a_file(tmp_path: Path) -> None:
         foreign.foreign(tmp_path, "the model", ""),
     ):
         torch.zeros(2).view(3)
+
+
+def test_what_the_model_and_its_processor_say_differently(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"sizes": {"patch": 7, "size": 3}, "other": 1})
+    assert not differing(tmp_path)
+    write_json(tmp_path / "processor_config.json", {"own": {"patch": 14}, "size": 3, "other": "x"})
+    expected = ", whose patch is 7 in config.json and 14 in processor_config.json"
+    assert differing(tmp_path) == expected
 
 
 def test_a_package_that_lacks_is_no_fault_of_a_file(tmp_path: Path) -> None:

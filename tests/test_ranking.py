@@ -267,7 +267,7 @@ def test_damaged_ranking_files(pair: Pair, tmp_path: Path) -> None:
     save_ranking(
         tmp_path / "twice", replace(drawn(pair, 4, swaps=False), linear=same, position=twice)
     )
-    with pytest.raises(RegraftError, match="twice names a weight twice"):
+    with pytest.raises(RegraftError, match="twice: linear and position name a weight twice"):
         load_ranking(tmp_path / "twice")
 
 

@@ -158,7 +158,11 @@ def _model_in_transformers(error: BaseException) -> str:
     configs = (getattr(one, "config", None) for one in owners)
     folders = (getattr(one, "name_or_path", "") for one in configs)
     folder = next(filter(None, folders), "")
-    return f"the model of {folder}" if folder else "the model"
+    if not folder:
+        return "the model"
+    from regraft.models.processor_settings import differing
+
+    return f"the model of {folder}{differing(Path(folder))}"
 
 
 def _summary(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from regraft.disk.parsing import shown
+from regraft.disk.parsing import read_json, shown
 from regraft.errors import RegraftError
 
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -74,6 +74,24 @@ def check_kinds(path: Path, settings: dict[str, Any]) -> None:
             unset = value is None and not _REQUIRED.search(field)
             if pattern.search(name) and not (unset or fits(value)):
                 raise RegraftError(f"{path}: {field} is {shown(value)}; expected {expected}.")
+
+
+def differing(folder: Path) -> str:
+    """A setting of which config.json and the processor say different things, in words, or ""."""
+    said: dict[str, dict[str, list[Any]]] = {}
+    for file in filter(lambda name: (folder / name).is_file(), ("config.json", *FILES)):
+        for _, name, value in _fields(read_json(folder / file, lenient=True)):
+            if type(value) in (int, str):
+                said.setdefault(name, {}).setdefault(file, []).append(value)
+    for name, files in said.items():
+        own = files.pop("config.json", [])
+        for file, values in files.items():
+            if own and not {*own} & {*values}:
+                return (
+                    f", whose {name} is {shown(own[0])} in config.json and {shown(values[0])} in "
+                    f"{file}"
+                )
+    return ""
 
 
 def _fields(settings: dict[str, Any], above: str = "") -> Iterator[tuple[str, str, Any]]:

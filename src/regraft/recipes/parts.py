@@ -174,6 +174,7 @@ class VariantSettings(Way, MethodSettings):
     repeats: int = Field(
         1,
         ge=1,
+        le=100,
         description="For random controls: number R of draws, NAME-1 to NAME-R; every calibration "
         "seed has its own.",
     )

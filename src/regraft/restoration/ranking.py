@@ -302,5 +302,5 @@ def load_ranking(path: Path) -> Ranking:
             "the ranking again."
         )
     if len(torch.stack([linear, position]).unique(dim=1)[0]) < len(linear):
-        raise RegraftError(f"{path} names a weight twice. Make the ranking again.")
+        raise RegraftError(f"{path}: linear and position name a weight twice. Make it again.")
     return Ranking(linear, position, removed, stored["score"], about, values)
