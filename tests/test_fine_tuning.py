@@ -257,7 +257,7 @@ def test_a_run_says_that_values_are_trained(run: Path) -> None:
     assert [one.name for one in read.variants if one.trained] == ["there", "anywhere"]
     assert len(read.notes) == 2 and all("not the dense model's" in note for note in read.notes)
     text = (run / "report" / "report.md").read_text()
-    assert "the values are trained and not the dense model's" in text
+    assert "the values are trained, not the dense model's" in text
     patch = load_patch(run / "patches" / "there.safetensors")
     ranking = load_ranking(next((run / "rankings").glob("random-*")))
     assert patch.restored == 30 and patch.about["inputs"]["ranking"]

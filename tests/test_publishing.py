@@ -242,7 +242,7 @@ def test_what_the_hub_refuses(hub: Hub, run: Run, patch: Path, tmp_path: Path) -
     hub.files["me/a-model"] = dict(mine)
     code, said = run("push", patch, "me/a-model")
     assert code == 2
-    assert "me/a-model holds README.md and no patch.safetensors: it is something else" in said
+    assert "me/a-model holds README.md and no patch.safetensors: it is something other" in said
     assert hub.files["me/a-model"] == mine
     with pytest.raises(RegraftError, match=r"its repository holds no patch\.safetensors"):
         patch_file(Path("me/a-model"))
