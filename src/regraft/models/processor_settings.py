@@ -77,7 +77,7 @@ def check_kinds(path: Path, settings: dict[str, Any]) -> None:
 
 
 def differing(folder: Path) -> str:
-    """A setting of which config.json and the processor say different things, in words, or ""."""
+    """A phrase that names a setting on which config.json and the processor differ, or ""."""
     said: dict[str, dict[str, list[Any]]] = {}
     for file in filter(lambda name: (folder / name).is_file(), ("config.json", *FILES)):
         for _, name, value in _fields(read_json(folder / file, lenient=True)):
