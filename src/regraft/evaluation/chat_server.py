@@ -175,7 +175,7 @@ class ChatServer:
                 f"row out; if not, check the model's name {self.model!r}"
             )
         if code in _RETRIED:
-            return "It is busy or fails: wait, or ask for less at a time with --concurrency"
+            return "It is busy or has a fault: wait, or look into its log"
         return f"Check the address, the model's name {self.model!r} and the variable {KEY_VARIABLE}"
 
     def _once(
