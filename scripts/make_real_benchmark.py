@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import real_prompts
 
-from regraft.console import ConsoleWatch
+from regraft.console import ConsoleProgress
 from regraft.data.example import Example, Reading
 from regraft.data.formats import read_jsonl
 from regraft.data.typographic import find_font, write_typographic
@@ -235,7 +235,7 @@ def main() -> int:
             open_source(args.model),
             args.out,
             compute,
-            ConsoleWatch(Console()),
+            ConsoleProgress(Console()),
             args.samples,
             args.new_tokens,
         )

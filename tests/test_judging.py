@@ -593,11 +593,13 @@ def test_a_busy_endpoint_is_asked_again(server: str) -> None:
     assert len(_Server.got) == 3
 
 
-@pytest.mark.parametrize("failures", [[401], [503] * 5])
-def test_a_failing_endpoint_is_told(server: str, failures: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("failures", "advice"), [([401], "OPENAI_API_KEY"), ([503] * 5, "It is busy")]
+)
+def test_a_failing_endpoint_is_told(server: str, failures: list[int], advice: str) -> None:
     _Server.failures = list(failures)
     judge = Endpoint(server, "m", pause=0.01)
-    with pytest.raises(RegraftError, match=rf"failed: {failures[0]}.*OPENAI_API_KEY"):
+    with pytest.raises(RegraftError, match=rf"failed: {failures[0]}.*{advice}"):
         judge.verdicts([Exchange("p", "a")], lambda _: None)
     assert len(_Server.got) == len(failures)
 

@@ -174,7 +174,7 @@ class ChatServer:
                 f"the row out; otherwise check the model's name {self.model!r}"
             )
         if code in _RETRIED:
-            return "The server is busy or failing: wait, or evaluate with a lower --concurrency"
+            return "The server is busy or failing: wait, or look into its log"
         return f"Check the address, the model's name {self.model!r} and the variable {KEY_VARIABLE}"
 
     def _reply_without(
