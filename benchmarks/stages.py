@@ -37,7 +37,7 @@ from regraft.data.collate import Batch, prompt_batch, response_batch
 from regraft.data.demo import demo_model
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
-from regraft.evaluation.greedy import contiguous_head
+from regraft.evaluation.greedy import checked_head
 from regraft.heads.ships import HeadSettings
 from regraft.loading import collate
 from regraft.models.load import Source, load_model, load_processor, open_source, placed
@@ -84,7 +84,7 @@ def bare(model: nn.Module, data: Sequence[Batch], *, backward: bool = False) -> 
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     hook = embedding.register_forward_hook(input_gradient)
     try:
-        with contiguous_head(model):
+        with checked_head(model):
             run(data[0])
             start = time.perf_counter()
             for batch in data:
