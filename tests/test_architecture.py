@@ -292,13 +292,17 @@ UP = "model.layers.2.mlp.up_proj"
 @pytest.mark.parametrize("change", [without(f"{UP}.weight"), renamed(f"{UP}.w", f"{UP}.qw")])
 def test_missing_or_quantised_weight_is_named(change, pico_dir, tmp_path):
     folder = rewrite(pico_dir("llama"), tmp_path / "model", change)
-    with pytest.raises(RegraftError, match=rf"{UP} of shape \[96, 64\], the file has none"):
+    with pytest.raises(RegraftError, match=rf"{UP}.weight of shape \[96, 64\], the file has none"):
         open_source(folder)
 
 
-def test_file_without_layers_is_refused(pico_dir, tmp_path):
-    folder = rewrite(pico_dir("llama"), tmp_path / "model", renamed("layers", "blocks"))
-    with pytest.raises(RegraftError, match=r"weight layers.0.self_attn.q_proj of .* has none"):
+@pytest.mark.parametrize(("old", "new"), [("layers", "blocks"), ("model.", "module.model.")])
+def test_file_without_layers_is_refused(old, new, pico_dir, tmp_path):
+    """Or with layers under names that transformers would not load either."""
+    folder = rewrite(pico_dir("llama"), tmp_path / "model", renamed(old, new))
+    with pytest.raises(
+        RegraftError, match=r"weight model.layers.0.self_attn.q_proj.weight of .* has none"
+    ):
         open_source(folder)
 
 

@@ -146,6 +146,19 @@ def test_pruned_from_another_fine_tune(
     assert doubt is not None and doubt.startswith(DOUBT)
 
 
+def test_exports_with_other_names_are_compared_outside_the_decoder_too(
+    dense: Source, pruned: Source, tmp_path: Path
+) -> None:
+    model = load_model(pruned, dtype="bfloat16", device="cpu")
+    model.save_pretrained(tmp_path / "newer", save_original_format=False)
+    newer = open_source(tmp_path / "newer")
+    assert not dense.checkpoint.tensors.keys() & newer.checkpoint.tensors.keys()
+    assert survey(dense, newer).doubt is None
+    vision = [name for name in newer.checkpoint.tensors if "vision" in name]
+    other = edited(newer, tmp_path / "other", dict.fromkeys(vision, lambda one: one * 1.01))
+    assert survey(dense, other).doubt is not None
+
+
 @pytest.mark.parametrize("stage", ["realign", "rank"])
 def test_stages_tell_of_it(dense: Source, pruned: Source, stage: str, tmp_path: Path) -> None:
     class Heard(Silent):

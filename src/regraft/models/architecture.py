@@ -106,8 +106,8 @@ class Block:
 class Architecture:
     """The text decoder of one checkpoint. `tied`: lm_head shares the embedding.
 
-    `prefix` is the start of its tensors' names on disk; `others` has the name in memory and the
-    shape of every parameter that is never pruned, inside and outside the decoder.
+    `others` has the name in memory and the shape of every parameter that is never pruned, inside
+    and outside the decoder.
     """
 
     family: str
@@ -117,7 +117,6 @@ class Architecture:
     tied: bool
     has_vision: bool
     parameters: int
-    prefix: str
     others: tuple[tuple[str, tuple[int, ...]], ...] = field(repr=False)
 
     @property

@@ -6,7 +6,7 @@ projections.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -26,35 +26,24 @@ from regraft.models.architecture import (
 )
 from regraft.models.checkpoint import Checkpoint
 from regraft.models.experts import parameters_of, transposed
-from regraft.models.layout import Layout
-from regraft.models.on_disk import Part, WeightFinder
+from regraft.models.layout import Layout, Piece
+from regraft.models.on_disk import WeightFinder
 from regraft.models.places import Place
 
 
-def read_architecture(
-    model: nn.Module, checkpoint: Checkpoint, layout: Callable[[], Layout]
-) -> Architecture:
+def read_architecture(model: nn.Module, checkpoint: Checkpoint, layout: Layout) -> Architecture:
     """Describe a model (weights may be on the meta device) and find its weights on disk.
-
-    `layout` is called only if tensor names on disk do not suffice.
 
     Raises:
         RegraftError: there are no linears, no output head, or the checkpoint lacks their weights.
     """
     output = output_head(language_model(model))
     assert output is not None
-    shapes = [
-        (index, name, (module.out_features, module.in_features))
-        for index, layer in enumerate(decoder_layers(model))
-        for name, module in layer.named_modules()
-        if _is_prunable(name, module)
-    ]
-    if not shapes:
+    layers = _describe_layers(model, WeightFinder(checkpoint, layout))
+    if not any(layer.linears for layer in layers):
         raise RegraftError(
             f"The decoder layers of {type(model).__name__} have no linears to prune."
         )
-    finder = WeightFinder.of(model, checkpoint, layout, shapes)
-    layers = _describe_layers(model, finder)
     pruned = {f"{li.module}.{li.parameter}" for layer in layers for li in layer.linears}
     return Architecture(
         family=model.config.model_type,  # type: ignore[union-attr, arg-type]
@@ -65,7 +54,6 @@ def read_architecture(
         tied=output.weight is model.get_input_embeddings().weight,  # type: ignore[operator]
         has_vision=hasattr(model.config, "vision_config"),
         parameters=sum(p.numel() for p in model.parameters()),
-        prefix=finder.prefix or "",
         others=tuple(
             (name, tuple(parameter.shape))
             for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -111,21 +99,22 @@ class _Where(NamedTuple):
 def _linear(where: _Where, module: Any, finder: WeightFinder) -> list[LinearArchitecture]:
     """Describe the weight of an `nn.Linear`, or each part if it is stored as several tensors."""
     shape = (module.out_features, module.in_features)
-    parts = finder.linear(where.layer, where.name, where.module, shape)
-    if len(parts) == 1:
-        return [LinearArchitecture(*where, parts[0].tensor, shape, stored=parts[0].place)]
+    pieces = finder.linear(f"{where.module}.weight", shape)
+    if len(pieces) == 1:
+        stored = finder.place(pieces[0])
+        return [LinearArchitecture(*where, pieces[0].tensor, shape, stored=stored)]
     layer, name, owner = where
     return [
         LinearArchitecture(
             layer,
             f"{name}.{own}",
             owner,
-            part.tensor,
-            (part.rows, shape[1]),
-            held=Place(part.first * shape[1], shape[1], 1),
-            stored=part.place,
+            piece.tensor,
+            (piece.shape[0], shape[1]),
+            held=Place(piece.start[0] * shape[1], shape[1], 1),
+            stored=finder.place(piece),
         )
-        for own, part in zip(_names(where.name, parts), parts, strict=True)
+        for own, piece in zip(_names(where.name, pieces), pieces, strict=True)
     ]
 
 
@@ -139,33 +128,33 @@ def _experts(where: _Where, module: nn.Module, finder: WeightFinder) -> list[Lin
             shape = tuple(tensor.shape)
             dotted = f"{where.module}.{parameter}"
             rows, columns = shape[:0:-1] if flipped else shape[1:]
-            parts = finder.expert(dotted, shape, expert, flipped)
-            for name, part in zip(_names(parameter, parts), parts, strict=True):
-                first = expert * rows * columns + part.first * (1 if flipped else columns)
+            pieces = finder.expert(dotted, shape, expert, flipped)
+            for name, piece in zip(_names(parameter, pieces), pieces, strict=True):
+                first = expert * rows * columns + piece.start[0] * (1 if flipped else columns)
                 found.append(
                     LinearArchitecture(
                         where.layer,
                         f"{where.name}.{expert}.{name}",
                         where.module,
-                        part.tensor,
-                        (part.rows, columns),
+                        piece.tensor,
+                        (piece.shape[0], columns),
                         parameter,
                         expert,
                         Place(first, 1, rows) if flipped else Place(first, columns, 1),
-                        part.place,
+                        finder.place(piece),
                     )
                 )
     return found
 
 
-def _names(parameter: str, parts: Sequence[Part]) -> list[str]:
-    """Names of a matrix's parts: as on disk if these differ (separate gate and up), or numbered."""
-    if len(parts) == 1:
+def _names(parameter: str, pieces: Sequence[Piece]) -> list[str]:
+    """Names of a matrix's pieces: as on disk if these differ (separate gate, up), or numbered."""
+    if len(pieces) == 1:
         return [parameter]
-    names = [part.tensor.removesuffix(".weight").rpartition(".")[2] for part in parts]
+    names = [piece.tensor.removesuffix(".weight").rpartition(".")[2] for piece in pieces]
     if len(set(names)) == len(names):
         return names
-    return [f"{parameter}_{i}" for i in range(len(parts))]
+    return [f"{parameter}_{i}" for i in range(len(pieces))]
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -93,7 +93,7 @@ class Source:
         if getattr(self.config, "tie_word_embeddings", False):
             network.tie_weights()
         try:
-            return read_architecture(network, self.checkpoint, lambda: self.layout)
+            return read_architecture(network, self.checkpoint, self.layout)
         except RegraftError as error:
             where = "" if str(self.folder) in str(error) else f"{self.folder}: "
             raise RegraftError(f"{where}{error}") from error

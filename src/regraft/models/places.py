@@ -53,11 +53,6 @@ def of_tensor(tensor: Tensor, place: Place | None, shape: tuple[int, int]) -> Te
     return tensor if place is None else place.view(tensor, shape)
 
 
-def whole(shape: tuple[int, int]) -> Place:
-    """The place of a matrix that is all of a tensor."""
-    return Place(0, shape[1], 1)
-
-
 def inside(positions: Tensor, place: Place | None, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """`Place.inside`; with `place` None the matrix is the whole tensor."""
     if place is None:

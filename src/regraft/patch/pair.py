@@ -23,6 +23,7 @@ from regraft.errors import RegraftError
 from regraft.models.architecture import LayerArchitecture, check_same_architecture
 from regraft.models.checkpoint import FLOATS
 from regraft.models.checkpoint_copy import check_all_weights
+from regraft.models.layout import Tiling
 from regraft.models.load import Source
 from regraft.models.places import inside
 from regraft.patch.format import Patch
@@ -214,26 +215,35 @@ def _zeros_by_pruning(dense: Tensor, compressed: Tensor) -> Tensor:
 
 def _unprunable_same(dense: Source, compressed: Source) -> bool:
     """Whether nearly all tensors that are never pruned are equal, by a sample of each."""
-    a, b = _unprunable(dense), _unprunable(compressed)
+    a, b = _never_pruned(dense), _never_pruned(compressed)
     same = [
-        torch.equal(
-            *_same_dtype(dense.checkpoint.sample(a[name]), compressed.checkpoint.sample(b[name]))
-        )
-        for name in a.keys() & b.keys()
+        torch.equal(*_same_dtype(dense.checkpoint.sample(one), compressed.checkpoint.sample(other)))
+        for one, other in {(a[name], b[name]) for name in a.keys() & b.keys()}
     ]
     return sum(same) >= _NEARLY_ALL * len(same)
 
 
-def _unprunable(source: Source) -> dict[str, str]:
-    """Name without the decoder's prefix -> name on disk; no biases, which some pruners correct."""
-    tensors = {linear.tensor for linear in source.architecture.linears}
-    owners = {tensor.removesuffix("weight") for tensor in tensors}
-    return {
-        name.removeprefix(source.architecture.prefix): name
-        for name, record in source.checkpoint.tensors.items()
+def _never_pruned(source: Source) -> dict[str, str]:
+    """Name on disk, and for a whole tensor also that in memory -> name on disk.
+
+    Without biases, which some pruners correct.
+    """
+    records = source.checkpoint.tensors
+    pruned = {linear.tensor for linear in source.architecture.linears}
+    owners = {tensor.removesuffix("weight") for tensor in pruned}
+    names = {
+        name: name
+        for name, record in records.items()
         if record.dtype in FLOATS
-        and name not in tensors
+        and name not in pruned
         and f"{name.rpartition('.')[0]}." not in owners
+    }
+    return names | {
+        name: piece.tensor
+        for name, tiling in source.layout.items()
+        if isinstance(tiling, Tiling)
+        for piece in tiling.pieces
+        if piece.tensor in names and records[piece.tensor].shape == tiling.shape
     }
 
 
