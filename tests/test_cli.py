@@ -868,7 +868,7 @@ def test_folders_that_are_no_evaluation(world: World, refused: Refused) -> None:
     has(message, "run is no evaluation", "Evaluations in it: run/evaluation/dense")
     message = refused("check", "run", "run", "--out", "out")
     has(message, "run is neither a model", "Evaluations in it: run/evaluation/dense")
-    has(refused("report", "model", "--out", "out"), "model has no results.json, so it is not an eval")
+    has(refused("report", "model", "--out", "out"), "has no results.json, so it is not an eval")
 
 
 def test_paths_are_not_emoji(world: World, refused: Refused) -> None:
