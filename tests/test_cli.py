@@ -837,7 +837,7 @@ def test_output_places(world: World, refused: Refused) -> None:
     (world.root / "mine").write_text("mine")
     message = refused("analyse", "statistics", world.model, *data, "--out", "mine")
     has(message, "The output mine exists, and is not what", "Choose another output or remove it")
-    has(refused("analyse", "compare", "model", "--out", "pruned"), "pruned holds something else")
+    has(refused("analyse", "compare", "model", "--out", "pruned"), "pruned holds something other")
     has(
         refused("analyse", "overlap", world.model, "gone", "--out", "pruned"), "pruned is not empty"
     )
@@ -868,7 +868,7 @@ def test_folders_that_are_no_evaluation(world: World, refused: Refused) -> None:
     has(message, "run is no evaluation", "Evaluations in it: run/evaluation/dense")
     message = refused("check", "run", "run", "--out", "out")
     has(message, "run is neither a model", "Evaluations in it: run/evaluation/dense")
-    has(refused("report", "model", "--out", "out"), "has no results.json, so it is not an eval")
+    has(refused("report", "model", "--out", "out"), "model has no results.json, so it is not")
 
 
 def test_paths_are_not_emoji(world: World, refused: Refused) -> None:
