@@ -26,11 +26,9 @@ from regraft.models.architecture import (
 )
 from regraft.models.placement import PlacedModel, free_bytes, moved, tensors_within
 from regraft.models.replay import (
-    MORE,
     Shared,
     TextInputs,
     hooked,
-    input_of,
     not_layerwise,
     replaced_forwards,
     replay,
@@ -70,7 +68,8 @@ class LayerwisePass:
         self.layers = len(decoder_layers(model.network))
         self._cross = frozenset(cross_attention_layers(model.network))
         self._embeddings_kept = embeds_for_each_layer(text_decoder(model.network))
-        self._passed_on: tuple[str, ...] = ()
+        self._more: tuple[None, ...] = ()
+        self._read_again: list[int] = []
         self._home = torch.device("cpu") if model.streamed else model.device
         self._texts: list[TextInputs] = []
         self._shapes: list[torch.Size] = []  # of the embeddings; states may have more dimensions
@@ -82,9 +81,9 @@ class LayerwisePass:
                 self._shapes.append(_embeddings_shape(text, embedded))
                 if not self.states:
                     filled = partial(self._filled, text.kwargs, embedded)
-                    self._passed_on = _passed_on(model.network, filled)
-                    self._embeddings_kept |= input_of(0) in self._passed_on
-                if input_of(0) in self._passed_on:
+                    self._more, self._read_again = _passed_on(model.network, filled)
+                    self._embeddings_kept |= 0 in self._read_again
+                if 0 in self._read_again:
                     text = _embedded(model.network, text)
                 kwargs = moved(self._without_embeddings(text.kwargs), self._home)
                 self._texts.append(TextInputs(kwargs, text.batch))
@@ -117,7 +116,7 @@ class LayerwisePass:
             ]
 
     def _nothing_shared(self) -> list[Shared]:
-        return [dict.fromkeys(self._passed_on, ()) for _ in self.states]
+        return [Shared(more=self._more) for _ in self.states]
 
     def rewind(self) -> None:
         """Go back to before the first layer; the decoder's weights may have changed since."""
@@ -147,26 +146,22 @@ class LayerwisePass:
             Index of the batch and the layer's output `[B, S, d]`; normed after the last layer.
         """
         for i, batch in enumerate(self.batches):
-            shared = moved(self.shared[i], self.model.device)
+            shared = self.shared[i].to(self.model.device)
             with nullcontext() if around is None else around(self.model.place(batch)):
                 state = self.states[i].to(self.model.device)
-                output = self.replay(i, layer, state, shared=shared)
+                output = self.replay(i, layer, state, shared)
             self._next_shared[i] = shared
             yield i, output
 
     def replay(
-        self,
-        i: int,
-        layer: int,
-        hidden: Tensor,
-        *,
-        gradient: bool = False,
-        shared: Shared | None = None,
+        self, i: int, layer: int, hidden: Tensor, shared: Shared, *, gradient: bool = False
     ) -> Tensor:
         """Run one layer on batch i, from the input `hidden` `[B, S, d]` on the device.
 
-        For `shared`, on the device, see `models.replay.replay`.
+        `shared`, on the device, has what earlier layers passed on; this layer's is added.
         """
+        if layer in self._read_again:
+            shared.inputs = {**shared.inputs, layer: hidden}
         text = self._texts[i]
         kwargs = dict(text.kwargs)
         if layer not in self._cross and kwargs.get("cross_attention_states") is not None:
@@ -214,7 +209,7 @@ class LayerwisePass:
         """
         for i, output in self.run(layer, around):
             self.states[i] = output.to(self._home)
-            self.shared[i] = moved(self._next_shared.pop(i), self._home)
+            self.shared[i] = self._next_shared.pop(i).to(self._home)
             advance(len(self.batches[i].ids))
 
 
@@ -236,8 +231,10 @@ def _embeddings_shape(text: TextInputs, states: Tensor) -> torch.Size:
     return torch.Size(embeddings.shape)
 
 
-def _passed_on(model: nn.Module, kwargs: Callable[[float], Mapping[str, Any]]) -> tuple[str, ...]:
-    """Find out what layers pass on besides the state: names in `Shared`.
+def _passed_on(
+    model: nn.Module, kwargs: Callable[[float], Mapping[str, Any]]
+) -> tuple[tuple[None, ...], list[int]]:
+    """Find out what layers pass on besides the state: `more` of `Shared`, and whose `inputs`.
 
     The decoder runs with stand-ins for its layers that return NaN, so that whatever else is
     computed from a layer's input or output is NaN as well. `kwargs` makes the decoder's arguments,
@@ -253,8 +250,7 @@ def _passed_on(model: nn.Module, kwargs: Callable[[float], Mapping[str, Any]]) -
             cause = error
     else:
         raise not_layerwise(f"What layers of {type(model).__name__} return is unknown") from cause
-    read = [i for i in layers if found and _reused(model, kwargs(0 if i else nan), {i}, more)]
-    return *((MORE,) if more else ()), *map(input_of, read)
+    return more, [i for i in layers if found and _reused(model, kwargs(0 if i else nan), {i}, more)]
 
 
 def _reused(

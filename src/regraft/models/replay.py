@@ -12,8 +12,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,7 @@ from regraft.models.architecture import (
     text_decoder,
 )
 from regraft.models.generation import encodes
+from regraft.models.placement import moved
 
 WITHOUT_DATA = "Prune by magnitude and restore at random, which read no data."
 
@@ -45,25 +46,28 @@ class TextInputs:
     batch: int
 
 
-Shared = dict[str, tuple[Any, ...]]
-"""What layers pass to later ones besides the state: tensors or None, by name.
+@dataclass
+class Shared:
+    """What layers pass to later ones besides the state. Its fields are replaced, never changed.
 
-Keys and values that later layers share, by kind of layer (Gemma 3n, Gemma 4). If the caller put
-their names in: a layer's further outputs (`MORE`; the tokens that GLM-5-Next's indexers choose),
-and inputs of layers that later ones also read (`input_of`; Inkling 2).
-"""
-MORE = "more"
-_INPUT = "input of layer "
+    Attributes:
+        key_values: Those that later layers use as well, by kind of layer (Gemma 3n, Gemma 4).
+        more: A layer's outputs after its state (the tokens that GLM-5-Next's indexers choose);
+            before the first layer a None for each.
+        inputs: Inputs of layers that later ones read again, by layer (Inkling 2).
+    """
 
+    key_values: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    more: tuple[Tensor | None, ...] = ()
+    inputs: dict[int, Tensor] = field(default_factory=dict)
 
-def input_of(layer: int) -> str:
-    """The name in `Shared` of a layer's input."""
-    return f"{_INPUT}{layer}"
+    def tensors(self) -> list[Tensor | None]:
+        """All of them, in the same order where one layer hands them on and the next receives."""
+        return [*chain(*self.key_values.values()), *self.more, *self.inputs.values()]
 
-
-def is_input(name: object) -> bool:
-    """Whether a name is of `input_of`. Kinds of layers are numbers in transformers below 5.20."""
-    return str(name).startswith(_INPUT)
+    def to(self, device: torch.device) -> Shared:
+        """All of them on `device`."""
+        return Shared(**moved(vars(self), device))
 
 
 class Replay(Protocol):
@@ -148,8 +152,8 @@ def replay(
             [b0..bB-1] * copies; None takes the embeddings (`start` 0).
         stop: Layer to stop before. None runs through the final norm.
         gradient: Record for autograd, if `hidden` requires it.
-        shared: What layers before `start` passed on besides the state; updated with what the
-            layers that run pass on.
+        shared: What layers before `start` passed on besides the state; updated with the keys and
+            values of the layers that run and, unless it is empty, `more`.
 
     Returns:
         `[copies * B, S, d]`: the input of layer `stop` (including anything the family adds between
@@ -159,12 +163,11 @@ def replay(
     decoder, layers = text_decoder(model), decoder_layers(model)
     # states of other shapes, such as Gemma 3n's four per token, are never stacked
     copies = 1 if hidden is None or hidden.ndim != 3 else len(hidden) // text.batch
-    shared = {} if shared is None else shared
-    if input_of(start) in shared:
-        shared[input_of(start)] = (hidden,)
+    shared = shared or Shared()
     entry = _Entry(hidden, stop, shared)
     hooks = (hook for i in range(start, len(layers)) for hook in entry.hooks(i, layers[i]))
-    skipped = stand_ins(layers[:start], partial(_skipped_output, shared), shared.get(MORE, ()))
+    # the true output of a skipped layer if later layers read it, else any
+    skipped = stand_ins(layers[:start], lambda i, x: shared.inputs.get(i + 1, x), shared.more)
     try:
         with hooked(hooks), replaced_forwards(skipped), torch.set_grad_enabled(gradient):
             final: Tensor = decoder(
@@ -178,11 +181,6 @@ def replay(
     except Stop as stopped:
         reached: Tensor = stopped.value
         return reached
-
-
-def _skipped_output(shared: Shared, index: int, first: Tensor) -> Tensor:
-    """Output of a skipped layer: the true one if later layers read it, else the first's input."""
-    return next(iter(shared.get(input_of(index + 1), ())), first)
 
 
 def stand_ins(
@@ -224,14 +222,12 @@ class _Entry:
 
     def hooks(self, index: int, layer: nn.Module) -> Iterator[RemovableHandle]:
         def enter(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
-            shared_kv = kwargs.get("shared_kv_states")
-            if shared_kv is not None:
-                self._shared |= shared_kv
+            key_values = kwargs.get("shared_kv_states")  # the decoder's, into which layers write
+            if key_values is not None:
+                self._shared.key_values = {**self._shared.key_values, **key_values}
+                key_values.update(self._shared.key_values)
             if self.pending is not None:
                 args, self.pending = (self.pending, *args[1:]), None
-                if shared_kv is not None:
-                    kinds = (n for n in self._shared if n != MORE and not is_input(n))
-                    shared_kv.update({name: self._shared[name] for name in kinds})
             if self._stop is not None and index >= self._stop:
                 raise Stop(args[0])
             return args, kwargs
@@ -241,10 +237,10 @@ class _Entry:
             if not all(one is None or isinstance(one, Tensor) for one in more):
                 kinds = ", ".join(type(one).__name__ for one in more)
                 raise not_layerwise(f"Layers return {kinds} after their state, not a tensor")
-            self._shared[MORE] = more
+            self._shared.more = more
 
         yield layer.register_forward_pre_hook(enter, with_kwargs=True)
-        if MORE in self._shared:
+        if self._shared.more:
             yield layer.register_forward_hook(leave)
 
 

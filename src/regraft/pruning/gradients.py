@@ -14,6 +14,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from regraft.models.architecture import Architecture, LayerArchitecture, LinearA
 from regraft.models.experts import ExpertLinear, opened
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
-from regraft.models.replay import Shared, hooked, is_input, logits_of
+from regraft.models.replay import Shared, hooked, logits_of
 from regraft.progress import Advance
 from regraft.pruning.inputs import overflow, require_same_layers
 
@@ -39,6 +40,8 @@ Loss = Callable[[PlacedModel, Tensor, Tensor, str], Tensor]
 """(model, normed final states `[S, d]`, labels `[S]`, id of the example) -> a scalar, float32."""
 Product = Callable[[Tensor, Tensor], Tensor]
 """(dL/dY `[B, T, out]`, X `[B, T, in]`) of B samples -> summand over batches, `[k * out, in]`."""
+Gradients = list[Tensor | None]
+"""dL/d(each of `Shared.tensors`); None where the loss does not depend on it."""
 
 
 def predicting(labels: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ def layer_gradients(
     total = int(distributed.total(torch.tensor(layerwise.samples)))
     _forward(layerwise, architecture, scratch, advance)
     gradients = _loss_gradients(layerwise, loss)
-    of_shared: list[Shared] = [{} for _ in gradients]  # dL/d(tensors that layers share), so far
+    of_shared: list[Gradients] = [[None] * len(one.tensors()) for one in layerwise.shared]
     modules = dict(layerwise.model.network.named_modules())
     for layer in reversed(architecture.layers):
         linears = {li: modules[li.module] for li in layer.linears if wanted(li)}
@@ -125,7 +128,7 @@ def layer_gradients(
             for i, batch in enumerate(layerwise.batches):
                 path = _path(scratch, layer.index, i)
                 with _summing(linears, layerwise.model.place(batch), add, sums):
-                    gradients[i] = _backward(
+                    gradients[i], of_shared[i] = _backward(
                         layerwise, i, layer.index, path, gradients[i], of_shared[i]
                     )
                 path.unlink()
@@ -134,40 +137,36 @@ def layer_gradients(
 
 
 def _backward(
-    layerwise: LayerwisePass, i: int, layer: int, path: Path, gradient: Tensor, of_shared: Shared
-) -> Tensor:
-    """Backpropagate batch i through a layer: gradient of its output -> of its input, `[B, S, d]`.
+    layerwise: LayerwisePass, i: int, layer: int, path: Path, gradient: Tensor, of_shared: Gradients
+) -> tuple[Tensor, Gradients]:
+    """Backpropagate batch i through a layer: gradients of what it hands on -> of what it receives.
 
-    `path` has the layer's input. `of_shared` comes with dL/d(shared tensors that the layer hands
-    on) and is left with dL/d(those that it receives).
+    `gradient` is that of the state, `[B, S, d]`; `of_shared` are those of what layers share. `path`
+    has what the layer received.
     """
-    device = layerwise.model.device
+    device, shared = layerwise.model.device, layerwise.shared[i]
 
-    def leaf(one: Tensor | None) -> Tensor | None:
-        one = None if one is None else one.to(device).detach()
-        return one.requires_grad_() if one is not None and one.is_floating_point() else one
+    def leaf(one: Tensor) -> Tensor:
+        one = one.to(device).detach()
+        return one.requires_grad_() if one.is_floating_point() else one
 
-    saved = load_unfinished(path)
-    hidden = leaf(saved["hidden"])
-    assert hidden is not None
-    received = {
-        name: tuple(
-            leaf(one if is_input(name) else saved.get(f"{name}.{k}"))
-            for k, one in enumerate(several)
-        )
-        for name, several in layerwise.shared[i].items()
-    }
-    handed_on: Shared = dict(received)
-    output = layerwise.replay(i, layer, hidden, gradient=True, shared=handed_on)
-    roots: list[tuple[Tensor, Tensor]] = [(output, gradient.to(device))]
-    for name, several in handed_on.items():
-        parts = zip(several, of_shared.get(name, ()), strict=False)
-        roots += [(one, part) for one, part in parts if part is not None and one.requires_grad]
+    saved = {name: leaf(one) for name, one in load_unfinished(path).items()}
+    kinds = (kind for kind in shared.key_values if f"{kind}.0" in saved)
+    received = Shared(
+        {kind: (saved[f"{kind}.0"], saved[f"{kind}.1"]) for kind in kinds},
+        tuple(saved.get(f"more.{k}") for k in range(len(shared.more))),
+        {index: leaf(one) for index, one in shared.inputs.items()},
+    )
+    hidden, handed_on = saved["hidden"], copy(received)
+    output = layerwise.replay(i, layer, hidden, handed_on, gradient=True)
+    roots = [(output, gradient.to(device))]
+    for one, part in zip(handed_on.tensors(), of_shared, strict=True):
+        if one is not None and part is not None and one.requires_grad:
+            roots.append((one, part))
     torch.autograd.backward([one for one, _ in roots], [part for _, part in roots])
-    for name, several in received.items():
-        of_shared[name] = tuple(None if one is None else one.grad for one in several)
+    of_received = [None if one is None else one.grad for one in received.tensors()]
     assert hidden.grad is not None
-    return hidden.grad.to(gradient.device)
+    return hidden.grad.to(gradient.device), of_received
 
 
 def _forward(
@@ -179,14 +178,15 @@ def _forward(
             scratch.mkdir(parents=True, exist_ok=True)
             for layer in architecture.layers:
                 for i, state in enumerate(layerwise.states):
+                    shared = layerwise.shared[i]
                     # Later layers may replace these; recorded inputs of layers never change.
-                    shared = {
+                    replaced = {
                         f"{name}.{k}": one.clone(memory_format=torch.contiguous_format)
-                        for name, several in layerwise.shared[i].items()
+                        for name, several in {**shared.key_values, "more": shared.more}.items()
                         for k, one in enumerate(several)
-                        if one is not None and not is_input(name)
+                        if one is not None
                     }
-                    tensors = {"hidden": state.contiguous(), **shared}
+                    tensors = {"hidden": state.contiguous(), **replaced}
                     save_file(tensors, _path(scratch, layer.index, i))
                 with layerwise.model.layer(layer.index):
                     layerwise.advance(layer.index, advance)
