@@ -620,8 +620,7 @@ def write_examples(
     Instructions, responses, image sizes and the two categories vary from row to row. With
     `images=False` (for `TEXT_FAMILIES`) nothing is written and `Example.image` is None.
     """
-    if images:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     kind = "harmful" if harmful else "harmless"
     examples = []
     for i in range(n):

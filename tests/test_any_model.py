@@ -205,10 +205,10 @@ def test_prompts_that_are_too_long_are_counted_before_work(
 
 
 @pytest.mark.parametrize("room", [-1, 0])
-def test_the_last_prompt_that_fits(room: int) -> None:
+def test_the_last_prompt_that_fits(tmp_path: Path, room: int) -> None:
     """Exact to the token: one that just fits is taken, one token more is not."""
     processor = pico.processor("llama")
-    (example,) = pico.write_examples(Path("unused"), 1, images=False)
+    (example,) = pico.write_examples(tmp_path, 1, images=False)
     length = prompt_batch(processor, [example]).inputs["input_ids"].shape[1]
     config = T.LlamaConfig(max_position_embeddings=length + 5 + room)
     short = replace(example, id="short", instruction="no")
