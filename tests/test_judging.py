@@ -594,7 +594,7 @@ def test_a_busy_endpoint_is_asked_again(server: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("failures", "advice"), [([401], "OPENAI_API_KEY"), ([503] * 5, "It is busy")]
+    ("failures", "advice"), [([401], "OPENAI_API_KEY"), ([503] * 5, "The server is busy")]
 )
 def test_a_failing_endpoint_is_told(server: str, failures: list[int], advice: str) -> None:
     _Server.failures = list(failures)

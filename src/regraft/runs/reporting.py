@@ -138,8 +138,8 @@ class _Artifacts:
             if not folder.exists():
                 raise RegraftError(
                     f"The run in {self.run_dir.path} is not finished: {name} has not been "
-                    "evaluated, though its recipe lists it. Continue it with `regraft run "
-                    f"{self.run_dir.recipe} --out {self.run_dir.path}`."
+                    "evaluated, though prune, realign or defend in its recipe list it. Continue it "
+                    f"with `regraft run {self.run_dir.recipe} --out {self.run_dir.path}`."
                 )
         return {name: stages.read_evaluation(folder) for name, folder in folders.items()}
 
