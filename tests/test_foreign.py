@@ -26,7 +26,7 @@ from regraft.models import chat_template, foreign
 from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import load_model, load_processor, open_answering, open_source
 from regraft.models.loaded import check_besides
-from regraft.models.processor_settings import differing
+from regraft.models.processor_settings import disagreement
 
 FAMILY = "llama"
 
@@ -363,10 +363,10 @@ def test_too_little_memory_is_no_fault_of_a_file(tmp_path: Path) -> None:
 
 def test_what_the_model_and_its_processor_say_differently(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"sizes": {"patch": 7, "size": 3}, "other": 1})
-    assert not differing(tmp_path)
+    assert not disagreement(tmp_path)
     write_json(tmp_path / "processor_config.json", {"own": {"patch": 14}, "size": 3, "other": "x"})
     expected = ", whose patch is 7 in config.json and 14 in processor_config.json"
-    assert differing(tmp_path) == expected
+    assert disagreement(tmp_path) == expected
 
 
 def test_a_package_that_lacks_is_no_fault_of_a_file(tmp_path: Path) -> None:

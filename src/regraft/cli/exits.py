@@ -160,9 +160,9 @@ def _model_in_transformers(error: BaseException) -> str:
     folder = next(filter(None, folders), "")
     if not folder:
         return "the model"
-    from regraft.models.processor_settings import differing
+    from regraft.models.processor_settings import disagreement
 
-    return f"the model of {folder}{differing(Path(folder))}"
+    return f"the model of {folder}{disagreement(Path(folder))}"
 
 
 def _summary(error: BaseException) -> str:

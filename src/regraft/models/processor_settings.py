@@ -76,14 +76,14 @@ def check_kinds(path: Path, settings: dict[str, Any]) -> None:
                 raise RegraftError(f"{path}: {field} is {shown(value)}; expected {expected}.")
 
 
-def differing(folder: Path) -> str:
+def disagreement(folder: Path) -> str:
     """A phrase that names a setting on which config.json and the processor differ, or ""."""
-    said: dict[str, dict[str, list[Any]]] = {}
+    stated: dict[str, dict[str, list[Any]]] = {}
     for file in filter(lambda name: (folder / name).is_file(), ("config.json", *FILES)):
         for _, name, value in _fields(read_json(folder / file, lenient=True)):
             if type(value) in (int, str):
-                said.setdefault(name, {}).setdefault(file, []).append(value)
-    for name, files in said.items():
+                stated.setdefault(name, {}).setdefault(file, []).append(value)
+    for name, files in stated.items():
         own = files.pop("config.json", [])
         for file, values in files.items():
             if own and not {*own} & {*values}:

@@ -55,10 +55,8 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
         raise RegraftError(f"{folder} holds no config.json: it is not a model folder.")
     check_settings(folder)
     stated = read_json(folder / "config.json", lenient=True)
-    if (kind := stated.get("model_type")) not in (
-        None,
-        *CONFIG_MAPPING,
-    ) and "auto_map" not in stated:
+    kind = stated.get("model_type")
+    if not (kind is None or kind in CONFIG_MAPPING or "auto_map" in stated):
         raise RegraftError(
             f"{folder / 'config.json'}: model_type is {shown(kind)}, which transformers "
             f"{__version__} does not know. Update transformers if the model is newer; if not, take "

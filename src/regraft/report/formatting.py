@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DASH = "–"
 UNCHECKED = "†"
 _ADDRESS = re.compile(r"(?P<name>[\w-]+):(?P<path>.*?)(?P<marks>(?:#[\w-]+)*)", re.DOTALL)
-_GENERIC = ("jsonl", "prompts", "benign")  # readers whose name says nothing about the data set
+_GENERIC = ("jsonl", "prompts", "benign")  # readers of any data set
 
 
 @dataclass(frozen=True)

@@ -295,7 +295,7 @@ def _difference_notes(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -
     """Sentences on what differs between the evaluations, but does not prevent a verdict."""
     if ("compute" in dense) != ("compute" in compressed):
         yield "Only one of the two ran here: how a server runs a model is not known."
-        return  # versions of software here say nothing about the server's
+        return  # the server's versions are not known
     if "compute" not in dense:
         return
     for way, name, ours, theirs in differing(dense, compressed, "compute", "versions"):
