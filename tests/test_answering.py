@@ -19,7 +19,7 @@ from regraft.cli import main
 from regraft.data.demo import demo_model
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.sources import DataSource, read
-from regraft.disk.files import read_json
+from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE, KeywordJudge
 from regraft.heads.ships import HeadSettings

@@ -15,7 +15,7 @@ import regraft
 from disk import write_data
 from regraft.cli import main
 from regraft.data.demo import demo_model
-from regraft.disk.files import read_json
+from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
 from regraft.restoration.ranking import load_ranking

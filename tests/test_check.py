@@ -21,7 +21,8 @@ import regraft
 from disk import tree, write_data
 from regraft.cli import _joined, app, main
 from regraft.data.example import Example
-from regraft.disk.files import file_digest, read_json
+from regraft.disk.files import file_digest
+from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.evaluation.gate import Check, Metric, compared
 from regraft.evaluation.keywords import REGRAFT_1, REGRAFT_2

@@ -23,7 +23,6 @@ from regraft.disk.files import (
     in_threads,
     locked,
     read_at,
-    read_json,
     require_empty,
     require_new,
     require_space,
@@ -31,6 +30,7 @@ from regraft.disk.files import (
     write_json,
     write_text,
 )
+from regraft.disk.parsing import read_json
 from regraft.errors import PassingError, RegraftError
 from regraft.stages.provenance import working
 

@@ -21,7 +21,7 @@ from disk import write_data
 from regraft import registry
 from regraft.cli import main
 from regraft.data.collate import batches, response_batch
-from regraft.disk.files import read_json
+from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch

@@ -15,7 +15,7 @@ from regraft import stages
 from regraft.data.collate import batches, prompt_batch
 from regraft.data.sources import DataSource
 from regraft.defence import asked, load_defence
-from regraft.disk.files import read_json
+from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
 from regraft.pruning.base import prune_settings

@@ -23,7 +23,8 @@ from disk import shards, tree, write_data
 from methods import a_variant, method
 from regraft import loading, stages
 from regraft.data.sources import DataSource
-from regraft.disk.files import disk_errors, read_json, write_text
+from regraft.disk.files import disk_errors, write_text
+from regraft.disk.parsing import read_json
 from regraft.errors import PassingError, RegraftError
 from regraft.heads.score import load_heads
 from regraft.heads.ships import HeadSettings

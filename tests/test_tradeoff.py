@@ -21,7 +21,7 @@ from methods import method
 from regraft import loading, stages
 from regraft.console import show_search
 from regraft.data.sources import DataSource
-from regraft.disk.files import read_json
+from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate, EvalResult
 from regraft.evaluation.tradeoff import (

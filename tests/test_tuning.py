@@ -25,7 +25,7 @@ from methods import a_variant, method
 from regraft import stages
 from regraft.cli import main
 from regraft.data.sources import DataSource
-from regraft.disk.files import read_json
+from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.evaluation.tradeoff import Bounds, Cost, Point, Tried, Tuned, best_first

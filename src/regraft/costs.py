@@ -21,8 +21,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from regraft import distributed
-from regraft.disk.files import discard_leftover, read_json, write_json
-from regraft.disk.parsing import from_json
+from regraft.disk.files import discard_leftover, write_json
+from regraft.disk.parsing import from_json, read_json
 from regraft.progress import Progress, Task, expect
 
 T = TypeVar("T")

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from regraft.disk.files import read_json, write_json
+from regraft.disk.files import write_json
+from regraft.disk.parsing import read_json
 from regraft.launcher import local_rank, processes
 
 K = TypeVar("K")

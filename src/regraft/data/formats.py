@@ -11,8 +11,8 @@ from pathlib import Path
 
 from regraft.data.example import Example, Reading
 from regraft.data.parquet import is_parquet
-from regraft.data.rows import Row, checked, csv_rows, json_file, require_end, table_rows, text_lines
-from regraft.disk.parsing import json_value
+from regraft.data.rows import Row, checked, csv_rows, require_end, table_rows, text_lines
+from regraft.disk.parsing import json_value, read_json
 from regraft.errors import RegraftError
 
 _FIELDS = (
@@ -209,7 +209,7 @@ def _read_lines(path: Path, harmful: bool) -> Reading:
 
 
 def _read_json(path: Path, harmful: bool) -> Reading:
-    value = json_file(path, _WHAT)
+    value = read_json(path, _WHAT)
     if isinstance(value, dict) and len(value) == 1:
         value = next(iter(value.values()))
     if not (isinstance(value, list) and all(isinstance(one, str) for one in value)):

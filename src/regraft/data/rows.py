@@ -14,7 +14,7 @@ from typing import Any
 from regraft.data.example import Example, Reading
 from regraft.data.images import locate_images
 from regraft.data.parquet import is_parquet, records
-from regraft.disk.parsing import json_value, shown
+from regraft.disk.parsing import read_json, shown
 from regraft.disk.paths import is_text, read_text, require_file, unreadable
 from regraft.errors import RegraftError
 
@@ -162,10 +162,6 @@ def require_end(path: Path, what: str) -> None:
         )
 
 
-def json_file(path: Path, what: str) -> Any:
-    return json_value(read_text(path, what), str(path))
-
-
 def json_rows(path: Path, what: str, unit: str, *, inside: str = "") -> list[Row]:
     """Read the objects of a JSON file, in a list or by name ({"1": {...}}), or a Parquet table.
 
@@ -177,7 +173,7 @@ def json_rows(path: Path, what: str, unit: str, *, inside: str = "") -> list[Row
     """
     if is_parquet(path):
         return table_rows(path, what)
-    content = json_file(path, what)
+    content = read_json(path, what)
     if inside:
         content = content.get(inside) if isinstance(content, dict) else None
         if not isinstance(content, list):

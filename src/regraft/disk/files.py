@@ -18,7 +18,6 @@ from typing import IO, Any, TypeVar
 
 from safetensors import SafetensorError
 
-from regraft.disk.parsing import read_json as read_json
 from regraft.errors import PassingError, RegraftError
 
 try:

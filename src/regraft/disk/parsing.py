@@ -33,13 +33,13 @@ class _RefusedError(ValueError):
     """A problem in a text; the caller adds the name of its file."""
 
 
-def read_json(path: Path, *, lenient: bool = False) -> Any:
-    """Read JSON; see `json_value`.
+def read_json(path: Path, what: str = "A JSON file is needed.", *, lenient: bool = False) -> Any:
+    """Read JSON; see `json_value`. For `what` see `read_text`.
 
     Raises:
         RegraftError: see `read_text` and `json_value`.
     """
-    return json_value(read_text(path, "A JSON file is needed."), str(path), lenient=lenient)
+    return json_value(read_text(path, what), str(path), lenient=lenient)
 
 
 def json_value(text: str | bytes, where: str, *, lenient: bool = False) -> Any:

@@ -19,7 +19,8 @@ import yaml
 
 import regraft
 from regraft import distributed, stages
-from regraft.disk.files import atomic_file, digest, file_digest, read_json
+from regraft.disk.files import atomic_file, digest, file_digest
+from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.evaluation.results import result_to_json
 from regraft.patch.format import load_patch

@@ -15,7 +15,7 @@ from regraft.data.demo import CAVEAT, is_demo
 from regraft.data.sources import join_suites
 from regraft.defence import DEFENCE_PROMPT, Direction, load_defence
 from regraft.disk.descriptions import about_of, described
-from regraft.disk.files import read_json
+from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
 from regraft.heads.score import HeadScores, load_heads

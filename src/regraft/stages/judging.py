@@ -10,7 +10,8 @@ from typing import Any
 from regraft import distributed
 from regraft.data.collate import batches
 from regraft.disk.descriptions import about_of
-from regraft.disk.files import digest, file_digest, read_json, slug, write_json
+from regraft.disk.files import digest, file_digest, slug, write_json
+from regraft.disk.parsing import read_json
 from regraft.distributed import resumable_map
 from regraft.errors import RegraftError
 from regraft.evaluation.guard import Guard

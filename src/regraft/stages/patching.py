@@ -13,7 +13,8 @@ from regraft import distributed
 from regraft.data.storage import MODEL_ID, from_hub
 from regraft.disk.artifact import ABOUT_FILE, save_tensors
 from regraft.disk.descriptions import described
-from regraft.disk.files import atomic_folder, file_digest, read_json, to_json
+from regraft.disk.files import atomic_folder, file_digest, to_json
+from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from regraft.models.checkpoint_copy import check_target

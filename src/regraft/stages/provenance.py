@@ -28,12 +28,12 @@ from regraft.disk.files import (
     leftover_bytes,
     locked,
     new_folders,
-    read_json,
     require_empty,
     require_new,
     size_of,
     to_json,
 )
+from regraft.disk.parsing import read_json
 from regraft.errors import PassingError, RegraftError
 from regraft.models.load import Source, pick_device
 from regraft.settings.base import Settings

@@ -16,7 +16,7 @@ from regraft.data.images import check_images
 from regraft.data.sources import DataSource, join_suites, read
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.descriptions import described
-from regraft.disk.files import read_json
+from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source
