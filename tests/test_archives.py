@@ -18,7 +18,7 @@ from PIL import Image
 from regraft.data import sources
 from regraft.data.readers.vlguard import read_vlguard
 from regraft.data.sources import DataSource, of_split, read
-from regraft.data.storage import CACHE_VARIABLE, cached_file, located, unpacked
+from regraft.data.storage import CACHE_VARIABLE, cached_image, located, unpacked
 from regraft.errors import PassingError, RegraftError
 from regraft.stages.reading import read_suites
 
@@ -259,8 +259,8 @@ def test_damage_inside_an_archive(tmp_path: Path, cache: Path) -> None:
 def test_processes_that_unpack_at_once(tmp_path: Path, cache: Path) -> None:
     archive = _zip(tmp_path / "a.zip", **{f"d__{i}": b"x" * 1000 for i in range(300)})
     code = "import sys; from pathlib import Path; from regraft.data.storage import unpacked; "
-    code += "from regraft.data.storage import cached_file; print(unpacked(Path(sys.argv[1]))); "
-    code += "[cached_file(str(i).encode(), '.png') for i in range(100)]"
+    code += "from regraft.data.storage import cached_image; print(unpacked(Path(sys.argv[1]))); "
+    code += "[cached_image(str(i).encode()) for i in range(100)]"
     jobs = [
         subprocess.Popen([sys.executable, "-c", code, str(archive)], stdout=subprocess.PIPE)
         for _ in range(3)
@@ -274,7 +274,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
     with pytest.raises(RegraftError, match="cannot be written: there is a file where a folder"):
-        cached_file(b"x", ".png")
+        cached_image(b"x")
 
 
 def test_what_is_refused_leaves_the_cache(tmp_path: Path, cache: Path) -> None:

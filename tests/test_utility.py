@@ -16,7 +16,7 @@ from PIL import Image
 from regraft.data.example import Example
 from regraft.data.readers.docvqa import read_docvqa
 from regraft.data.readers.mmbench import read_mmbench
-from regraft.data.storage import CACHE_VARIABLE, cached_file
+from regraft.data.storage import CACHE_VARIABLE, cached_image
 from regraft.errors import RegraftError
 from regraft.evaluation.judges import Verdict
 from regraft.evaluation.keywords import REGRAFT_2
@@ -416,9 +416,9 @@ def test_docvqa_file_errors(tmp_path: Path) -> None:
         read_docvqa(tmp_path)
 
 
-def test_a_cached_file_that_was_cut_off_is_written_again(cache: Path) -> None:
-    path = cached_file(b"whole", ".png")
+def test_a_cached_image_that_was_cut_off_is_written_again(cache: Path) -> None:
+    path = cached_image(b"whole")
     assert path.parent == cache / "images"
     path.write_bytes(b"who")
-    assert cached_file(b"whole", ".png").read_bytes() == b"whole"
-    assert cached_file(b"other", ".png") != path
+    assert cached_image(b"whole").read_bytes() == b"whole"
+    assert cached_image(b"other") != path

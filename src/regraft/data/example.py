@@ -56,12 +56,16 @@ class Example:
 class Reading:
     """The examples of one source, and how many rows were left out for which reason.
 
-    `read == len(examples) + sum(skipped.values())` always holds.
+    `read == len(examples) + sum(skipped.values())` always holds. Counts of 0 are dropped.
     """
 
     source: str
     examples: tuple[Example, ...]
     skipped: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        counted = {reason: count for reason, count in self.skipped.items() if count}
+        object.__setattr__(self, "skipped", counted)
 
     @property
     def read(self) -> int:
@@ -71,9 +75,8 @@ class Reading:
     def keep(self, kept: Iterable[Example], reason: str) -> Reading:
         """Keep only these of the examples; count the others in `skipped`, under `reason`."""
         examples = tuple(kept)
-        left = Counter({reason: len(self.examples) - len(examples)})
-        # adding counters drops zero counts
-        return replace(self, examples=examples, skipped=dict(Counter(self.skipped) + left))
+        left = self.skipped.get(reason, 0) + len(self.examples) - len(examples)
+        return replace(self, examples=examples, skipped={**self.skipped, reason: left})
 
     def of_kind(self, *, harmful: bool) -> Reading:
         """Keep only the harmful, or only the harmless, examples."""

@@ -69,7 +69,7 @@ def read_jsonl(path: Path, split: str | None = None) -> Reading:
         names = ", ".join(sorted(name for name in splits if name)) or "none"
         raise RegraftError(f"{path}: there is no split {split!r}. Splits found: {names}.")
     kept = [row for row in rows if split in (None, row.values.get("split"))]
-    skipped = {f"not in split {split!r}": len(rows) - len(kept)} if len(kept) < len(rows) else {}
+    skipped = {f"not in split {split!r}": len(rows) - len(kept)}
     reading = Reading(str(path), tuple(_example(row, path) for row in kept), skipped)
     if reading.examples:
         _require_harmful(rows, path)
@@ -186,8 +186,7 @@ def _read_csv(path: Path, harmful: bool) -> Reading:
         )
 
     kept = [row for row in rows if not (tags and "hash_check" in (row.optional_text(tags) or ""))]
-    left_out = len(rows) - len(kept)
-    skipped = {"judged by comparing with a copyrighted text": left_out} if left_out else {}
+    skipped = {"judged by comparing with a copyrighted text": len(rows) - len(kept)}
     return Reading(str(path), tuple(map(example, kept)), skipped)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count, islice
@@ -220,7 +221,7 @@ def join_suites(suites: Sequence[DataSource], limit: int | None) -> Reading:
         raise RegraftError(f"{twice[0]} is named twice: its prompts would count twice.")
     readings = [read(suite, "test") for suite in suites]
     examples: list[Example] = []
-    skipped: dict[str, int] = {}
+    skipped: Counter[str] = Counter()
     taken: set[str] = set()
     known: set[Any] = set()
     for suite, reading in zip(suites, readings, strict=True):
@@ -236,8 +237,7 @@ def join_suites(suites: Sequence[DataSource], limit: int | None) -> Reading:
             unique = next(name for name in _names(suite, example) if name not in taken)
             taken.add(unique)
             examples.append(replace(example, id=unique, suite=str(suite)))
-        for reason, rows in kept.skipped.items():
-            skipped[reason] = skipped.get(reason, 0) + rows
+        skipped.update(kept.skipped)
     return Reading(", ".join(reading.source for reading in readings), tuple(examples), skipped)
 
 

@@ -200,10 +200,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regraft"
 
 
-def cached_file(content: bytes, suffix: str) -> Path:
-    """Write a file with this content into the cache, named by its digest, unless it exists."""
-    name = hashlib.sha256(content).hexdigest()[:32]
-    path = image_cache() / f"{name}{suffix}"
+def cached_image(content: bytes) -> Path:
+    """Write the bytes of an image into the cache, named by their digest, unless it is there."""
+    suffix = "png" if content.startswith(b"\x89PNG") else "jpg"
+    path = image_cache() / f"{hashlib.sha256(content).hexdigest()[:32]}.{suffix}"
 
     def whole() -> bool:
         return path.is_file() and path.stat().st_size == len(content)
@@ -215,11 +215,6 @@ def cached_file(content: bytes, suffix: str) -> Path:
                     temporary.write_bytes(content)
                 _written.append(path)
     return path
-
-
-def cached_image(content: bytes) -> Path:
-    """Write the bytes of an image into the cache, see `cached_file`."""
-    return cached_file(content, ".png" if content.startswith(b"\x89PNG") else ".jpg")
 
 
 def image_cache() -> Path:

@@ -224,9 +224,8 @@ def _kept(prompts: Reading, answers: tuple[Response, ...]) -> Reading:
     examples = tuple(replace(by_id[one.id], response=one.answer) for one in answers if one.kept)
     skipped = Counter(prompts.skipped)
     skipped.update(f"answered and not kept: {one.why}" for one in answers if not one.kept)
-    if left := len(prompts.examples) - len(answers):
-        skipped["not drawn"] += left
-    return Reading(f"{prompts.source}, answered by the dense model", examples, dict(skipped))
+    skipped["not drawn"] += len(prompts.examples) - len(answers)
+    return Reading(f"{prompts.source}, answered by the dense model", examples, skipped)
 
 
 def _none_usable(count: int, *, harmful: bool) -> str:
@@ -306,7 +305,7 @@ def write_responses(
         if out.exists() and read_text(out) != text:
             raise _other(out)
         write_text(out, text)
-    return Reading(f"{prompts.source}, answered by {dense.folder}", kept, dict(skipped))
+    return Reading(f"{prompts.source}, answered by {dense.folder}", kept, skipped)
 
 
 def _line(example: Example, out: Path) -> str:

@@ -21,8 +21,7 @@ def read_ch3ef(folder: Path) -> Reading:
     """
     rows = json_rows(folder / _META, _WHAT, "item", inside="items")
     examples = tuple(_example(row) for row in rows if len(_images(row)) <= 1)
-    several = len(rows) - len(examples)
-    skipped = {"several images": several} if several else {}
+    skipped = {"several images": len(rows) - len(examples)}
     return checked(Reading(str(folder), examples, skipped), folder)
 
 

@@ -32,7 +32,7 @@ def read_safebench(folder: Path, *, part: Part = "all") -> Reading:
     table, official = folder / name, folder / "question" / name
     rows = csv_rows(official if official.is_file() and not table.is_file() else table, _WHAT)
     kept = [row for row in rows if part in ("all", "tiny", _parity(row))]
-    skipped = {f"task_id not {part}": len(rows) - len(kept)} if len(kept) < len(rows) else {}
+    skipped = {f"task_id not {part}": len(rows) - len(kept)}
     reading = Reading(str(folder), tuple(map(_example, kept)), skipped)
     return checked(reading, folder / "images", folder / "images" / "SafeBench")
 
