@@ -98,7 +98,7 @@ def response_batch(processor: Any, examples: Sequence[Example]) -> Batch:
     prompt_rows = _rows(_encode(processor, examples, prompts, prompt=True))
     inputs = _encode(processor, examples, conversations, prompt=False)
     labels = torch.full_like(inputs["input_ids"], IGNORED)  # [B, S]
-    end_token = _tokenizer(processor).eos_token_id
+    end_token = tokenizer_of(processor).eos_token_id
     for b, (prompt_ids, ids) in enumerate(zip(prompt_rows, _rows(inputs), strict=True)):
         start, end = response_span(prompt_ids, ids, end_token)
         if start == end:
@@ -127,12 +127,14 @@ def response_span(
     return start, next(ends, len(whole))
 
 
-def _tokenizer(processor: Any) -> Any:
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor; that of a text-only model is the processor itself."""
     return getattr(processor, "tokenizer", processor)
 
 
-def _is_text_only(processor: Any) -> bool:
-    return _tokenizer(processor) is processor
+def is_text_only(processor: Any) -> bool:
+    """Whether a model with this processor reads no images."""
+    return tokenizer_of(processor) is processor
 
 
 def _prompt(
@@ -146,7 +148,7 @@ def _prompt(
         )
     if example.image is None:
         return [message(processor, "user", example.instruction)]
-    if _is_text_only(processor):
+    if is_text_only(processor):
         raise RegraftError(
             f"Example {example.id!r} has an image, but the processor reads text only."
             f"{_origin(processor)} Use a vision-language model, whose processor_config.json names "
@@ -158,7 +160,7 @@ def _prompt(
 
 def message(processor: Any, role: str, text: str, image: Any = None) -> dict[str, Any]:
     """One message of a chat, in the form that the processor's chat template expects."""
-    if _is_text_only(processor):  # templates of text-only models concatenate strings
+    if is_text_only(processor):  # templates of text-only models concatenate strings
         return {"role": role, "content": text}
     content = [{"type": "text", "text": text}]
     return {
@@ -203,7 +205,7 @@ def _encode(
 
 def _origin(processor: Any) -> str:
     """A sentence that names the files a processor was loaded from; "" if there are none."""
-    folder = Path(getattr(_tokenizer(processor), "name_or_path", "") or "no folder")
+    folder = Path(getattr(tokenizer_of(processor), "name_or_path", "") or "no folder")
     kinds = ("*processor_config.json", "tokenizer*.json", "chat_template.*")
     files = sorted(path.name for kind in kinds for path in folder.glob(kind))
     return f" It was loaded from {', '.join(files)} in {folder}." if files else ""
@@ -215,7 +217,7 @@ def _apply_template(
     padding = {"padding_side": "left"}
     settings: dict[str, Any] = (
         {"padding": len(conversations) > 1, "tokenizer_kwargs": padding}
-        if _is_text_only(processor)
+        if is_text_only(processor)
         else {"processor_kwargs": {"padding": len(conversations) > 1, **padding}}
     )
     encoded = processor.apply_chat_template(
@@ -233,7 +235,7 @@ def _apply_template(
 def lent_template(processor: Any) -> Any:
     """The tokenizer's template where the processor has none of its own; otherwise None."""
     own = getattr(processor, "chat_template", None)
-    return None if own else getattr(_tokenizer(processor), "chat_template", None)
+    return None if own else getattr(tokenizer_of(processor), "chat_template", None)
 
 
 def _require_ready(processor: Any, rows: int) -> None:
@@ -242,7 +244,7 @@ def _require_ready(processor: Any, rows: int) -> None:
             "The checkpoint has no chat template. Put the model's chat_template.jinja into the "
             "checkpoint's folder (instruction-tuned checkpoints come with one)."
         )
-    if rows > 1 and _tokenizer(processor).pad_token_id is None:
+    if rows > 1 and tokenizer_of(processor).pad_token_id is None:
         raise RegraftError(
             "The tokenizer has no padding token, which batches need. Use batch size 1, or set "
             '"pad_token" in the checkpoint\'s tokenizer_config.json.'

@@ -22,7 +22,7 @@ from regraft.data.example import Example
 from regraft.data.images import length_class
 from regraft.distributed import resumable_map
 from regraft.errors import RegraftError
-from regraft.evaluation.greedy import answer
+from regraft.evaluation.greedy import answer, location
 from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.summary import is_compared
 from regraft.models.generation import positions_of, takes_padding
@@ -57,7 +57,7 @@ def check_lengths(
     if long := {name: count for name, count in counts.items() if count > room}:
         name = max(long, key=long.__getitem__)
         raise RegraftError(
-            f"{len(long)} of {len(examples)} prompts are too long for the model{_location(config)},"
+            f"{len(long)} of {len(examples)} prompts are too long for the model{location(config)},"
             f" which has {positions:,} positions for a prompt and an answer of up to "
             f"{max_new_tokens:,} tokens: the longest, {name!r}, has {long[name]:,} tokens. "
             f"{_ADVICE}"
@@ -85,14 +85,9 @@ def _check_tokens(config: Any, batch: Batch) -> None:
     for row, position in (ids >= embeddings).nonzero().tolist()[:1]:
         raise RegraftError(
             f"tokenizer.json gives the prompt {batch.ids[row]!r} the token "
-            f"{int(ids[row, position]):,}, but the model{_location(config)} has {embeddings:,} "
+            f"{int(ids[row, position]):,}, but the model{location(config)} has {embeddings:,} "
             "embeddings. Use the tokenizer of the base model."
         )
-
-
-def _location(config: Any) -> str:
-    """The model's folder, as transformers records it in a config; "" if unknown."""
-    return f" of {folder}" if (folder := getattr(config, "name_or_path", "")) else ""
 
 
 def _tokens(processor: Any, example: Example) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regraft.data.collate import tokenizer_of
 from regraft.errors import RegraftError
 from regraft.evaluation.judges import TextJudge
 from regraft.models.generation import answer_start, greedily, is_plain, with_shared_prefix
@@ -44,7 +45,7 @@ def answer(
     Returns:
         B answers, without special tokens and surrounding white space.
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     plain = is_plain(model)
     prompts = with_shared_prefix(model, inputs) if plain else dict(inputs)
     settled = None
@@ -60,6 +61,11 @@ def answer(
     if settled is not None:
         new = [row[: settled.ends.get(b)] for b, row in enumerate(new)]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def location(config: Any) -> str:
+    """The model's folder, as transformers records it in a config, for messages; "" if unknown."""
+    return f" of {folder}" if (folder := getattr(config, "name_or_path", "")) else ""
 
 
 class _Settled:
@@ -113,9 +119,8 @@ def checked_head(model: Any) -> Iterator[None]:
         if not args:
             return args
         if not args[0][..., -1, :].isfinite().all():
-            folder = getattr(model.config, "name_or_path", "")
             raise RegraftError(
-                f"The model{f' of {folder}' if folder else ''} computes NaN or infinity in place "
+                f"The model{location(model.config)} computes NaN or infinity in place "
                 "of an answer. Its numbers may be too large for --dtype float16: use bfloat16 or "
                 "float32. Otherwise a number in its config.json is wrong, such as rms_norm_eps or "
                 "rope_theta."

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from regraft.data.collate import Batch, batches
+from regraft.data.collate import Batch, batches, is_text_only, tokenizer_of
 from regraft.data.images import open_image
 from regraft.errors import RegraftError
 from regraft.evaluation.greedy import answer
@@ -85,23 +85,19 @@ class Guard:
         Raises:
             RegraftError: there is an image, and it reads text only.
         """
-        sees_images = self.kind.prompt is None and self.processor is not self._tokenizer
-        if not sees_images and any(one.image is not None for one in exchanges):
+        text_only = self.kind.prompt is not None or is_text_only(self.processor)
+        if text_only and any(one.image is not None for one in exchanges):
             raise RegraftError(f"The judge {self.name} reads text only; judge without images.")
 
-    @property
-    def _tokenizer(self) -> Any:
-        return getattr(self.processor, "tokenizer", self.processor)
-
     def _encode(self, exchanges: Sequence[Exchange]) -> dict[str, Any]:
-        tokenizer = self._tokenizer
+        tokenizer = tokenizer_of(self.processor)
         if len(exchanges) > 1 and tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"
         options = {"return_tensors": "pt", "padding": len(exchanges) > 1}
         if (prompt := self.kind.prompt) is not None:
             return dict(tokenizer([prompt(one) for one in exchanges], **options))
-        sees_images = self.processor is not tokenizer
+        sees_images = not is_text_only(self.processor)
         in_parts = sees_images or self._in_parts()
         texts = [self._conversation(one, in_parts) for one in exchanges]
         if not sees_images:
