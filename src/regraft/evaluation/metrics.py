@@ -7,7 +7,7 @@ Everything here is pure: plain sequences in, small frozen results out. Rates are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,8 +57,7 @@ def bootstrap_mean(values: ArrayLike) -> Estimate:
     sample = np.asarray(values, dtype=np.float64)
     if sample.size == 0 or not np.isfinite(sample).all():
         raise ValueError("A mean needs at least one value, all of them finite.")
-    low, high = _resampled(sample.size, lambda rows: sample[rows].mean(axis=1))
-    return Estimate(float(sample.mean()), sample.size, low, high)
+    return bootstrap_ratio(sample, np.ones_like(sample))
 
 
 def bootstrap_ratio(parts: ArrayLike, wholes: ArrayLike) -> Estimate:
@@ -67,8 +66,12 @@ def bootstrap_ratio(parts: ArrayLike, wholes: ArrayLike) -> Estimate:
     It is a mean over answers or tokens, of which each unit, a prompt or a document, has several.
     """
     a, b = (np.asarray(one, dtype=np.float64) for one in (parts, wholes))
-    interval = _resampled(a.size, lambda rows: a[rows].sum(axis=1) / b[rows].sum(axis=1))
-    return Estimate(float(a.sum() / b.sum()), a.size, *interval)
+    generator = np.random.default_rng(SEED)
+    block, ratios = max(1, _DRAWS_AT_ONCE // a.size), []
+    for start in range(0, RESAMPLES, block):
+        units = generator.integers(a.size, size=(min(block, RESAMPLES - start), a.size))
+        ratios.append(a[units].sum(axis=1) / b[units].sum(axis=1))
+    return Estimate(float(a.sum() / b.sum()), a.size, *_percentiles(np.concatenate(ratios)))
 
 
 def clustered_mean(values: ArrayLike) -> Estimate:
@@ -165,17 +168,6 @@ def paired_difference(differences: ArrayLike) -> Estimate:
     half = _Z * math.sqrt(max(0.0, squares - total**2 / n)) / n
     low, high = max(-1.0, total / n - half), min(1.0, total / n + half)
     return Estimate(float(found.mean()), found.size, low, high)
-
-
-def _resampled(
-    n: int, statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]]
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a statistic, from indices of resamples `[k, n]` to `[k]`."""
-    generator = np.random.default_rng(SEED)
-    block = max(1, _DRAWS_AT_ONCE // n)
-    sizes = (min(block, RESAMPLES - start) for start in range(0, RESAMPLES, block))
-    values = [statistic(generator.integers(n, size=(size, n))) for size in sizes]
-    return _percentiles(np.concatenate(values))
 
 
 def _percentiles(values: ArrayLike) -> tuple[float, float]:

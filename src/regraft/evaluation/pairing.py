@@ -11,6 +11,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.polynomial.polynomial import polypow
 from numpy.typing import ArrayLike, NDArray
 
 from regraft.errors import RegraftError
@@ -132,7 +133,8 @@ def paired_exact(a: ArrayLike, b: ArrayLike) -> PermutationTest:
     outcomes, counts = np.unique(both[:, differing], axis=1, return_counts=True)
     distribution = np.ones(1)  # of a's total over the differing prompts: [total] -> probability
     for values, count in zip(outcomes.T, counts, strict=True):
-        distribution = np.convolve(distribution, _power(_sums(values, len(ours)), int(count)))
+        alike = polypow(_sums(values, len(ours)), int(count), maxpower=None)
+        distribution = np.convolve(distribution, alike)  # of a sum, as products of polynomials are
     total = int(ours[:, differing].sum())
     tails = distribution[: total + 1].sum(), distribution[total:].sum()
     difference = float(ours.mean() - theirs.mean()) if ours.size else 0.0
@@ -148,17 +150,6 @@ def _sums(values: NDArray[np.int64], count: int) -> NDArray[np.float64]:
         ways[1:] += drawn
     distribution: NDArray[np.float64] = ways[count] / math.comb(len(values), count)
     return distribution
-
-
-def _power(distribution: NDArray[np.float64], count: int) -> NDArray[np.float64]:
-    """Distribution of the sum of `count` independent draws, by squaring; accurate in the tails."""
-    product, power = np.ones(1), distribution
-    while count:
-        if count & 1:
-            product = np.convolve(product, power)
-        count >>= 1
-        power = np.convolve(power, power) if count else power
-    return product
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
