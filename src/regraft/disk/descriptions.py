@@ -82,6 +82,7 @@ class _About(TypedDict, total=False):
     groups: _Count
     violated_groups: _Count
     heads: list[tuple[_Count, _Count]]
+    judge: str
 
 
 def described(value: Any, where: str) -> Fields:

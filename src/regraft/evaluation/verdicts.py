@@ -9,9 +9,7 @@ from functools import cache, cached_property
 from itertools import combinations
 from pathlib import Path
 
-from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
-
-from regraft.disk.descriptions import fields_of
+from regraft.disk.descriptions import described, fields_of
 from regraft.disk.files import file_digest
 from regraft.disk.parsing import from_json
 from regraft.disk.paths import is_file, is_name, within
@@ -148,12 +146,6 @@ def judged(name: str, answers: Sequence[Answer], verdicts: Sequence[Verdict]) ->
     )
 
 
-class _Named(TypedDict):
-    """The field of a judge's result that is read back."""
-
-    judge: str
-
-
 def read_verdicts(path: Path, ids: Sequence[str]) -> tuple[str, list[Verdict]]:
     """Read a judge's name and its verdicts on answers, by their ids, as `regraft judge` wrote them.
 
@@ -161,7 +153,7 @@ def read_verdicts(path: Path, ids: Sequence[str]) -> tuple[str, list[Verdict]]:
         RegraftError: the file holds no verdicts, or lacks some of these answers.
     """
     content = fields_of(path, "verdicts", "result", "verdicts")
-    name: str = from_json(_Named, content["result"], f"{path}: result")["judge"]
+    name: str = described(content["result"], f"{path}: result")["judge"]
     found = from_json(dict[str, Verdict], content["verdicts"], f"{path}: verdicts")
     if missing := [one for one in ids if one not in found]:
         raise RegraftError(
