@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from regraft.evaluation.pairing import holm
 from regraft.evaluation.perplexity import result_of
 from regraft.evaluation.results import Answer, result_to_json, write_answers
 from regraft.evaluation.summary import judge_answer, summarise
-from regraft.evaluation.tradeoff import Bounds, Point, Searched, curve_to_json
+from regraft.evaluation.tradeoff import Bounds, Point, Searched
 from regraft.recipes.file import read_recipe, write_recipe
 from regraft.recipes.recipe import Recipe
 from regraft.report.page import CURVES_CAPTION, render_html, render_markdown
@@ -561,7 +561,7 @@ def searched(restored: Sequence[int], chosen: int | None) -> Searched:
         for i, count in enumerate(restored)
     ]
     dense = Point(0, wilson(20, 100), wilson(4, 100), None)
-    return Searched(dense, tuple(points), Bounds(0.3, 0.06, None), chosen, 1000)
+    return Searched(1000, chosen, Bounds(0.3, 0.06, None), dense, tuple(points))
 
 
 # Folders
@@ -683,7 +683,7 @@ def synthetic(world: Path, out: Path) -> Path:
             write_json(place / "results.json", content | made)
         curve = searched([2 * i for i in range(3)], 4)
         file = out / f"seed-{seed}" / "curves" / "wanda-60" / "hsr.json"
-        write_json(file, {"about": {}, **curve_to_json(curve)})
+        write_json(file, {"about": {}, **asdict(curve)})
     return out
 
 

@@ -428,7 +428,7 @@ def searched(
         return Point(count, Estimate(asr, 50, 0, 1, None), over_refusal, similarity)
 
     made = tuple(point(100 * i, *rates) for i, rates in enumerate(points))
-    return Searched(point(0, 0.1, 0.1, 0.7), made, bounds, chosen, 1_000_000)
+    return Searched(1_000_000, chosen, bounds, point(0, 0.1, 0.1, 0.7), made)
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,18 @@ here are on validation prompts: rates to report for the chosen point must come f
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from regraft.disk.parsing import EXACT, from_json, read_json
-from regraft.errors import RegraftError
+from regraft.disk.descriptions import fields_of
+from regraft.disk.parsing import EXACT, from_json
 from regraft.evaluation.results import Estimate, EvalResult
 
 NOTE = (
     "These are rates on the validation prompts that the settings were chosen on: those of a best "
     "of many are optimistic. Evaluate the chosen settings once on a test split, and report that."
 )
-_CURVE = ("pruned", "chosen", "bounds", "dense", "points")  # fields of the file, in their order
 _SLACK = 1e-9
 Reference = Literal["pruned", "dense", "higher"]
 
@@ -42,9 +41,7 @@ class Point:
     def of(cls, restored: int, result: EvalResult) -> Point:
         """The point of an evaluation with harmful and harmless prompts."""
         assert result.asr is not None and result.over_refusal is not None
-        # degenerate refusals are other kinds, "harmful refusals" and "harmless refusals"
-        count = sum(result.degenerate.get(kind, 0) for kind in ("harmful", "harmless"))
-        share = count / len(result.answers) if result.answers else 0.0
+        share = sum(one.counts_as_degenerate for one in result.answers) / len(result.answers)
         return cls(restored, result.asr, result.over_refusal, result.utility, share)
 
 
@@ -96,17 +93,17 @@ def choose(points: Sequence[Point], bounds: Bounds) -> Point | None:
 @EXACT
 @dataclass(frozen=True)
 class Searched:
-    """A trade-off curve and the point chosen on it.
+    """A trade-off curve and the point chosen on it; a file of one has these fields.
 
     `points` begin with the pruned model, `chosen` is how many weights are restored (None: no point,
     not even the pruned model, is within the bounds), `pruned` how many were pruned.
     """
 
+    pruned: int
+    chosen: int | None
+    bounds: Bounds
     dense: Point
     points: tuple[Point, ...]
-    bounds: Bounds
-    chosen: int | None
-    pruned: int
 
     @property
     def taken(self) -> Point | None:
@@ -125,21 +122,15 @@ def nearest(points: Sequence[Point], bounds: Bounds) -> Point:
     return min(points, key=lambda point: sum(bounds.excess(point).values()))
 
 
-def curve_to_json(found: Searched) -> dict[str, Any]:
-    content = asdict(found)
-    return {name: content[name] for name in _CURVE}
-
-
 def read_curve(path: Path) -> Searched:
-    """Read a file with the value of `curve_to_json`.
+    """Read a file with the fields of a curve.
 
     Raises:
         RegraftError: the file is missing or holds no curve.
     """
-    content = read_json(path)
-    if not isinstance(content, dict) or not content.keys() >= set(_CURVE):
-        raise RegraftError(f"{path} holds no validation curve; expected {', '.join(_CURVE)}.")
-    return from_json(Searched, {name: content[name] for name in _CURVE}, str(path))
+    names = [one.name for one in fields(Searched)]
+    content = fields_of(path, "validation curve", *names)
+    return from_json(Searched, {name: content[name] for name in names}, str(path))
 
 
 @EXACT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from regraft import distributed
@@ -16,7 +16,6 @@ from regraft.evaluation.tradeoff import (
     Point,
     Searched,
     choose,
-    curve_to_json,
     nearest,
     read_curve,
 )
@@ -94,7 +93,7 @@ class Search:
         about = describe("search", inputs, self.choice, setup.compute, data)
         about["evaluation"] = setup.evaluation.model_dump(mode="json")
         if not is_done(out, out, about, lambda: about_of(out)):
-            curve = curve_to_json(self._search(pruned, method, paths))
+            curve = asdict(self._search(pruned, method, paths))
             if distributed.first():
                 write_json(out, {"about": about, **curve})
             distributed.barrier()
@@ -114,7 +113,7 @@ class Search:
         bounds = bounds_of(self.choice, full, before)
         best = choose(found, bounds)
         chosen = None if best is None else best.restored
-        return Searched(full, tuple(found), bounds, chosen, ranking.about["pruned"])
+        return Searched(ranking.about["pruned"], chosen, bounds, full, tuple(found))
 
     def _counts(self, ranking: Ranking, method: MethodSettings) -> list[int]:
         """Numbers of weights to try, evenly up to the most that may be restored."""
