@@ -150,8 +150,8 @@ class ChatServer:
         return self._with_retries(entry)
 
     def _with_retries(self, attempt: Callable[[], T]) -> T:
-        failed, failures = _Failed(""), 0
-        while failures < _TRIES:
+        failed = _Failed("")
+        for failures in range(_TRIES):
             if failures:
                 pause = self.pause * 2 ** (failures - 1)
                 time.sleep(min(_LONGEST_PAUSE, max(pause, failed.wait)))
@@ -161,7 +161,6 @@ class ChatServer:
                 failed = error
             if failed.code >= 300 and failed.code not in _RETRIED:
                 break
-            failures += 1
         raise PassingError(
             f"The model at {self.address} failed: {without_key(failed.problem)}. "
             f"{self._advice(failed.code)}; the same command continues from here."

@@ -158,12 +158,10 @@ def bench(
             best = max(others, key=lambda k: sum(right[k]))
             difference = _difference(prompts, right[i], right[best], rows[best].judge)
             rows[i] = replace(row, against=difference)
-    labels = {
-        yes: sorted({one.label for one in labelled if one.yes == yes}) for yes in (True, False)
-    }
-    return Bench(
-        len(labelled), len(set(prompts)), tuple(labels[True]), tuple(labels[False]), tuple(rows)
+    yes, no = (
+        tuple(sorted({one.label for one in labelled if one.yes == said})) for said in (True, False)
     )
+    return Bench(len(labelled), len(set(prompts)), yes, no, tuple(rows))
 
 
 def quality(

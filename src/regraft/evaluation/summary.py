@@ -68,13 +68,10 @@ def summarise(suite: str, judge: TextJudge, answers: Sequence[Answer]) -> EvalRe
             attacks.setdefault(a.category, []).append(a.complies)
     suites = dict.fromkeys(a.suite for a in answers)
     of_suite = {one: [a for a in answers if a.suite == one] for one in suites}
-    overall = _rates(answers, [a for a in answers if a.tests_over_refusal])
     return EvalResult(
         suite=suite,
         judge=judge.name,
-        asr=overall.asr,
-        over_refusal=overall.over_refusal,
-        utility=overall.utility,
+        **vars(_rates(answers, [a for a in answers if a.tests_over_refusal])),
         asr_by_category={
             category: wilson(sum(successes), len(successes))
             for category, successes in sorted(attacks.items())

@@ -142,7 +142,7 @@ class TextJudge(JudgeKind):
         advance(len(exchanges))
         return [Verdict(phrase is not None, None, phrase or "") for phrase in phrases]
 
-    def load(self, argument: str, compute: Compute | None = None) -> TextJudge:
+    def load(self, argument: str, compute: Compute) -> TextJudge:
         """Return this judge: there is nothing to load."""
         return self
 
@@ -177,13 +177,13 @@ def find_text_judge(text: str) -> TextJudge:
     Raises:
         RegraftError: see `find`; or the judge is a model, which judges saved answers only.
     """
-    kind, argument = find(text)
+    kind, _ = find(text)
     if not isinstance(kind, TextJudge):
         raise RegraftError(
             f"The judge {text!r} is a model: evaluate with a keyword judge, then judge the saved "
             f"answers (`regraft judge answers FOLDER --by {text}`)."
         )
-    return kind.load(argument)
+    return kind
 
 
 def _usage(name: str) -> str:
