@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from measuring import device_name, device_peak, host_peak, in_child, reset_peak, save, timed
 
 RUNS = [
     ("wanda", "llm-compressor"),
@@ -34,7 +34,7 @@ RUNS = [
 VICUNA = {"hidden": 4096, "intermediate": 11008, "heads": 32, "layers": 32, "vocabulary": 32064}
 
 
-def write_model(folder: Path, layers: int, scale: float, device: str) -> None:
+def write_model(folder: Path, layers: int, scale: float, device: torch.device) -> None:
     """Write a Llama of Vicuna-7B's shape in bfloat16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,7 +49,7 @@ def write_model(folder: Path, layers: int, scale: float, device: str) -> None:
         tie_word_embeddings=False,
     )
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
+    with device:
         LlamaForCausalLM(config).save_pretrained(folder)
     torch.set_default_dtype(torch.float32)
 
@@ -70,8 +70,7 @@ def run_theirs(options: argparse.Namespace) -> float:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     model = AutoModelForCausalLM.from_pretrained(options.folder / "dense", dtype=torch.bfloat16)
-    if options.device != "cpu":
-        model.to(options.device)
+    model.to(options.device)
     ids = sequences(options.samples, options.length).tolist()
     rows = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
     modifiers = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
@@ -80,8 +79,8 @@ def run_theirs(options: argparse.Namespace) -> float:
     )
     unused = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>")
     begin_peak(options.device)
-    start = time.perf_counter()
-    oneshot(
+    work = partial(
+        oneshot,
         model=model,
         processor=unused,
         dataset=Dataset.from_dict(rows),
@@ -91,7 +90,7 @@ def run_theirs(options: argparse.Namespace) -> float:
         shuffle_calibration_samples=False,
         pipeline="sequential",
     )
-    return time.perf_counter() - start
+    return timed(options.device, work)[0]
 
 
 def run_ours(options: argparse.Namespace) -> float:
@@ -104,7 +103,9 @@ def run_ours(options: argparse.Namespace) -> float:
     from regraft.pruning.results import LayerResults
 
     source = open_source(options.folder / "dense")
-    model = load_placed(source, dtype="bfloat16", device=options.device, placement=options.runner)
+    model = load_placed(
+        source, dtype="bfloat16", device=str(options.device), placement=options.runner
+    )
     batches = [
         Batch(
             {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}, ids[None], ("",)
@@ -113,32 +114,20 @@ def run_ours(options: argparse.Namespace) -> float:
     ]
     settings = prune_settings(method=options.method, sparsity=0.5)
     begin_peak(options.device)
-    start = time.perf_counter()
-    with TemporaryDirectory(dir=options.folder) as work:
-        prune_layers(
-            settings,
-            source,
-            LayerwisePass(model, batches),
-            settings.patterns(source.architecture.linears),
-            LayerResults(Path(work)),
-        )
-    return time.perf_counter() - start
+
+    def work() -> None:
+        patterns = settings.patterns(source.architecture.linears)
+        with TemporaryDirectory(dir=options.folder) as scratch:
+            layers, results = LayerwisePass(model, batches), LayerResults(Path(scratch))
+            prune_layers(settings, source, layers, patterns, results)
+
+    return timed(options.device, work)[0]
 
 
-def begin_peak(device: str) -> None:
-    """Reset the peak memory."""
-    if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
-    else:
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak(device: str) -> float:
-    """Peak memory since `begin_peak`, in GiB."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() / 2**30
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+def begin_peak(device: torch.device) -> None:
+    """Reset the peak memory, of the process too."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
+    reset_peak(device)
 
 
 def main() -> None:
@@ -149,7 +138,8 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the widths")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, type=torch.device)
     parser.add_argument("--json", type=Path, default=None)
     for name in ("--folder", "--method", "--runner"):  # of a child process
         parser.add_argument(name, type=Path if name == "--folder" else str, help=argparse.SUPPRESS)
@@ -157,23 +147,20 @@ def main() -> None:
     if options.folder is not None:
         theirs = options.runner == "llm-compressor"
         seconds = run_theirs(options) if theirs else run_ours(options)
-        print(json.dumps({"seconds": seconds, "peak_gib": peak(options.device)}))
+        print(
+            json.dumps({"seconds": seconds, "peak_gib": device_peak(options.device) or host_peak()})
+        )
         return
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as scratch:
         write_model(Path(scratch) / "dense", options.layers, options.scale, options.device)
         for method, runner in RUNS:
             python = options.python if runner == "llm-compressor" else sys.executable
-            child = [python, __file__, *sys.argv[1:], "--folder", scratch]
-            child += ["--method", method, "--runner", runner]
-            done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
-            answer = json.loads(done.stdout.strip().splitlines()[-1])
-            rows.append({"method": method, "runner": runner, **answer})
+            found = in_child(python, folder=scratch, method=method, runner=runner)
+            rows.append({"method": method, "runner": runner, **found})
     show(rows, options)
-    if options.json:
-        card = "cpu" if options.device == "cpu" else torch.cuda.get_device_name()
-        about = {"device": card, "rows": rows, "layers": options.layers, "scale": options.scale}
-        options.json.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    about = {"layers": options.layers, "scale": options.scale}
+    save(options.json, {"device": device_name(options.device), "rows": rows, **about})
 
 
 def show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -181,10 +168,10 @@ def show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    card = "cpu" if options.device == "cpu" else torch.cuda.get_device_name()
     table = Table("method", "by", "time / llm-compressor's", "peak GiB", "peak / theirs")
     data = f"{options.samples} x {options.length} tokens"
-    table.title = f"{options.layers} layers, widths x {options.scale:g}, {data}, {card}"
+    shape = f"{options.layers} layers, widths x {options.scale:g}"
+    table.title = f"{shape}, {data}, {device_name(options.device)}"
     theirs = {row["method"]: row for row in rows if row["runner"] == "llm-compressor"}
     for row in rows:
         base = theirs[row["method"]]

@@ -19,13 +19,12 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from measuring import GIB, host_bytes, in_child, save, timed
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -35,7 +34,6 @@ from regraft import stages
 from regraft.models.checkpoint import INDEX_FILE
 from regraft.patch.format import Patch, TensorPatch, save_patch
 
-GIB = 2**30
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32000
 ATTENTION = {f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"}
 LAYER = ATTENTION | {
@@ -141,26 +139,24 @@ def prepare(folder: Path, cold: bool) -> None:
                     pass
 
 
-def peak_memory() -> int:
-    """Peak memory of this process, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
-def one(folder: Path, way: str, cold: bool) -> None:
-    """One measurement; prints seconds, and the peak memory before and after."""
+def one(folder: Path, way: str, cold: bool) -> dict[str, float]:
+    """One measurement: seconds, and the peak memory in bytes before and after."""
     durable = way.endswith("synced")
     if not durable:
         os.fsync = lambda _: None
     prepare(folder, cold)
-    before, start = peak_memory(), time.perf_counter()
-    if way.startswith("cp"):
-        copy(folder, durable)
-    else:
+    before = host_bytes("VmHWM")
+
+    def work() -> None:
+        if way.startswith("cp"):
+            copy(folder, durable)
+            return
         stages.patch_checkpoint(
             "apply", folder / "pruned", folder / "patch.safetensors", folder / "out"
         )
-    print(time.perf_counter() - start, before, peak_memory())
+
+    seconds, _ = timed(torch.device("cpu"), work)
+    return {"seconds": seconds, "before": before, "peak": host_bytes("VmHWM")}
 
 
 def measure(folder: Path, options: argparse.Namespace) -> tuple[dict[str, list[float]], list[int]]:
@@ -172,14 +168,11 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[dict[str, list[f
     memory = [0, 0]
     for number in range(options.rounds + 1):
         for way in WAYS if number % 2 else reversed(WAYS):
-            child = [sys.executable, __file__, "--one", way, "--scratch", str(folder)]
-            child += ["--cold"] if options.cold else []
-            done = subprocess.run(child, check=True, capture_output=True, text=True)
-            taken, *peaks = done.stdout.split()
+            found = in_child(one=way, scratch=folder)
             if number:  # the first round warms up the disk
-                seconds[way].append(float(taken))
+                seconds[way].append(found["seconds"])
             if way.startswith("apply"):
-                memory = [max(pair) for pair in zip(memory, map(int, peaks), strict=True)]
+                memory = [max(memory[0], found["before"]), max(memory[1], found["peak"])]
     return seconds, memory
 
 
@@ -198,7 +191,7 @@ def main() -> None:
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        one(options.scratch, options.one, options.cold)
+        print(json.dumps(one(options.scratch, options.one, options.cold)))
         return
 
     with TemporaryDirectory(dir=options.scratch) as scratch:
@@ -230,9 +223,7 @@ def main() -> None:
     for name, value in figures.items():
         table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
     Console().print(table)
-    if options.json:
-        content = figures | {"seconds": seconds}
-        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    save(options.json, figures | {"seconds": seconds})
 
 
 if __name__ == "__main__":

@@ -18,18 +18,15 @@ changes rounding.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from prune import timed
+from measuring import device_name, save, timed
 from rich.console import Console
 from rich.table import Table
 
 from regraft.data.collate import prompt_batch
-from regraft.data.demo import demo_model
 from regraft.data.example import Example
 from regraft.data.sources import DataSource, read
 from regraft.evaluation.generate import Answerer
@@ -60,7 +57,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     device = pick_device(options.device)
-    source = open_source(demo_model() if options.model == "demo" else options.model)
+    source = open_source(options.model)
     model = load_model(source, dtype=options.dtype, device=options.device)
     processor = load_processor(source)
     examples = read(DataSource.model_validate(options.suite)).examples[: options.limit]
@@ -83,17 +80,16 @@ def main() -> None:
         wanted = list(map(DEFAULT_JUDGE.refuses, first)) if name == "ended" else first
         same = sum(a == b for a, b in zip(said, wanted, strict=True)) / len(examples)
         rows.append({"what": name, "seconds": seconds, "same": same})
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    title = f"{options.model}, {options.suite}, n = {len(examples)}, batch {size}, {card}"
+    figures = {"n": len(examples), "device": device_name(device), "rows": rows}
+    title = f"{options.model}, {options.suite}, n = {len(examples)}, batch {size}"
+    title += f", {figures['device']}"
     table = Table("", "prompts a second", "against plain", "same %", title=title)
     for row in rows:
         ratio = rows[0]["seconds"] / row["seconds"]
         rate = len(examples) / row["seconds"]
         table.add_row(row["what"], f"{rate:.2f}", f"{ratio:.2f}", f"{100 * row['same']:.1f}")
     Console().print(table)
-    if options.json:
-        about = {**vars(options), "json": None, "n": len(examples), "device": card, "rows": rows}
-        options.json.write_text(json.dumps(about, indent=2, default=str) + "\n", encoding="utf-8")
+    save(options.json, {**vars(options), "json": None, **figures})
 
 
 if __name__ == "__main__":

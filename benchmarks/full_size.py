@@ -12,15 +12,13 @@ same calibration data, measured in the same process; they include loading and wr
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from measuring import GIB, device_name, device_peak, host_peak, reset_peak, save, timed
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, write_checkpoint, write_data
@@ -37,8 +35,6 @@ from regraft.restoration.methods.hsr import HSRSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 
-GIB = 2**30
-
 
 class Meter:
     """Measures seconds and peak memory of named jobs."""
@@ -49,19 +45,10 @@ class Meter:
 
     def run(self, name: str, work: Callable[[], Any]) -> Any:
         """Run a job and record its time and memory; returns its result."""
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        result = work()
-        if cuda:
-            torch.cuda.synchronize()
-        self.rows[name] = {
-            "seconds": time.perf_counter() - start,
-            "device_gib": torch.cuda.max_memory_allocated() / GIB if cuda else None,
-            "host_gib_so_far": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
-        }
+        reset_peak(self.device)
+        seconds, result = timed(self.device, work)
+        peaks = {"device_gib": device_peak(self.device), "host_gib_so_far": host_peak()}
+        self.rows[name] = {"seconds": seconds, **peaks}
         return result
 
 
@@ -173,7 +160,7 @@ def main() -> None:
         size = dense.checkpoint.bytes / GIB
     unit = meter.rows["bare forward"]["seconds"]
     about = {
-        "device": torch.cuda.get_device_name() if meter.device.type == "cuda" else "cpu",
+        "device": device_name(meter.device),
         "checkpoint_gib": size,
         **sizes,
         "stages": {
@@ -181,8 +168,7 @@ def main() -> None:
         },
     }
     show(about)
-    if options.json:
-        options.json.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    save(options.json, about)
 
 
 if __name__ == "__main__":

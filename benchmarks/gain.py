@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -38,12 +37,21 @@ from typing import Any
 
 import shapes
 import torch
-from prune import GIB, host_bytes, peak_host, timed
+from measuring import (
+    GIB,
+    device_name,
+    device_peak,
+    host_bytes,
+    host_peak,
+    in_child,
+    reset_peak,
+    save,
+    timed,
+)
 from rich.console import Console
 from rich.table import Table
 
 from regraft.data.collate import Batch, batches, response_batch
-from regraft.data.demo import demo_model
 from regraft.data.example import Example, hold_out
 from regraft.data.sources import DataSource, read
 from regraft.models.checkpoint_copy import write_edited
@@ -82,7 +90,7 @@ def _throw_away(weight: torch.Tensor) -> None:
 def run_one(options: argparse.Namespace) -> dict[str, Any]:
     """Run one row of the table."""
     demo = options.shape == "demo"
-    source = open_source(demo_model() if demo else options.folder / "dense")
+    source = open_source("demo" if demo else options.folder / "dense")
     pruned = open_source(options.folder / "pruned")
     device = pick_device(options.device)
     parts = [hold_out(examples, HELD_OUT, 0) for examples in drawn(options)]
@@ -93,15 +101,12 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
         every = [one for pair in parts for part in pair for one in part]
         data = collated(processor, every, options.batch_size)
         bare(model, source, data[:1])
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        reset_peak(device)
         seconds, _ = timed(device, lambda: bare(model, source, data))
         return _row(options, seconds, device)
     model, sides = taught(options, source, pruned, parts)
     room = Room(path_limit(zeros(pruned.checkpoint, pruned.architecture)), "weights")
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak(device)
     start = held_out_losses(sides)  # a path begins with this; also a warm-up
 
     def one_step() -> StepRecord:
@@ -187,14 +192,13 @@ def own_memory() -> Iterator[list[int]]:
 
 
 def _row(options: argparse.Namespace, seconds: float, device: torch.device) -> dict[str, Any]:
-    peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
     print(f"{options.what}, {options.placement}: {seconds:.0f} s", file=sys.stderr, flush=True)
     return {
         "what": options.what,
         "placement": options.placement,
         "seconds": seconds,
-        "device_peak_gib": peak,
-        "host_peak_gib": peak_host(),
+        "device_peak_gib": device_peak(device),
+        "host_peak_gib": host_peak(),
     }
 
 
@@ -228,7 +232,7 @@ def arguments() -> argparse.Namespace:
 def write_models(folder: Path, options: argparse.Namespace, device: torch.device) -> Source:
     """Write the dense model and the pruned one, and for random weights also the prompts."""
     if options.shape == "demo":
-        source = open_source(demo_model())
+        source = open_source("demo")
     else:
         shapes.write_checkpoint(
             folder / "dense", options.shape, options.layers, options.scale, device
@@ -248,10 +252,7 @@ def measured(folder: Path, skip: Sequence[str]) -> list[dict[str, Any]]:
     for what, placement in runs:
         if what in skip or (what == "step" and placement in skip):
             continue
-        child = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder)]
-        child += ["--what", what, "--placement", placement]
-        done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        rows.append(in_child(folder=folder, what=what, placement=placement))
     return rows
 
 
@@ -266,13 +267,11 @@ def main() -> None:
         source = write_models(Path(scratch), options, device)
         rows = measured(Path(scratch), options.skip)
         size = source.checkpoint.bytes / GIB
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    name = device_name(device)
     dtype = "auto" if options.shape == "demo" else options.dtype
     show(rows, f"{options.shape}, {size:.2f} GiB, 2 x {options.samples} prompts, {dtype}, {name}")
-    if options.json:
-        about = {"shape": options.shape, "checkpoint_gib": size, "dtype": dtype, "device": name}
-        about["rows"] = rows
-        options.json.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    about = {"shape": options.shape, "checkpoint_gib": size, "dtype": dtype, "device": name}
+    save(options.json, {**about, "rows": rows})
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:

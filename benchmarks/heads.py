@@ -20,18 +20,18 @@ the ratios by counting the decoder's multiplications, without the vision tower.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from measuring import device_name, device_peak, reset_peak, save, timed
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
@@ -39,7 +39,6 @@ from shapes import SHAPES, write_checkpoint, write_data
 from torch import Tensor, nn
 
 from regraft.data.collate import Batch, batches, prompt_batch
-from regraft.data.demo import demo_model
 from regraft.data.example import Example
 from regraft.data.readers.demo import read_demo
 from regraft.data.sources import DataSource, read
@@ -56,7 +55,6 @@ from regraft.models.architecture import (
 from regraft.models.load import load_model, load_processor, open_source, pick_device
 from regraft.models.replay import last_positions
 
-GIB = 2**30
 Head = tuple[int, int]
 
 
@@ -124,7 +122,7 @@ class Clock:
     """Times runs on one device and records them."""
 
     def __init__(self, device: torch.device, repeats: int) -> None:
-        self.cuda, self.repeats = device.type == "cuda", repeats
+        self.device, self.repeats = device, repeats
         self.timings: list[Timing] = []
 
     def run(
@@ -138,26 +136,22 @@ class Clock:
         warm: Callable[[Path], Any] | None = None,
     ) -> Any:
         """Run a job in empty folders, `repeats` times; the quickest, times `times`, counts."""
-        if self.cuda:  # kernels are chosen and compiled on first use
-            with TemporaryDirectory() as folder:
-                (warm or job)(Path(folder))
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        seconds = []
-        for _ in range(self.repeats):
-            with TemporaryDirectory() as folder:
-                self._synchronize()
-                start = time.perf_counter()
-                result = job(Path(folder))
-                self._synchronize()
-                seconds.append(time.perf_counter() - start)
-        peak = torch.cuda.max_memory_allocated() / GIB if self.cuda else None
-        self.timings.append(Timing(name, min(seconds) * times, heads, prompts, peak))
-        return result
+        if self.device.type == "cuda":  # kernels are chosen and compiled on first use
+            _in_scratch(warm or job)
+        reset_peak(self.device)
 
-    def _synchronize(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
+        def once(folder: Path) -> tuple[float, Any]:
+            return timed(self.device, lambda: job(folder))
+
+        runs = [_in_scratch(once) for _ in range(self.repeats)]
+        seconds, peak = min(seconds for seconds, _ in runs), device_peak(self.device)
+        self.timings.append(Timing(name, seconds * times, heads, prompts, peak))
+        return runs[-1][1]
+
+
+def _in_scratch(job: Callable[[Path], Any]) -> Any:
+    with TemporaryDirectory() as folder:
+        return job(Path(folder))
 
 
 # Counting multiplications
@@ -229,7 +223,7 @@ def agreement(estimate: HeadScores, exact: HeadScores, top: int) -> dict[str, fl
 def options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default=None, help="folder; default: the bundled one")
+    parser.add_argument("model", nargs="?", default="demo", help="folder; default: the bundled one")
     parser.add_argument("--shape", choices=SHAPES, default=None, help="random weights instead")
     parser.add_argument("--layers", type=int, default=None, help="default: those of the shape")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the shape's widths")
@@ -258,12 +252,11 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         figures = measure(chosen, Path(scratch))
     show(figures)
-    if chosen.json:
-        chosen.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    save(chosen.json, figures)
 
 
 class Bench:
-    """A loaded model and what the jobs share."""
+    """A loaded model, its prompts, and the jobs, each of which is timed."""
 
     def __init__(self, chosen: argparse.Namespace, scratch: Path) -> None:
         self.chosen = chosen
@@ -276,7 +269,7 @@ class Bench:
             self.examples = read(DataSource.model_validate(f"jsonl:{data}")).examples
         else:
             self.examples = read_demo().examples
-        source = open_source(scratch / "model" if chosen.shape else chosen.model or demo_model())
+        source = open_source(scratch / "model" if chosen.shape else chosen.model)
         self.name = source.folder.name
         if chosen.shape:
             self.name = f"{chosen.shape} with random weights, widths x {chosen.scale:g}"
@@ -294,8 +287,11 @@ class Bench:
             candidates=chosen.candidates,
             tokens_per_pass=chosen.tokens_per_pass,
         )
+        self.clock = Clock(self.device, chosen.repeats)
+        self.prompts = self.drawn(0, chosen.batch_size, chosen.samples, self.dtype)
+        self.samples = sum(len(batch.ids) for batch in self.prompts)
 
-    def prompts(self, seed: int, size: int, samples: int, dtype: torch.dtype) -> list[Batch]:
+    def drawn(self, seed: int, size: int, samples: int, dtype: torch.dtype) -> list[Batch]:
         """Batches of a draw of samples, on the device."""
         cut = batches(draw(self.examples, samples, seed), size)
         return [prompt_batch(self.processor, chunk).to(self.device, dtype) for chunk in cut]
@@ -305,109 +301,116 @@ class Bench:
         how = self.settings.model_copy(update={"mode": mode})
         return score_heads(self.model, self.architecture, prompts, folder, how)
 
-    def estimate(self, prompts: Sequence[Batch], folder: Path) -> None:
+    def estimate(self, folder: Path) -> None:
         """The first step of screening, written where the second step reads it."""
         every = {layer.index: range(layer.heads) for layer in self.architecture.layers}
         how = self.settings.model_copy(update={"mode": "screened"})
         ablate_heads(
-            self.model, self.architecture, prompts, folder / "estimate", how, every, _silent
+            self.model, self.architecture, self.prompts, folder / "estimate", how, every, _silent
         )
 
-    def agreement(self, prompts: Sequence[Batch]) -> dict[str, float]:
-        """Agreement of the estimate with the exact scores, on other prompts."""
-        with TemporaryDirectory() as folder:
-            screened = self.score(prompts, "screened", Path(folder))
-            exact = self.score(prompts, "exact", Path(folder))
+    def naively(
+        self, name: str, prompts: Sequence[Batch], heads: Sequence[Head]
+    ) -> dict[Head, Tensor]:
+        """States by naive forwards, whose time is extrapolated to all heads and prompts."""
+        eps, count = self.settings.eps, sum(len(batch.ids) for batch in prompts)
+
+        def states(prompts: Sequence[Batch], heads: Sequence[Head]) -> dict[Head, Tensor]:
+            return naive(self.model, self.architecture, prompts, heads, eps)
+
+        found: dict[Head, Tensor] = self.clock.run(
+            name,
+            lambda _: states(prompts, heads),
+            heads=len(heads),
+            prompts=count,
+            times=len(self.heads) / len(heads) * self.samples / count,
+            warm=lambda _: states(prompts[:1], heads[:1]),
+        )
+        return found
+
+    def exactly(self, kept: Path) -> HeadScores:
+        """Scores by exact replay; the states stay in the folder `kept`."""
+
+        def scored(folder: Path) -> HeadScores:
+            scores = self.score(self.prompts, "exact", folder)
+            shutil.copytree(folder / "exact", kept, dirs_exist_ok=True)
+            return scores
+
+        found: HeadScores = self.clock.run(
+            "exact replay", scored, heads=len(self.heads), prompts=self.samples
+        )
+        return found
+
+    def screened(self, kept: Path) -> HeadScores:
+        """Scores by screening, whose two steps are timed apart; `kept` holds the estimate."""
+        heads, prompts = len(self.heads), self.samples
+        self.clock.run("screening: estimate", self.estimate, heads=heads, prompts=prompts)
+        self.estimate(kept)
+
+        def rescored(folder: Path) -> HeadScores:
+            shutil.copytree(kept / "estimate", folder / "estimate")
+            return self.score(self.prompts, "screened", folder)
+
+        few = 2 * self.chosen.candidates
+        found: HeadScores = self.clock.run(
+            "screening: rescoring", rescored, heads=few, prompts=prompts
+        )
+        self.clock.timings[-1] = replace(self.clock.timings[-1], heads=int(found.exact.sum()))
+        return found
+
+    def in_the_papers_manner(self) -> None:
+        """Naive forwards of single prompts in float32 with eager attention."""
+        self.model.float()
+        text_decoder(self.model).set_attn_implementation("eager")  # type: ignore[operator]
+        singly = self.drawn(0, 1, self.chosen.paper_prompts, torch.float32)
+        self.naively("paper's manner", singly, evenly(self.heads, self.chosen.paper_heads))
+
+    def agreement(self, seed: int) -> dict[str, float]:
+        """Agreement of the estimate with the exact scores, on another draw of prompts."""
+        prompts = self.drawn(seed, self.chosen.batch_size, self.chosen.samples, self.dtype)
+        screened, exact = (
+            _in_scratch(partial(self.score, prompts, mode)) for mode in ("screened", "exact")
+        )
         return agreement(screened, exact, self.chosen.top)
+
+
+def largest_difference(truth: dict[Head, Tensor], folder: Path) -> float:
+    """The largest difference of a final state by exact replay, in `folder`, from the naive one."""
+    states = States(tuple(sorted(folder.iterdir())))
+    layers = {index: states.layer(index) for index in {index for index, _ in truth}}
+    return max(
+        float((state - found.ablated[head]).abs().max())
+        for (index, head), state in truth.items()
+        if (found := layers[index]) is not None
+    )
 
 
 def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """All results as JSON values."""
     bench = Bench(chosen, scratch)
-    model, architecture, heads, eps = (
-        bench.model,
-        bench.architecture,
-        bench.heads,
-        bench.settings.eps,
-    )
-    clock = Clock(bench.device, chosen.repeats)
-    prompts = bench.prompts(0, chosen.batch_size, chosen.samples, bench.dtype)
-    samples = sum(len(batch.ids) for batch in prompts)
-    few = evenly(heads, chosen.naive_heads)
-    truly = clock.run(
-        "naive full forwards",
-        lambda _: naive(model, architecture, prompts, few, eps),
-        heads=len(few),
-        prompts=samples,
-        times=len(heads) / len(few),
-        warm=lambda _: naive(model, architecture, prompts[:1], few[:1], eps),
-    )
-    done = scratch / "exact"
-
-    def exactly(folder: Path) -> HeadScores:
-        scores = bench.score(prompts, "exact", folder)
-        shutil.copytree(folder / "exact", done, dirs_exist_ok=True)
-        return scores
-
-    exact = clock.run("exact replay", exactly, heads=len(heads), prompts=samples)
-    states = States(tuple(sorted(done.iterdir())))
-    layers = {index: states.layer(index) for index in {index for index, _ in few}}
-    differences = [
-        float((truly[index, head] - found.ablated[head]).abs().max())
-        for index, head in few
-        if (found := layers[index]) is not None
-    ]
-    clock.run(
-        "screening: estimate",
-        lambda folder: bench.estimate(prompts, folder),
-        heads=len(heads),
-        prompts=samples,
-    )
-    with TemporaryDirectory() as folder:
-        bench.estimate(prompts, Path(folder))
-
-        def rescore(own: Path) -> HeadScores:
-            shutil.copytree(Path(folder) / "estimate", own / "estimate")
-            return bench.score(prompts, "screened", own)
-
-        screened = clock.run(
-            "screening: rescoring", rescore, heads=2 * chosen.candidates, prompts=samples
-        )
-    clock.timings[-1] = replace(clock.timings[-1], heads=int(screened.exact.sum()))
-    agreements = [agreement(screened, exact, chosen.top)]
-    for seed in range(1, chosen.draws):
-        other = bench.prompts(seed, chosen.batch_size, chosen.samples, bench.dtype)
-        agreements.append(bench.agreement(other))
+    few = evenly(bench.heads, chosen.naive_heads)
+    truth = bench.naively("naive full forwards", bench.prompts, few)
+    exact = bench.exactly(scratch / "exact")
+    agreements = [agreement(bench.screened(scratch), exact, chosen.top)]
+    agreements += [bench.agreement(seed) for seed in range(1, chosen.draws)]
     if chosen.paper_prompts:
-        model.float()
-        text_decoder(model).set_attn_implementation("eager")  # type: ignore[operator]
-        singly = bench.prompts(0, 1, chosen.paper_prompts, torch.float32)
-        some = evenly(heads, chosen.paper_heads)
-        clock.run(
-            "paper's manner",
-            lambda _: naive(model, architecture, singly, some, eps),
-            heads=len(some),
-            prompts=len(singly),
-            times=len(heads) / len(some) * samples / len(singly),
-            warm=lambda _: naive(model, architecture, singly[:1], some[:1], eps),
-        )
-    length = prompts[0].inputs["input_ids"].shape[1]
-    cuda = bench.device.type == "cuda"
+        bench.in_the_papers_manner()
+    length = bench.prompts[0].inputs["input_ids"].shape[1]
     return {
         "model": bench.name,
-        "device": torch.cuda.get_device_name(bench.device) if cuda else "cpu",
+        "device": device_name(bench.device),
         "threads": torch.get_num_threads(),
         "dtype": str(bench.dtype).removeprefix("torch."),
-        "layers": len(architecture.layers),
-        "heads": len(heads),
-        "samples": samples,
+        "layers": len(bench.architecture.layers),
+        "heads": len(bench.heads),
+        "samples": bench.samples,
         "batch_size": chosen.batch_size,
         "tokens": length,
         "window": chosen.window,
-        "timings": [asdict(timing) for timing in clock.timings],
-        "multiplications": multiplications(architecture, length, chosen.window),
-        "largest_difference": max(differences),
-        "largest_state": max(float(state.abs().max()) for state in truly.values()),
+        "timings": [asdict(timing) for timing in bench.clock.timings],
+        "multiplications": multiplications(bench.architecture, length, chosen.window),
+        "largest_difference": largest_difference(truth, scratch / "exact"),
+        "largest_state": max(float(state.abs().max()) for state in truth.values()),
         "top": chosen.top,
         "agreement": agreements,
     }

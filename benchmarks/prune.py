@@ -17,21 +17,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import shapes
 import torch
+from measuring import (
+    GIB,
+    device_name,
+    device_peak,
+    host_peak,
+    in_child,
+    reset_peak,
+    save,
+    timed,
+)
 from rich.console import Console
 from rich.table import Table
 
 from regraft.data.collate import Batch, batches, response_batch
-from regraft.data.demo import demo_model
 from regraft.data.sources import DataSource, read
 from regraft.models.architecture import text_decoder
 from regraft.models.layerwise import LayerwisePass
@@ -42,35 +47,12 @@ from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import prune_layers
 from regraft.pruning.results import LayerResults
 
-GIB = 2**30
 RUNS = [
     ("wanda", "one-shot"),
     ("wanda", "sequential"),
     ("sparsegpt", "sequential"),
     ("snip", "one-shot"),
 ]
-
-
-def host_bytes(field: str) -> int:
-    """Memory of this process, from a field of its status such as "RssAnon"."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(li.split()[1]) for li in lines if li.startswith(field)) * 1024
-
-
-def peak_host() -> float:
-    """Peak memory of this process in GiB, file pages included."""
-    return host_bytes("VmHWM") / GIB
-
-
-def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds until everything on the device is finished, and the result."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
 
 
 def bare_passes(model: PlacedModel, data: list[Batch]) -> tuple[float, float]:
@@ -97,7 +79,7 @@ def bare_passes(model: PlacedModel, data: list[Batch]) -> tuple[float, float]:
 def run_one(options: argparse.Namespace) -> dict[str, Any]:
     """One method in one placement."""
     demo = options.shape == "demo"
-    source = open_source(demo_model() if demo else options.folder / "dense")
+    source = open_source("demo" if demo else options.folder / "dense")
     data_set = "demo:calibration" if demo else f"jsonl:{options.folder / 'data.jsonl'}"
     harmless = [e for e in read(DataSource.model_validate(data_set)).examples if not e.harmful]
     examples = harmless[: options.samples]
@@ -112,8 +94,7 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
     data = [response_batch(processor, chunk) for chunk in batches(examples, options.batch_size)]
     bare_passes(model, data[:1])  # kernels are chosen on first use
     vision, decoder = bare_passes(model, data)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak(device)
     layers = len(source.architecture.layers)
     settings = prune_settings(method=options.method, order=options.order, n_m=options.n_m)
     with TemporaryDirectory(dir=options.folder) as work:
@@ -129,7 +110,6 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
         )
     passes = {"one-shot": 1.0, "sequential": 2 - 1 / layers}[options.order]
     passes = 2.0 if options.method == "snip" else passes
-    peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
     return {
         "method": options.method,
         "order": options.order,
@@ -137,8 +117,8 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "bare_seconds": vision + passes * decoder,
         "ratio": seconds / (vision + passes * decoder),
-        "device_peak_gib": peak,
-        "host_peak_gib": peak_host(),
+        "device_peak_gib": device_peak(device),
+        "host_peak_gib": host_peak(),
         "tokens": sum(batch.inputs["input_ids"].numel() for batch in data),
     }
 
@@ -163,28 +143,24 @@ def main() -> None:
         print(json.dumps(run_one(options)))
         return
     device = pick_device(options.device)
-    rows = []
     with TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
-        if options.shape == "demo":
-            size = open_source(demo_model()).checkpoint.bytes / GIB
-        else:
+        if options.shape != "demo":
             shapes.write_checkpoint(
                 folder / "dense", options.shape, options.layers, options.scale, device
             )
             shapes.write_data(folder, options.samples, options.image)
-            size = open_source(folder / "dense").checkpoint.bytes / GIB
-        for method, order in RUNS:
-            for placement in ("resident", "streamed"):
-                child = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder)]
-                child += ["--method", method, "--order", order, "--placement", placement]
-                done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
-                rows.append(json.loads(done.stdout.splitlines()[-1]))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        dense = "demo" if options.shape == "demo" else folder / "dense"
+        size = open_source(dense).checkpoint.bytes / GIB
+        rows = [
+            in_child(folder=folder, method=method, order=order, placement=placement)
+            for method, order in RUNS
+            for placement in ("resident", "streamed")
+        ]
+    name = device_name(device)
     show(rows, f"{options.shape}, {size:.2f} GiB, {rows[0]['tokens']} tokens, {name}")
-    if options.json:
-        about = {"shape": options.shape, "checkpoint_gib": size, "device": name, "rows": rows}
-        options.json.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    about = {"shape": options.shape, "checkpoint_gib": size, "device": name, "rows": rows}
+    save(options.json, about)
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:

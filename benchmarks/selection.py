@@ -14,11 +14,13 @@ process.
 from __future__ import annotations
 
 import argparse
-import json
-import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from measuring import device_name, save, timed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -44,6 +46,72 @@ def layer_of(heads: int, kv_heads: int) -> LayerArchitecture:
     return LayerArchitecture(0, "self_attn", heads, kv_heads, HEAD, linears)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A matrix with random weights before and after pruning, and its mean squared inputs.
+
+    `squares` is `[2, in]`: on harmful and on harmless prompts.
+    """
+
+    weight: Tensor
+    pruned: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, linear: LinearArchitecture, seed: int, device: torch.device) -> Drawn:
+        generator = torch.Generator(device).manual_seed(seed)
+        weight = torch.randn(linear.shape, generator=generator, device=device, dtype=torch.bfloat16)
+        squares = torch.rand(2, linear.shape[1], generator=generator, device=device)
+        pruned = weight.masked_fill(Pattern(0.5).mask(WANDA.score(weight, squares[1])), 0)
+        return cls(weight, pruned, squares)
+
+    def safety(self, rows: slice) -> Tensor:
+        return WANDA.score(self.weight[rows], self.squares[0])
+
+    def utility(self, rows: slice) -> Tensor:
+        return WANDA.score(self.weight[rows], self.squares[1])
+
+    def both(self) -> tuple[Tensor, Tensor]:
+        """The unit of time: both scores of all weights."""
+        return self.safety(slice(None)), self.utility(slice(None))
+
+    def selected(self, blocks: Any, band: Band) -> Tensor:
+        """Flat positions of the weights that HSR restores."""
+        free = restorable(self.weight, self.pruned)
+        scores = hsr_scores(free, self.safety, self.utility, blocks, band)
+        return (scores > -torch.inf).reshape(-1).nonzero().flatten()
+
+
+def measured(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Select in every layer, after a warm-up in one."""
+    own_layers, heads, kv_heads = SHAPES[options.shape]
+    layers = options.layers or own_layers
+    layer = layer_of(heads, kv_heads)
+    band = Band(0.5, 0.5, 0.7, options.scope)
+    selecting = scoring = 0.0
+    restored = weights = 0
+    for index in range(-1, layers):
+        for linear in layer.linears:
+            drawn = Drawn.of(linear, index + 1, device)
+            blocks = blocks_of(layer, linear, range(heads))
+            seconds, found = timed(device, partial(drawn.selected, blocks, band))
+            unit, _ = timed(device, drawn.both)
+            if index >= 0:
+                selecting, scoring = selecting + seconds, scoring + unit
+                restored, weights = restored + len(found), weights + drawn.weight.numel()
+    return {
+        "shape": options.shape,
+        "scope": options.scope,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "layers": layers,
+        "weights": weights,
+        "restored": restored,
+        "ratio_to_scoring": selecting / scoring,
+        "seconds_all_layers": selecting * own_layers / layers,
+    }
+
+
 def main() -> None:
     """Time the selection, print the table, save JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -53,62 +121,13 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
-    device = pick_device(options.device)
-    own_layers, heads, kv_heads = SHAPES[options.shape]
-    layers = options.layers or own_layers
-    layer = layer_of(heads, kv_heads)
-    band = Band(0.5, 0.5, 0.7, options.scope)
-    selecting = scoring = 0.0
-    restored = weights = 0
-    for index in range(-1, layers):  # the first one warms up
-        for linear in layer.linears:
-            generator = torch.Generator(device).manual_seed(index + 1)
-            weight = torch.randn(
-                linear.shape, generator=generator, device=device, dtype=torch.bfloat16
-            )
-            squares = torch.rand(2, linear.shape[1], generator=generator, device=device)
-            pruned = weight.masked_fill(Pattern(0.5).mask(WANDA.score(weight, squares[1])), 0)
-            blocks = blocks_of(layer, linear, range(heads))
-
-            def scored(rows: slice, weight: Tensor = weight, by: Tensor = squares[0]) -> Tensor:
-                return WANDA.score(weight[rows], by)
-
-            def useful(rows: slice, weight: Tensor = weight, by: Tensor = squares[1]) -> Tensor:
-                return WANDA.score(weight[rows], by)
-
-            start = _now(device)
-            scores = hsr_scores(restorable(weight, pruned), scored, useful, blocks, band)
-            found = (scores > -torch.inf).reshape(-1).nonzero().flatten()
-            middle = _now(device)
-            scored(slice(None)), useful(slice(None))
-            end = _now(device)
-            if index >= 0:
-                selecting, scoring = selecting + middle - start, scoring + end - middle
-                restored, weights = restored + len(found), weights + weight.numel()
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    figures = {
-        "shape": options.shape,
-        "scope": options.scope,
-        "device": card,
-        "threads": torch.get_num_threads(),
-        "layers": layers,
-        "weights": weights,
-        "restored": restored,
-        "ratio_to_scoring": selecting / scoring,
-        "seconds_all_layers": selecting * own_layers / layers,
-    }
-    table = Table("", "", title=f"Selection for all heads, {options.shape}, {card}")
+    figures = measured(options, pick_device(options.device))
+    title = f"Selection for all heads, {options.shape}, {figures['device']}"
+    table = Table("", "", title=title)
     for name, value in figures.items():
         table.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
     Console().print(table)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    save(options.json, figures)
 
 
 if __name__ == "__main__":

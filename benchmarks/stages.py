@@ -18,7 +18,6 @@ run, without loading models and writing checkpoints. The tokens are those that t
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,13 +27,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from measuring import save, timed
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from regraft import stages
 from regraft.data.collate import Batch, prompt_batch, response_batch
-from regraft.data.demo import demo_model
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.evaluation.greedy import checked_head
@@ -86,12 +85,7 @@ def bare(model: nn.Module, data: Sequence[Batch], *, backward: bool = False) -> 
     try:
         with checked_head(model):
             run(data[0])
-            start = time.perf_counter()
-            for batch in data:
-                run(batch)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            return time.perf_counter() - start
+            return timed(embedding.weight.device, lambda: list(map(run, data)))[0]
     finally:
         hook.remove()
 
@@ -190,7 +184,7 @@ def main() -> None:
     compute = ComputeSettings(
         device=options.device, dtype=options.dtype, batch_size=options.batch_size
     )
-    source = open_source(demo_model() if options.model == "demo" else options.model)
+    source = open_source(options.model)
     with TemporaryDirectory() as work:
         rows = measured(source, options, compute, Path(work))
     title = f"{options.model}, {options.dtype}, {options.samples} prompts of each kind"
@@ -199,11 +193,9 @@ def main() -> None:
         cells = (f"{row['seconds']:.1f}", f"{row['tokens']:,}", row["bare"])
         table.add_row(row["stage"], *cells, f"{row['bare_seconds']:.2f}", f"{row['multiple']:.2f}")
     Console().print(table)
-    if options.json:
-        about = {name: str(value) for name, value in vars(options).items()}
-        content = {**about, "torch": torch.__version__, "threads": torch.get_num_threads()}
-        text = json.dumps({**content, "rows": rows}, indent=2)
-        options.json.write_text(text + "\n", encoding="utf-8")
+    about = {name: str(value) for name, value in vars(options).items()}
+    content = {**about, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    save(options.json, {**content, "rows": rows})
 
 
 if __name__ == "__main__":
