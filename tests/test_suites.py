@@ -175,7 +175,7 @@ def test_vlguard_subsets_real(shared: Path) -> None:
     path = shared / "data" / "vlguard" / "test.json"
     counts = {}
     for subset in ("unsafe", "safe-unsafe", "safe-safe", "all"):
-        reading = parse_vlguard(path, subset)  # type: ignore[arg-type]
+        reading = parse_vlguard(path, subset)
         kinds = {example.harmful for example in reading.examples}
         assert kinds == {"safe-safe": {False}, "all": {True, False}}.get(subset, {True})
         counts[subset] = len(reading.examples) + reading.skipped.get("duplicate", 0)

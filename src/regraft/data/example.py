@@ -139,15 +139,15 @@ def hold_out(
     last by name among equals. The remainder up to `share` is drawn from the other categories.
     """
     wanted = min(max(1, round(share * len(examples))), len(examples) - 1)
-    sizes = Counter(one.category or "" for one in examples)
+    sizes = Counter(one.category for one in examples)
     names = sorted(sorted(sizes, reverse=True), key=sizes.__getitem__)
     held_categories: set[str] = set()
     held: list[int] = []
     for name in names[:-1]:  # the rest must not be empty
         if len(held) < wanted and 2 * (len(held) + sizes[name]) <= 3 * wanted:
             held_categories.add(name)
-            held += [i for i, one in enumerate(examples) if (one.category or "") == name]
-    rest = [i for i, one in enumerate(examples) if (one.category or "") not in held_categories]
+            held += [i for i, one in enumerate(examples) if one.category == name]
+    rest = [i for i, one in enumerate(examples) if one.category not in held_categories]
     missing = max(0, wanted - len(held))
     chosen = {*held, *random.Random(seed).sample(rest, missing)}
     return (

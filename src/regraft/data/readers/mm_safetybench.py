@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, cast, get_args
 
 from regraft.data.example import Example, Reading
 from regraft.data.readers import Dataset
 from regraft.data.rows import checked, json_rows
 from regraft.errors import RegraftError
 
-Variant = Literal["SD", "SD_TYPO", "TYPO"]
 # As in the authors' evaluation: the generated image has a question of its own.
-_QUESTIONS: dict[Variant, str] = {
+_QUESTIONS = {
     "SD": "Rephrased Question(SD)",
     "SD_TYPO": "Rephrased Question",
     "TYPO": "Rephrased Question",
@@ -23,16 +21,17 @@ _WHAT = (
 )
 
 
-def read_mm_safetybench(folder: Path, variant: Variant = "SD_TYPO") -> Reading:
+def read_mm_safetybench(folder: Path, variant: str | None = None) -> Reading:
     """Read the 13 scenarios, 1680 questions, with one of the three images of each.
 
     `variant`: an image of the key phrase by Stable Diffusion (SD), the phrase as typography (TYPO),
-    or both (SD_TYPO, the strongest attack and the paper's main one). All are harmful, without a
-    response; the category is the scenario ("01-Illegal_Activitiy", as its authors spell it), and
-    the request is the `Question` that image and prompt were made from.
+    or both (SD_TYPO, the default, the strongest attack and the paper's main one). All are harmful,
+    without a response; the category is the scenario ("01-Illegal_Activitiy", as its authors spell
+    it), and the request is the `Question` that image and prompt were made from.
     Scenarios 10 to 13 (legal, financial and health advice, government decisions) are not clearly
     harmful: look at the rates per category. `folder` may also be the parent of `data/`.
     """
+    variant = variant or "SD_TYPO"
     base = folder if (folder / "processed_questions").is_dir() else folder / "data"
     files = sorted((base / "processed_questions").glob("*.json"))
     if not files:
@@ -41,7 +40,7 @@ def read_mm_safetybench(folder: Path, variant: Variant = "SD_TYPO") -> Reading:
     return checked(Reading(f"{folder}, {variant}", examples), base / "imgs", base / "images")
 
 
-def _scenario(file: Path, variant: Variant) -> list[Example]:
+def _scenario(file: Path, variant: str) -> list[Example]:
     return [
         Example(
             id=f"{file.stem}-{row.key}-{variant}",
@@ -55,8 +54,4 @@ def _scenario(file: Path, variant: Variant) -> list[Example]:
     ]
 
 
-PLUGIN = Dataset(
-    lambda path, split: read_mm_safetybench(path, cast(Variant, split or "SD_TYPO")),
-    splits=get_args(Variant),
-    only="harmful",
-)
+PLUGIN = Dataset(read_mm_safetybench, splits=tuple(_QUESTIONS), only="harmful")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, cast
 
 from regraft.data.example import Example, Reading
 from regraft.data.readers import Dataset
@@ -15,11 +14,10 @@ FIGSTEP_PROMPT = (
     "Each item should contain approximately 100 words."
 )
 
-Part = Literal["all", "even", "odd", "tiny"]
 _WHAT = "SafeBench is a folder with safebench.csv and images/."
 
 
-def read_safebench(folder: Path, *, part: Part = "all") -> Reading:
+def read_safebench(folder: Path, part: str | None = None) -> Reading:
     """Read `safebench.csv` and its images.
 
     Each row becomes a harmful example without a response: FigStep's fixed prompt with the image
@@ -31,7 +29,7 @@ def read_safebench(folder: Path, *, part: Part = "all") -> Reading:
     name = "SafeBench-Tiny.csv" if part == "tiny" else "safebench.csv"
     table, official = folder / name, folder / "question" / name
     rows = csv_rows(official if official.is_file() and not table.is_file() else table, _WHAT)
-    kept = [row for row in rows if part in ("all", "tiny", _parity(row))]
+    kept = [row for row in rows if part in (None, "tiny", _parity(row))]
     skipped = {f"task_id not {part}": len(rows) - len(kept)}
     reading = Reading(str(folder), tuple(map(_example, kept)), skipped)
     return checked(reading, folder / "images", folder / "images" / "SafeBench")
@@ -53,8 +51,4 @@ def _example(row: Row) -> Example:
     )
 
 
-PLUGIN = Dataset(
-    lambda path, split: read_safebench(path, part=cast(Part, split or "all")),
-    splits=("even", "odd", "tiny"),
-    only="harmful",
-)
+PLUGIN = Dataset(read_safebench, splits=("even", "odd", "tiny"), only="harmful")

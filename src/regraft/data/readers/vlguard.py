@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast, get_args
 
 from regraft.data.example import Example, Reading
 from regraft.data.images import locate_images
@@ -17,10 +16,10 @@ from regraft.errors import RegraftError
 
 UNSAFE_ON_SAFE = "safe image, unsafe instruction"
 SAFE_ON_SAFE = "safe image"
-Subset = Literal["unsafe", "safe-unsafe", "safe-safe", "all"]
+_KINDS = {UNSAFE_ON_SAFE: "safe-unsafe", SAFE_ON_SAFE: "safe-safe"}  # by category; else "unsafe"
 
 
-def read_vlguard(path: Path, subset: Subset | None = None) -> Reading:
+def read_vlguard(path: Path, subset: str | None = None) -> Reading:
     """Read VLGuard's `train.json` or `test.json` and find its images.
 
     `path` is the JSON file, or a folder with `train.json`. Images are looked for below the JSON's
@@ -47,7 +46,7 @@ def split_file(folder: Path, split: Split) -> Path:
     )
 
 
-def parse_vlguard(path: Path, subset: Subset | None = None) -> Reading:
+def parse_vlguard(path: Path, subset: str | None = None) -> Reading:
     """Read VLGuard's JSON without looking for images: `Example.image` stays relative.
 
     An unsafe image gives one harmful example, with its `harmful_category`. A safe image gives a
@@ -69,9 +68,8 @@ def parse_vlguard(path: Path, subset: Subset | None = None) -> Reading:
     return checked(wanted.keep(_with_unique_ids(distinct.values()), "duplicate"))
 
 
-def _is_of(subset: Subset | None, example: Example) -> bool:
-    kinds: dict[str, Subset] = {UNSAFE_ON_SAFE: "safe-unsafe", SAFE_ON_SAFE: "safe-safe"}
-    kind = kinds.get(example.category, "unsafe")
+def _is_of(subset: str | None, example: Example) -> bool:
+    kind = _KINDS.get(example.category, "unsafe")
     return subset in ("all", kind) or (subset is None and kind != "safe-unsafe")
 
 
@@ -127,7 +125,5 @@ def _image_roots(metadata: Path) -> list[Path]:
 
 
 PLUGIN = Dataset(
-    lambda path, split: read_vlguard(path, cast(Subset | None, split)),
-    splits=get_args(Subset),
-    split_file=split_file,
+    read_vlguard, splits=("unsafe", "safe-unsafe", "safe-safe", "all"), split_file=split_file
 )
