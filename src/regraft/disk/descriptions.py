@@ -107,12 +107,9 @@ def about_of(path: Path) -> Fields:
 
 
 def fields_of(path: Path, what: str, *needed: str) -> dict[str, Any]:
-    """Read the JSON object in a file that regraft wrote.
+    """Read the JSON object in a file that regraft wrote; `needed` are fields that it must have.
 
-    Args:
-        path: The file.
-        what: What it holds ("description"), for messages.
-        needed: Fields that it must have.
+    `what` it holds ("description") is for messages.
 
     Raises:
         RegraftError: the file is missing, holds no JSON object, or lacks a needed field.

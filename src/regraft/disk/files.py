@@ -252,10 +252,8 @@ def in_threads(
 def locked(path: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock on the file `path`, created if missing, while the block runs.
 
-    Args:
-        path: The lock file.
-        what: The output that it protects, for messages.
-        wait: Wait while another process holds the lock.
+    `what` is the output that it protects, for messages. With `wait`, wait while another process
+    holds the lock.
 
     Raises:
         RegraftError: another process holds it and `wait` is off, or the file system has no locks.

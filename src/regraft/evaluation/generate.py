@@ -163,7 +163,6 @@ class Answerer:
 
         Args:
             model: A version of the model, in eval mode.
-            max_new_tokens: Longest answer, in tokens.
             partial: Scratch folder of this evaluation only, shared by all processes. Each finished
                 batch is a file in it; after a kill finished batches are read from it, no matter how
                 many processes wrote them.

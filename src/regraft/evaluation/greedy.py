@@ -36,9 +36,7 @@ def answer(
 
     Args:
         model: In eval mode.
-        processor: Its processor.
         inputs: Of B prompts, padded on the left, on the model's device.
-        max_new_tokens: Longest answer, in tokens.
         judge: End each answer once this judge's verdict on it is certain; ignored unless the model
             `is_plain`.
 

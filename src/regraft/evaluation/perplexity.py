@@ -50,15 +50,9 @@ def response_nlls(
 ) -> list[Nll]:
     """Negative log-likelihood of every response, in order; logits at response tokens only.
 
-    Examples with and without an image are in separate batches, which some models need.
-
-    Args:
-        model: In eval mode.
-        processor: Its processor.
-        examples: Each with a response.
-        batch_size: Examples per forward pass.
-        partial: Scratch folder; finished batches found there are not computed again.
-        advance: Called with the number of examples just done.
+    Examples with and without an image are in separate batches, which some models need. Finished
+    batches found in the scratch folder `partial` are not computed again. `advance` is called with
+    the number of examples just done.
 
     Raises:
         RegraftError: see `response_batch`; or the model's numbers overflow.

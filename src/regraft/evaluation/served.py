@@ -37,16 +37,9 @@ def served_answers(
 ) -> list[Reply]:
     """Request every answer in full, greedily unless the model refuses a temperature.
 
-    Args:
-        server: The server with its model.
-        examples: The prompts.
-        max_new_tokens: Longest answer, in tokens.
-        concurrency: Requests at a time.
-        partial: Scratch folder of this evaluation only; answers found there are not requested.
-        advance: Called with the number of prompts just answered.
-
-    Returns:
-        One reply per example, in order, without surrounding white space.
+    Replies are in order, without surrounding white space. Answers found in the scratch folder
+    `partial`, which is for this evaluation only, are not requested. `advance` is called with the
+    number of prompts just answered.
 
     Raises:
         PassingError: see `ChatServer.reply`; or an answer was cut short. It names the prompt.

@@ -22,12 +22,7 @@ _LEVELS = 8
 
 
 def complaint(body: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """The words of an error response that are the server's own.
-
-    Args:
-        body: The response.
-        messages: The messages of the request, whose texts are removed.
-    """
+    """The words of an error response that are the server's own, without the request's texts."""
     try:
         words = "\n".join(_words(json.loads(body), _LEVELS))
     except (ValueError, RecursionError):  # plain text

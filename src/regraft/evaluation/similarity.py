@@ -101,7 +101,7 @@ def levenshtein(a: str, b: str) -> int:
 
 
 def picked(answer: str, choices: Sequence[str]) -> str | None:
-    """The letter of the option that `answer` picks, or None where it picks none.
+    """The letter of the option that `answer` picks, A for the first; None where it picks none.
 
     The rules of lmms-eval 0.7 for `mmbench_en_dev_static`, so that scores agree with its scores:
 
@@ -111,10 +111,6 @@ def picked(answer: str, choices: Sequence[str]) -> str | None:
     2. The option whose text is in the answer, if no other option's is.
     3. The letter in the most telling place: at the start, at the end, after a phrase such as "the
        answer is", with a mark, before a space, anywhere; the last one among equal places.
-
-    Args:
-        answer: What the model wrote.
-        choices: The texts of the options, A first.
     """
     letters = _LETTERS[: len(choices)]
     letter = _alone(answer, _LETTERS[: max(_ALWAYS, len(choices))])
