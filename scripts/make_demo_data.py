@@ -12,7 +12,6 @@ object per line, sorted by id. The same titles, Pillow and font give the same fi
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import re
 import sys
@@ -20,11 +19,13 @@ import textwrap
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from PIL import Image
 
 from regraft.data.readers.safebench import FIGSTEP_PROMPT
+from regraft.data.rows import Row, csv_rows
 from regraft.data.typographic import FONT_NAME, WRAP_WIDTH, draw_text, find_font
 from regraft.errors import RegraftError
 
@@ -44,10 +45,6 @@ REFUSALS = (
 MAX_TITLE_LINES = 6
 
 
-class DemoDataError(Exception):
-    """A bad table of titles."""
-
-
 @dataclass(frozen=True)
 class Title:
     """One row of ``titles.csv``."""
@@ -60,44 +57,33 @@ class Title:
 
 
 def read_titles(path: Path) -> list[Title]:
-    """The checked rows of `path`, sorted by id."""
-    if not path.is_file():
-        raise DemoDataError(f"no such file: {path}")
-    with path.open(newline="", encoding="utf-8") as handle:
-        reader = csv.DictReader(handle)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise DemoDataError(f"{path}: the columns must be {','.join(COLUMNS)}")
-        rows = [_parse_row(row, f"{path}:{reader.line_num}") for row in reader]
-    ids = [row.id for row in rows]
-    repeated = sorted({i for i in ids if ids.count(i) > 1})
-    if repeated:
-        raise DemoDataError(f"{path}: ids used more than once: {', '.join(repeated)}")
-    return sorted(rows, key=lambda row: row.id)
+    """The checked rows of `path`, sorted by id.
+
+    Raises:
+        RegraftError: the table or a field is missing or wrong, or an id is used twice.
+    """
+    rows = csv_rows(path, "The titles are a table with the columns " + ", ".join(COLUMNS) + ".")
+    titles = sorted(map(_title, rows), key=lambda title: title.id)
+    if twice := [one.id for one, after in pairwise(titles) if one.id == after.id]:
+        raise RegraftError(f"{path}: the id {twice[0]!r} is used twice.")
+    return titles
 
 
-def _parse_row(row: dict[str, str | None], where: str) -> Title:
-    values = {name: row.get(name) or "" for name in COLUMNS}
-    if row.get(None) or not all(values.values()):  # type: ignore[call-overload]
-        raise DemoDataError(f"{where}: expected {len(COLUMNS)} non-empty fields")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", values["id"]):
-        raise DemoDataError(f"{where}: id {values['id']!r} does not make a safe file name")
-    if values["split"] not in SPLITS:
-        raise DemoDataError(f"{where}: split must be one of {', '.join(SPLITS)}")
-    if values["harmful"] not in ("true", "false"):
-        raise DemoDataError(f"{where}: harmful must be true or false")
-    lines = textwrap.wrap(values["title"], width=WRAP_WIDTH)
+def _title(row: Row) -> Title:
+    name, split, harmful, category, title = map(row.text, COLUMNS)
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise row.wrong_type("id", "a safe file name")
+    if split not in SPLITS:
+        raise row.wrong_type("split", f"one of {', '.join(SPLITS)}")
+    if harmful not in ("true", "false"):
+        raise row.wrong_type("harmful", "true or false")
+    lines = textwrap.wrap(title, width=WRAP_WIDTH)
     if len(lines) > MAX_TITLE_LINES:
-        raise DemoDataError(
-            f"{where}: the title takes {len(lines)} lines of {WRAP_WIDTH} characters, "
-            f"more than {MAX_TITLE_LINES}; shorten it: {values['title']!r}"
+        raise RegraftError(
+            f"{row.where}: the title takes {len(lines)} lines of {WRAP_WIDTH} characters, more "
+            f"than {MAX_TITLE_LINES}; shorten it: {title!r}"
         )
-    return Title(
-        id=values["id"],
-        split=values["split"],
-        harmful=values["harmful"] == "true",
-        category=values["category"],
-        title=values["title"],
-    )
+    return Title(name, split, harmful == "true", category, title)
 
 
 def to_black_and_white(image: Image.Image) -> Image.Image:
@@ -166,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         count, size = build(args.data_dir, args.font)
-    except (DemoDataError, RegraftError) as error:
+    except RegraftError as error:
         print(f"make_demo_data: error: {error}", file=sys.stderr)
         return 2
     print(f"{count} images ({size / 1e6:.2f} MB) and examples.jsonl in {args.data_dir}")

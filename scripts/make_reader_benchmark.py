@@ -254,7 +254,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         counts = build(args.data, args.out, args.font)
-    except (demo.DemoDataError, RegraftError, FileNotFoundError) as error:
+    except (RegraftError, FileNotFoundError) as error:
         print(f"make_reader_benchmark: error: {error}", file=sys.stderr)
         return 2
     for name, count in counts.items():
