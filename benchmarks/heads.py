@@ -22,8 +22,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,11 +31,12 @@ from typing import Any
 
 import torch
 from measuring import device_name, device_peak, reset_peak, save, timed
+from naive_heads import Head, multiplications, naive
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 from shapes import SHAPES, write_checkpoint, write_data
-from torch import Tensor, nn
+from torch import Tensor
 
 from regraft.data.collate import Batch, batches, prompt_batch
 from regraft.data.example import Example
@@ -45,17 +45,8 @@ from regraft.data.sources import DataSource, read
 from regraft.heads.score import HeadScores, recall, score_heads
 from regraft.heads.ships import HeadSettings, Mode
 from regraft.heads.states import States, ablate_heads
-from regraft.models.architecture import (
-    Architecture,
-    LayerArchitecture,
-    attention_of,
-    decoder_layers,
-    text_decoder,
-)
+from regraft.models.architecture import text_decoder
 from regraft.models.load import load_model, load_processor, open_source, pick_device
-from regraft.models.replay import last_positions
-
-Head = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -67,55 +58,6 @@ class Timing:
     heads: int
     prompts: int
     device_gib: float | None
-
-
-# Jobs that are measured
-
-
-@contextmanager
-def scaled_head(model: nn.Module, layer: int, head: int, size: int, eps: float) -> Iterator[None]:
-    """Scale one head's output by eps (its value, that is) during full forwards."""
-    _, attention = attention_of(decoder_layers(model)[layer])
-
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        z = args[0].clone()
-        z[..., head * size : (head + 1) * size] *= eps
-        return (z,)
-
-    handle = attention.o_proj.register_forward_pre_hook(hook)  # type: ignore[union-attr, operator]
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@torch.no_grad()
-def naive(
-    model: nn.Module,
-    architecture: Architecture,
-    prompts: Sequence[Batch],
-    heads: Sequence[Head],
-    eps: float,
-) -> dict[Head, Tensor]:
-    """Last-token final states, head -> `[samples, d]`, one full forward per head and batch."""
-    seen: list[Tensor] = []
-    hook = text_decoder(model).register_forward_hook(
-        lambda _m, _a, out: seen.append(out.last_hidden_state)
-    )
-    states = {}
-    try:
-        for layer, head in heads:
-            rows = []
-            for batch in prompts:
-                with scaled_head(model, layer, head, architecture.layers[layer].head_dim, eps):
-                    model(**batch.inputs, use_cache=False, logits_to_keep=1)
-                final = seen.pop()
-                last = last_positions(batch.inputs, final.shape[1])
-                rows.append(final[torch.arange(len(final)), last].float().cpu())
-            states[layer, head] = torch.cat(rows)
-    finally:
-        hook.remove()
-    return states
 
 
 class Clock:
@@ -152,45 +94,6 @@ class Clock:
 def _in_scratch(job: Callable[[Path], Any]) -> Any:
     with TemporaryDirectory() as folder:
         return job(Path(folder))
-
-
-# Counting multiplications
-
-
-def multiplications(architecture: Architecture, length: int, window: int) -> dict[str, float]:
-    """Multiplications of replay and of the estimate as shares of naive full forwards.
-
-    For one prompt of `length` tokens, decoder layers only: projections, attention, MLP. A head of
-    layer l costs o_proj and MLP of l and the layers after it; in the last layer queries, keys and
-    values of all tokens, and the rest for one token. The estimate costs the same at `window`
-    positions, which attend to all keys.
-    """
-
-    def size(layer: LayerArchitecture, *roles: str) -> int:
-        return sum(li.shape[0] * li.shape[1] for li in layer.linears if li.role in roles)
-
-    def scores(layer: LayerArchitecture, keys: float) -> float:
-        return 2 * keys * layer.heads * layer.head_dim
-
-    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
-    layers, last = architecture.layers, architecture.layers[-1]
-    whole = [sum(li.shape[0] * li.shape[1] for li in layer.linears) for layer in layers]
-    full = [length * (w + scores(la, length / 2)) for w, la in zip(whole, layers, strict=True)]
-    rest = [w - size(la, *attention[:3]) for w, la in zip(whole, layers, strict=True)]
-    last_run = length * size(last, *attention[:3]) + rest[-1] + scores(last, length)
-    within = [window * (w + scores(la, length)) for w, la in zip(whole, layers, strict=True)]
-    heads = sum(layer.heads for layer in layers)
-    exact = estimate = 0.0
-    for index, layer in enumerate(layers):
-        after = sum(full[index + 1 : -1]) + last_run if layer is not last else 0
-        positions = length if layer is not last else 1
-        exact += layer.heads * (positions * rest[index] + after)
-        estimate += layer.heads * (window * rest[index] + sum(within[index + 1 :]))
-    total = heads * sum(full)
-    return {"exact": exact / total, "estimate": estimate / total}
-
-
-# The benchmark
 
 
 def evenly(heads: Sequence[Head], count: int) -> list[Head]:
@@ -281,6 +184,7 @@ class Bench:
             (la.index, head) for la in self.architecture.layers for head in range(la.heads)
         ]
         self.settings = HeadSettings(
+            mode="screened",
             r_max=chosen.r_max,
             target="v",
             window=chosen.window,
@@ -304,9 +208,9 @@ class Bench:
     def estimate(self, folder: Path) -> None:
         """The first step of screening, written where the second step reads it."""
         every = {layer.index: range(layer.heads) for layer in self.architecture.layers}
-        how = self.settings.model_copy(update={"mode": "screened"})
+        out = folder / "estimate"
         ablate_heads(
-            self.model, self.architecture, self.prompts, folder / "estimate", how, every, _silent
+            self.model, self.architecture, self.prompts, out, self.settings, every, _silent
         )
 
     def naively(
