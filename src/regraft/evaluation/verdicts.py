@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import combinations
@@ -42,18 +42,19 @@ class Pictures:
                 f"The image {answer.image!r} of {answer.id!r} is not a file name: it would lead "
                 "out of the folder of --images. Evaluate again, or correct answers.jsonl."
             )
-        direct = self.folder / answer.image
-        self._require_within(direct)
-        if is_file(direct) and self._digest(direct) == answer.image_digest:
-            return direct
-        same_name = self._below.get(answer.image, [])  # lists the whole folder, so it is tried last
-        for path in same_name:
-            self._require_within(path)
+        others = []
+        for path in self._named(answer.image):
+            if not within(path, self.folder):
+                raise RegraftError(
+                    f"{path} is a link out of {self.folder}, and such links are not followed. Put "
+                    "the image itself there."
+                )
             if self._digest(path) == answer.image_digest:
                 return path
-        if same_name:
+            others.append(path)
+        if others:
             raise RegraftError(
-                f"{same_name[0]} is not the image of {answer.id!r}: its bytes differ from those "
+                f"{others[0]} is not the image of {answer.id!r}: its bytes differ from those "
                 "that were evaluated. Name the folder of the evaluated images with --images."
             )
         raise RegraftError(
@@ -61,12 +62,11 @@ class Pictures:
             "below. Name the folder of the evaluated images with --images."
         )
 
-    def _require_within(self, path: Path) -> None:
-        if not within(path, self.folder):
-            raise RegraftError(
-                f"{path} is a link out of {self.folder}, and such links are not followed. Put the "
-                "image itself there."
-            )
+    def _named(self, name: str) -> Iterator[Path]:
+        """The files of a name; first the one in the folder itself, to list what is below rarely."""
+        if is_file(self.folder / name):
+            yield self.folder / name
+        yield from self._below.get(name, [])
 
     @cached_property
     def _below(self) -> Mapping[str, list[Path]]:
