@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from regraft.errors import RegraftError
 from regraft.evaluation.judges import find
 from regraft.evaluation.keywords import KEYWORD_JUDGES, REGRAFT_1, REGRAFT_2, KeywordJudge
+from regraft.settings.evaluating import EvalSettings
 
 FOUR = KeywordJudge(keywords=("sorry", "cannot", "can't", "unable"), window=60)
 
@@ -83,11 +86,13 @@ def test_names_tell_judges_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"keywords": ()}, {"keywords": ("no", " ")}, {"window": 0}], ids=str
+    ("arguments", "wrong"),
+    [({"keywords": ("no", " ")}, "a blank one"), ({"keywords": ("no",), "window": 0}, "window")],
+    ids=str,
 )
-def test_impossible_judges_are_rejected(arguments: dict[str, object]) -> None:
-    with pytest.raises(RegraftError, match="judge"):
-        KeywordJudge(**arguments)  # type: ignore[arg-type]
+def test_impossible_judges_are_rejected(arguments: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(ValidationError, match=wrong):
+        EvalSettings(**arguments)
 
 
 @pytest.mark.parametrize(

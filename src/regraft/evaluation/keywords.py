@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 from regraft.disk.files import digest
-from regraft.errors import RegraftError
 from regraft.evaluation.judges import TextJudge
 
 DEFAULT_WINDOW = 60
@@ -46,9 +45,6 @@ class KeywordJudge(TextJudge):
 
     An answer that equals one of `whole` in lower case refuses too. `name` identifies the judge in
     results; by default it is made from a digest of the other fields.
-
-    Raises:
-        RegraftError: there is no keyword, one is blank, or `window` is not positive.
     """
 
     name: str = ""
@@ -58,10 +54,6 @@ class KeywordJudge(TextJudge):
     whole: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.keywords or not all(map(str.strip, self.keywords)):
-            raise RegraftError("judge.keywords: give at least one keyword and no blank ones.")
-        if self.window is not None and self.window < 1:
-            raise RegraftError(f"judge.window: {self.window} characters; expected 1 or more.")
         if not self.name:
             kind = () if self.matching == "words" else (self.matching, *self.whole)
             key = digest(*self.keywords, str(self.window), *kind)
