@@ -270,7 +270,7 @@ def _names(suite: DataSource, example: Example) -> Iterator[str]:
 
 def seen_before(
     evaluated: Reading, used: Mapping[str, Reading], purpose: str = "evaluated"
-) -> list[str]:
+) -> Iterator[str]:
     """Warnings, one line per reading that shares prompts with the evaluated ones.
 
     Prompts are the same if their text and the bytes of their image are; another rendering of the
@@ -282,16 +282,12 @@ def seen_before(
         purpose: What the prompts of `evaluated` are used for, "evaluated" or "chosen on".
     """
     tested = set(map(_content, evaluated.examples))
-    shared = {
-        role: [one for one in reading.examples if _content(one) in tested]
-        for role, reading in used.items()
-    }
-    return [
-        f"{len(same)} of the {len(used[role].examples)} {role} prompts are among those {purpose} "
-        f"(first {same[0].id!r}): rates on these do not carry over to new ones"
-        for role, same in shared.items()
-        if same
-    ]
+    for role, reading in used.items():
+        if same := [one for one in reading.examples if _content(one) in tested]:
+            yield (
+                f"{len(same)} of the {len(reading.examples)} {role} prompts are among those "
+                f"{purpose} (first {same[0].id!r}): rates on these do not carry over to new ones"
+            )
 
 
 def distinct(reading: Reading) -> int:
