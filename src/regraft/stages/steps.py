@@ -38,7 +38,7 @@ class PromptUse:
 
     def warnings(self) -> list[str]:
         """Prompts that serve two purposes, which makes rates on them optimistic; a line each."""
-        found = []
+        found: list[str] = []
         if self.evaluated is not None:
             found += seen_before(self.evaluated, {**self.learnt, **self.chosen_on})
         for role, reading in self.chosen_on.items():
