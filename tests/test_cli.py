@@ -751,7 +751,6 @@ def test_settings_that_would_change_nothing_in_tuning(world: World, refused: Ref
     has(refused(*difference, "--q", 0.3), "--q")
     has(refused(*difference, "--top-heads", 3), "--top-heads")
     has(refused(*tune, "--window", 9), "`window` has no effect when `mode` is exact")
-    has(refused(*tune, "--device", "cuda:7", "--devices", "cpu"), "--devices replaces --device")
     has(refused(*tune, "--points", 3), "Without a --budget there is no number")
 
 

@@ -89,7 +89,7 @@ def as_command(
     ]
 
     def command(*args: Any, **flags: Any) -> None:
-        # Back to the method's own class, which worker processes can import.
+        # Back to the method's own class, with the method among the fields that are set.
         block = flags.get("settings")
         chosen = {} if block is None else block.model_dump(exclude_unset=True)
         run(name, *args, **{**flags, "settings": kind(**{**chosen, "method": name})})

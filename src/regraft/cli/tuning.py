@@ -60,7 +60,7 @@ def tune(
 
     calibration = calibration.with_responses()
     with live_progress() as progress:
-        check_tuning(settings, tuning, choice, scoring, compute.device)
+        check_tuning(settings, choice, scoring)
         restoration = stages.Restoration(
             open_source(dense, trust_remote_code=compute.trust_remote_code),
             calibration,

@@ -7,6 +7,7 @@ time or lock every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ from regraft.stages.ranking import (
 )
 from regraft.stages.searching import Search, remarks
 from regraft.stages.setup import ArtifactPaths, Inputs, Setup
-from regraft.stages.steps import PromptUse, Step, StepGuard, check_all, unguarded
+from regraft.stages.steps import PromptUse, Step, StepGuard, check_all
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Restoration(Setup):
     """
 
     scoring: HeadSettings = HeadSettings()
-    guard: StepGuard = unguarded
+    guard: StepGuard = lambda _stage, _of: nullcontext()
 
     def restore(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,11 +13,6 @@ from regraft.stages.provenance import unfinished_bytes
 
 StepGuard = Callable[[str, str], AbstractContextManager[None]]
 """(stage, name of the model) -> context in which a step is made."""
-
-
-def unguarded(_step: str, _of: str) -> AbstractContextManager[None]:
-    """The default `StepGuard`, which does nothing; unlike a lambda it can be sent to workers."""
-    return nullcontext()
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Trials of a seeded TPE sampler, shared by several processes (Optuna, in an SQLite file).
 
-A worker holds a file lock on its trial. If it is killed, the lock is released while the trial still
-counts as running: the next worker takes it over, with its number and settings. A draw depends on
-the seed, the number of draws before and which of these have finished, so that a single worker draws
-the same trials with and without a kill.
+A worker, one start of `regraft tune`, holds a file lock on its trial. If it is killed, the lock is
+released while the trial still counts as running: the next worker takes it over, with its number and
+settings. A draw depends on the seed, the number of draws before and which of these have finished,
+so that a single worker draws the same trials with and without a kill.
 """
 
 from __future__ import annotations
