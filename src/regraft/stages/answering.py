@@ -155,7 +155,7 @@ def _answer_prompts(setup: Setup, loader: Loader, request: _Request, out: Path) 
         "max_response_tokens": request.tokens,
         **request.about,
     }
-    if not is_done(out, out, about, lambda: _read(out)[0]):
+    if not is_done(out, about, lambda: _read(out)[0]):
         with working(out, about) as work:
             answers = _answer_enough(setup, loader, request, work)
             if not any(one.kept for one in answers):

@@ -78,7 +78,7 @@ def write_defence(
         data = _read_data(target.model, settings, calibration)
         about = describe("defend", inputs, settings, target.compute, data)
         about["judge"] = judge.name
-    if not is_done(out, out, about, lambda: load_defence(out).about):
+    if not is_done(out, about, lambda: load_defence(out).about):
         for role, reading in zip(("D^s", "D^u", "Validation"), data.values(), strict=False):
             target.progress.note(reading.describe(role))
         with working(out, about) as work:

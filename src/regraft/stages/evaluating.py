@@ -49,7 +49,7 @@ def evaluate_target(
     target.check(settings)
     reading = target.reading(suites, settings.limit)
     about = describe("evaluate", target.inputs(), settings, target.compute, {"suite": reading})
-    if not is_done(out, out / "results.json", about, lambda: _read_results(out)["about"]):
+    if not is_done(out, about, lambda: _read_results(out)["about"], "results.json"):
         with working(out, about) as work:
             target.warn(suites)
             target.progress.note(reading.describe("Prompts"))

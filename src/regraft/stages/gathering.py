@@ -56,7 +56,7 @@ def write_head_scores(
     if headless := dense.architecture.headless:
         about = {**about, "skipped": headless}
         progress.note(f"Not scored, since they have no heads that can be told apart: {headless}")
-    if not is_done(out, out, about, lambda: load_heads(out, dense.architecture).about):
+    if not is_done(out, about, lambda: load_heads(out, dense.architecture).about):
         check_r_max(dense, settings, data)
         warn_of_bundled(dense, setup.calibration.source, progress.note)
         progress.note(data.describe("D^s"))
@@ -169,7 +169,7 @@ def write_statistics(
     }
     inputs = fingerprints(dense=setup.dense)
     about = describe("statistics", inputs, settings, setup.compute, readings)
-    if not is_done(out, out, about, lambda: load_statistics(out).about):
+    if not is_done(out, about, lambda: load_statistics(out).about):
         for role, reading in zip(("D^s", "D^u"), readings.values(), strict=True):
             check_shares(reading.examples, setup.compute)
             setup.progress.note(reading.describe(role))

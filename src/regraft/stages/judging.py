@@ -103,7 +103,7 @@ class _Judging:
         `exchanges` are keyed by id. `result` makes a summary, which is written too, from the
         judge's name and its verdicts.
         """
-        if not is_done(out, out, about, lambda: about_of(out)):
+        if not is_done(out, about, lambda: about_of(out)):
             with working(out, about) as work:
                 name, found = self.verdicts([*exchanges.values()], work)
                 by_id = {i: asdict(verdict) for i, verdict in zip(exchanges, found, strict=True)}

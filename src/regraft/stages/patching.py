@@ -114,7 +114,7 @@ def patch_checkpoint(
     """
     job = PatchJob.read(operation, open_checkpoint(folder), patch_files)
     about = _about(job)
-    done = is_done(out, out / ABOUT_FILE, about)
+    done = is_done(out, about, marker=ABOUT_FILE)
     if not done and distributed.first():
         check_target(job.checkpoint, out)
     plan = job.plan(progress)
@@ -143,7 +143,7 @@ def preview(
     Only tensors that the patches touch are read; the others are checked when they are copied.
     """
     job = PatchJob.read(operation, open_checkpoint(folder), patch_files)
-    done = holds(out, out / ABOUT_FILE, _about(job))
+    done = holds(out, _about(job), marker=ABOUT_FILE)
     if not done:
         check_target(job.checkpoint, out)
     return Preview(job.plan(progress), 0 if done else job.checkpoint.bytes, done)
@@ -249,7 +249,7 @@ def export_patches(
     """
     job = PatchJob.read("apply", open_checkpoint(resolve(pruned)), patch_files)
     about = describe("export", job.inputs()) | {"to": to}
-    done = is_done(out, out / ABOUT_FILE, about)
+    done = is_done(out, about, marker=ABOUT_FILE)
     plan = _export_plan(job, progress)
     if done:
         return out

@@ -57,7 +57,7 @@ def prune_checkpoint(
     data = _read_data(setup, settings, responses or responses_folder(out))
     progress.note(f"Reading {dense.folder} ...")
     about = describe("prune", fingerprints(dense=dense), settings, setup.compute, data)
-    if not is_done(out, out / ABOUT_FILE, about):
+    if not is_done(out, about, marker=ABOUT_FILE):
         check_besides(dense.checkpoint, dense.unbounded)
         _warn_of_pruned(dense, progress)
         if left := dense.architecture.left_dense:

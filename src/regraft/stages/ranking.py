@@ -75,7 +75,7 @@ def write_ranking(
     compute = setup.compute if answered else None
     about = describe("rank", {**pair, **digests}, wanted, compute, answered)
     about |= {"algorithm": method.algorithm, "seed": seed, **_compression(survey)}
-    if not is_done(out, out, about, lambda: load_ranking(out).about):
+    if not is_done(out, about, lambda: load_ranking(out).about):
         _announce(setup.progress, survey, answered)
         count = wanted.how_many(survey.restorable)
         with working(out, about) as work:
@@ -262,7 +262,7 @@ def write_patch(
     inputs = fingerprints(dense=dense, pruned=pruned) | {"ranking": file_digest(ranking_file)}
     about = describe("realign", inputs, own_settings(settings)) | {"count": count}
     about |= {name: ranking.about[name] for name in _COPIED if name in ranking.about}
-    if not is_done(out, out, about, lambda: load_patch(out).about):
+    if not is_done(out, about, lambda: load_patch(out).about):
         with working(out, about):
             if distributed.first():
                 most = settings.how_many(ranking.about["pruned"]) if count is None else count

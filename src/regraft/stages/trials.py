@@ -253,11 +253,11 @@ def claim(folder: Path, about: Mapping[str, Any]) -> None:
     except RegraftError:
         if not (folder / "locks").exists():  # else other workers have begun, perhaps just now
             raise
-    marker = folder / "tune.json"
+    marker = "tune.json"
     with disk_errors(folder), exclusive(folder, "claim"):
-        if not marker.exists():
-            write_json(marker, about)
-        holds(folder, marker, about)
+        if not (folder / marker).exists():
+            write_json(folder / marker, about)
+        holds(folder, about, marker=marker)
 
 
 @contextmanager
