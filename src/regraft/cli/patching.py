@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -11,10 +11,7 @@ from rich.console import Console
 from regraft.cli.options import OutFolder, Trust, live_progress
 from regraft.console import say, show_table
 from regraft.errors import RegraftError
-from regraft.patch.apply import Operation
-
-if TYPE_CHECKING:
-    from regraft.stages import Preview
+from regraft.patch.apply import Operation, Plan
 
 Tool = Annotated[
     Literal["peft", "vllm"],
@@ -51,15 +48,14 @@ def apply(
     operation: Operation = "revert" if revert else "apply"
     with live_progress() as progress:
         if dry_run:
-            preview = stages.preview(operation, checkpoint, patch, out, progress)
-            _show_preview(progress.console, preview, out)
+            plan, size = stages.preview(operation, checkpoint, patch, out, progress)
+            _show_preview(progress.console, plan, size, out)
             return
         stages.patch_checkpoint(operation, checkpoint, patch, out, progress)
         progress.note(f"Checkpoint: {out}")
 
 
-def _show_preview(console: Console, preview: Preview, out: Path) -> None:
-    plan = preview.plan
+def _show_preview(console: Console, plan: Plan, size: int, out: Path) -> None:
     show_table(
         console,
         ("patch", "tensors", "restored weights", "pruned in exchange", "already applied"),
@@ -68,7 +64,7 @@ def _show_preview(console: Console, preview: Preview, out: Path) -> None:
     say(
         console,
         f"{plan.weights:,} weights would change, in {len(plan.shards)} of "
-        f"{len(plan.checkpoint.shards)} shards; {preview.bytes:,} bytes would be written to {out}. "
+        f"{len(plan.checkpoint.shards)} shards; {size:,} bytes would be written to {out}. "
         "Nothing was written.",
         soft_wrap=True,
     )

@@ -83,18 +83,6 @@ llm.apply_model(load)
 """
 
 
-@dataclass(frozen=True)
-class Preview:
-    """What `patch_checkpoint` would do: make the changes of `plan` and write `bytes` bytes.
-
-    `done` means that the output exists already and nothing is left to do.
-    """
-
-    plan: Plan
-    bytes: int
-    done: bool
-
-
 def patch_checkpoint(
     operation: Operation,
     folder: Path,
@@ -137,16 +125,19 @@ def preview(
     patch_files: Sequence[Path],
     out: Path,
     progress: Progress = SILENT,
-) -> Preview:
+) -> tuple[Plan, int]:
     """Check what `patch_checkpoint` checks and return what it would do; writes nothing.
 
     Only tensors that the patches touch are read; the others are checked when they are copied.
+
+    Returns:
+        The changes, and the number of bytes to write: 0 if the output exists already.
     """
     job = PatchJob.read(operation, open_checkpoint(folder), patch_files)
     done = holds(out, _about(job), marker=ABOUT_FILE)
     if not done:
         check_target(job.checkpoint, out)
-    return Preview(job.plan(progress), 0 if done else job.checkpoint.bytes, done)
+    return job.plan(progress), 0 if done else job.checkpoint.bytes
 
 
 def patch_file(named: Path) -> Path:
