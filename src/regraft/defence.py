@@ -233,14 +233,12 @@ def acting(defence: Defence | None, model: nn.Module) -> Iterator[None]:
         yield
 
 
-def check_fits(defence: Defence, architecture: Architecture, path: Path) -> None:
+def check_fits(defence: Direction, architecture: Architecture, path: Path) -> None:
     """Check that a direction can be added to a model.
 
     Raises:
         RegraftError: the model has another hidden size or no such layer.
     """
-    if not isinstance(defence, Direction):
-        return
     width, layers = architecture.hidden_size, len(architecture.layers)
     if len(defence.vector) != width or defence.layer >= layers:
         raise RegraftError(

@@ -81,7 +81,6 @@ def check_compressed(
         RegraftError: the two answered different prompts, are judged differently or are one model.
     """
     sides = {DENSE: dense, COMPRESSED: compressed}
-    clear_check(out)
     _check_asked(sides, suites, settings)
     if all(points >= 100 for points in margins.points().values()):
         raise RegraftError(
@@ -176,16 +175,16 @@ def _check_comparable(
 ) -> None:
     """Raise, before any prompt is answered, if the two could not be compared."""
     inputs = {name: one.about["inputs"] for name, one in evaluations.items()}
+    judged = {name: one.about["settings"] for name, one in evaluations.items()}
     for name, side in sides.items():
         if not isinstance(side, Path):
             side.check(settings)
             side.reading(suites, settings.limit)
-            inputs[name] = side.inputs()
-            for other, evaluation in evaluations.items():
-                _check_same_way(
-                    names,
-                    {other: evaluation.about["settings"], name: settings.model_dump(mode="json")},
-                )
+            inputs[name], judged[name] = side.inputs(), settings.model_dump(mode="json")
+    _check_same_way(names, judged)
+    for other, evaluation in evaluations.items():
+        for side in sides.values():
+            if not isinstance(side, Path):
                 asked = _unanswered(side, suites, settings)
                 on_the_same(names[other], evaluation.result, f"--suite ({asked.suite})", asked)
     if "model" in inputs[DENSE] and inputs[DENSE] == inputs[COMPRESSED]:
@@ -238,7 +237,6 @@ def _verdict(
     evaluations: Mapping[str, Evaluation], names: Mapping[str, str], margins: Margins
 ) -> Check:
     dense, compressed = evaluations[DENSE], evaluations[COMPRESSED]
-    _check_same_way(names, {name: one.about["settings"] for name, one in evaluations.items()})
     other = on_the_same(names[DENSE], dense.result, names[COMPRESSED], compressed.result)
     fractions = {name: points / 100 for name, points in margins.points().items()}
     return Check(
