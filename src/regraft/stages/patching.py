@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from regraft import distributed
 from regraft.data.storage import MODEL_ID, from_hub
@@ -210,16 +210,6 @@ def _about(job: PatchJob) -> dict[str, Any]:
     return describe(job.operation, job.inputs()) | {"before": before}
 
 
-@dataclass(frozen=True)
-class _Content:
-    """Content of an exported folder: text files, and tensors in a safetensors file `weights`."""
-
-    texts: Mapping[str, str]
-    weights: str
-    tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, str]
-
-
 def export_patches(
     pruned: str | Path,
     patch_files: Sequence[Path],
@@ -244,12 +234,13 @@ def export_patches(
     plan = _export_plan(job, progress)
     if done:
         return out
-    content = _for_vllm(plan) if to == "vllm" else _for_peft(plan, trust_remote_code)
     if distributed.first():
         with atomic_folder(out) as folder:
-            for name, text in {**content.texts, ABOUT_FILE: to_json(about)}.items():
-                (folder / name).write_text(text, encoding="utf-8")
-            save_tensors(folder / content.weights, content.tensors, content.metadata)
+            if to == "vllm":
+                _write_vllm(folder, plan)
+            else:
+                _write_peft(folder, plan, trust_remote_code)
+            (folder / ABOUT_FILE).write_text(to_json(about), encoding="utf-8")
     return out
 
 
@@ -270,7 +261,7 @@ def _export_plan(job: PatchJob, progress: Progress) -> Plan:
     return plan
 
 
-def _for_peft(plan: Plan, trust_remote_code: bool) -> _Content:
+def _write_peft(folder: Path, plan: Plan, trust_remote_code: bool) -> None:
     peft.require_matrices(plan.changes)
     source = open_source(plan.checkpoint.folder, trust_remote_code=trust_remote_code)
     in_memory = source.without_weights.named_modules()
@@ -291,11 +282,12 @@ def _for_peft(plan: Plan, trust_remote_code: bool) -> _Content:
         tensors=len(plan.changes),
         auto=auto_class(source.config, source.folder).__name__,
     )
-    texts = {README: readme, peft.CONFIG_FILE: to_json(adapter.config)}
-    return _Content(texts, peft.WEIGHTS_FILE, adapter.tensors, {"format": "pt"})
+    (folder / README).write_text(readme, encoding="utf-8")
+    (folder / peft.CONFIG_FILE).write_text(to_json(adapter.config), encoding="utf-8")
+    save_tensors(folder / peft.WEIGHTS_FILE, adapter.tensors, {"format": "pt"})
 
 
-def _for_vllm(plan: Plan) -> _Content:
+def _write_vllm(folder: Path, plan: Plan) -> None:
     metadata, tensors = vllm.weight_patches(plan.changes)
     readme = _ABOUT_VLLM.format(
         weights=plan.weights,
@@ -303,4 +295,5 @@ def _for_vllm(plan: Plan) -> _Content:
         file=vllm.FILE,
         metadata=vllm.METADATA,
     )
-    return _Content({README: readme}, vllm.FILE, tensors, metadata)
+    (folder / README).write_text(readme, encoding="utf-8")
+    save_tensors(folder / vllm.FILE, tensors, metadata)
