@@ -1206,7 +1206,7 @@ def test_what_needs_no_backward_pass_needs_no_space_for_one(world: World) -> Non
         pruner = pruning_settings(**fields.get("prune", {}))
         spilled = stages.spilled_bytes(open_source(world.model), pruner)
         return max(
-            step.bytes_beside() - spilled * (step.stage == "prune")
+            step.temporary_bytes() - spilled * (step.stage == "prune")
             for step in steps
             if not step.done
         )

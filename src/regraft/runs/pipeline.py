@@ -31,7 +31,7 @@ from regraft.runs.run_dir import RunDir
 from regraft.stages.provenance import but_for_rounding, difference
 from regraft.stages.ranking import check_restorable
 from regraft.stages.reading import warn_of_bundled
-from regraft.stages.steps import PromptUse, Step, check_all, disk_bytes, left_of
+from regraft.stages.steps import PromptUse, Step, check_all, disk_bytes, not_done
 
 _SIDE = 2048  # of the square matrices of a large product, which measures the device's speed
 _EFFICIENCY = {"cpu": 0.8}  # whole models reach this share of that speed: measured
@@ -69,7 +69,7 @@ class PlannedRun:
         answered = prompt + self.recipe.evaluate.max_new_tokens
         tokens = sum(
             step.answers * answered + step.learns * step.passes * prompt
-            for step in left_of(self.steps)
+            for step in not_done(self.steps)
         )
         compute = self.setup.compute
         device = pick_device(compute.device)

@@ -80,7 +80,7 @@ class Planner:
                 setup.check_gradients(f"{pruning.name} ({PRUNERS.get(pruner).label})")
             return PromptUse(learnt=setup.learnt_from(kinds))
 
-        def bytes_beside() -> int:
+        def temporary_bytes() -> int:
             drawn = [setup.drawn(harmful=harmful) for harmful in kinds if by_gradients]
             return spilled + setup.state_bytes(drawn)
 
@@ -94,7 +94,7 @@ class Planner:
             learns=len(kinds) * setup.calibration.samples,
             passes=passes(pruning),
             bytes=setup.dense.checkpoint.bytes,
-            bytes_beside=bytes_beside,
+            temporary_bytes=temporary_bytes,
         )
 
     def _evaluate(
@@ -202,7 +202,7 @@ class Planner:
             judge = self.recipe.evaluate.text_judge()
             return stages.write_defence(target, file, own, setup.calibration, judge)
 
-        yield Step("defend", name, file, make, check, alone=direction is not None)
+        yield Step("defend", name, file, make, check, loads_model=direction is not None)
         out = self.run_dir.evaluation(pruning, settings.name)
         yield self._evaluate(name, pruned, out, defence=file)
 

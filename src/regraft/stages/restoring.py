@@ -87,7 +87,7 @@ class Restoration(Setup):
         for step in steps:
             if step.title:
                 self.progress.note(step.title)
-            if step.alone and not step.done:
+            if step.loads_model and not step.done:
                 self.cache.unload()
             with self.guard(step.stage, step.of):
                 step.make()
@@ -167,7 +167,7 @@ class Restoration(Setup):
             check,
             learns=samples,
             passes=self.scoring.passes(sum(one.heads for one in self.dense.architecture.layers)),
-            alone=True,
+            loads_model=True,
         )
 
     def _answer(self, folder: Path) -> Step:
@@ -177,7 +177,7 @@ class Restoration(Setup):
 
         answers = 2 * self.calibration.samples
         make = partial(imitation_data, self, folder)
-        return Step("answer", "", folder, make, check, answers=answers, alone=True)
+        return Step("answer", "", folder, make, check, answers=answers, loads_model=True)
 
     def _statistics(self, score: str, paths: ArtifactPaths) -> Step:
         by_gradients = PRUNERS.get(score).by_gradients
@@ -198,8 +198,8 @@ class Restoration(Setup):
             check,
             learns=2 * self.calibration.samples,
             passes=gathering_passes(PRUNERS.get(score)),
-            alone=True,
-            bytes_beside=states,
+            loads_model=True,
+            temporary_bytes=states,
         )
 
     def _rank(
@@ -235,8 +235,8 @@ class Restoration(Setup):
             check,
             learns=2 * self.calibration.samples if needs.answers else 0,
             passes=needs.passes,
-            alone=True,
-            bytes_beside=states,
+            loads_model=True,
+            temporary_bytes=states,
         )
 
 
