@@ -30,6 +30,7 @@ from regraft import stages
 from regraft.cli import COMMANDS, GROUPS, app, application, main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
+from regraft.data.example import KINDS
 from regraft.data.sources import DataSource
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.files import write_json
@@ -1103,8 +1104,8 @@ def test_what_a_backward_pass_keeps_needs_space_too(
     processor, setup = load_processor(dense), stages.Setup(dense, made.calibration)
     tokens = [
         prompt_batch(processor, [one]).inputs["input_ids"].numel()
-        for harmful in (True, False)
-        for one in setup.drawn(harmful=harmful).examples
+        for kind in KINDS
+        for one in setup.drawn(kind).examples
     ]
     states = 4 * sum(tokens) * len(dense.architecture.layers) * dense.architecture.hidden_size
     planned = pipeline.plan_run(made, world.root / "run")

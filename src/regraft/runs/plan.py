@@ -70,7 +70,6 @@ class Planner:
 
     def _prune(self, pruning: PruningSettings) -> Step:
         setup, out, pruner = self.setup, self.run_dir.pruned(pruning.name), pruning.method
-        kinds = [kind == "safety" for kind in pruning.kinds]
         by_gradients = PRUNERS.get(pruner).by_gradients
         spilled = stages.spilled_bytes(setup.dense, pruning)
 
@@ -78,11 +77,11 @@ class Planner:
             pruning.patterns(setup.dense.architecture.linears)
             if by_gradients:
                 setup.check_gradients(f"{pruning.name} ({PRUNERS.get(pruner).label})")
-            return PromptUse(learnt=setup.learnt_from(kinds))
+            return PromptUse(learnt=setup.learnt_from(pruning.kinds))
 
         def temporary_bytes() -> int:
-            drawn = [setup.drawn(harmful=harmful) for harmful in kinds if by_gradients]
-            return spilled + setup.state_bytes(drawn)
+            read = map(setup.drawn, pruning.kinds)
+            return spilled + (setup.state_bytes(read) if by_gradients else 0)
 
         make = partial(stages.prune_checkpoint, setup, out, pruning.only(), self.run_dir.responses)
         return Step(
@@ -91,7 +90,7 @@ class Planner:
             out,
             make,
             check,
-            learns=len(kinds) * setup.calibration.samples,
+            learns=len(pruning.kinds) * setup.calibration.samples,
             passes=passes(pruning),
             bytes=setup.dense.checkpoint.bytes,
             temporary_bytes=temporary_bytes,
@@ -190,7 +189,7 @@ class Planner:
             if direction is None:
                 return PromptUse()
             check_direction_layer(setup.dense, direction)
-            learnt = setup.learnt_from([True, False])
+            learnt = setup.learnt_from()
             role = f"{settings.name}'s validation"
             searched = {role: read_validation(setup.dense, direction)} if direction.searches else {}
             return PromptUse(learnt, searched)

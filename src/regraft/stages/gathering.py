@@ -10,7 +10,7 @@ from typing import Any
 
 from regraft import distributed
 from regraft.data.collate import prompt_batch, response_batch
-from regraft.data.example import Reading
+from regraft.data.example import KINDS, Reading
 from regraft.data.sources import distinct
 from regraft.disk.files import digest, require_space, size_of
 from regraft.errors import RegraftError
@@ -50,7 +50,7 @@ def write_head_scores(
     """
     dense, compute, progress = setup.dense, setup.compute, setup.progress
     check_scoring(dense, settings)
-    data = draw_calibration(dense, setup.calibration, harmful=True)
+    data = draw_calibration(dense, setup.calibration, "safety")
     inputs = fingerprints(dense=dense)
     about = describe("heads", inputs, settings, compute, {"safety": data})
     if headless := dense.architecture.headless:
@@ -164,8 +164,7 @@ def write_statistics(
         (safety, utility).
     """
     readings = {
-        kind: calibration_data(setup, responses or responses_folder(out), harmful=kind == "safety")
-        for kind in ("safety", "utility")
+        kind: calibration_data(setup, responses or responses_folder(out), kind) for kind in KINDS
     }
     inputs = fingerprints(dense=setup.dense)
     about = describe("statistics", inputs, settings, setup.compute, readings)

@@ -86,12 +86,11 @@ def _read_data(setup: Setup, settings: PruneSettings, responses: Path) -> dict[s
     dense, calibration = setup.dense, setup.calibration
     found = {}
     for kind in settings.kinds:
-        harmful = kind == "safety"
         if PRUNERS.get(settings.method).reads_responses:
-            found[kind] = calibration_data(setup, responses, harmful=harmful)
+            found[kind] = calibration_data(setup, responses, kind)
         else:
             warn_of_bundled(dense, calibration.data, setup.progress.note)
-            found[kind] = draw_calibration(dense, calibration, harmful=harmful)
+            found[kind] = draw_calibration(dense, calibration, kind)
     return found
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from regraft.data.example import KINDS
 from regraft.evaluation.tradeoff import read_curve
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, check_split
@@ -154,8 +155,8 @@ class Restoration(Setup):
         def check() -> PromptUse:
             for needs in wanted:
                 check_heads(self.dense, needs, self.scoring)
-            check_r_max(self.dense, self.scoring, self.drawn(harmful=True))
-            return PromptUse(learnt=self.learnt_from([True]))
+            check_r_max(self.dense, self.scoring, self.drawn("safety"))
+            return PromptUse(learnt=self.learnt_from(["safety"]))
 
         make = partial(write_head_scores, self, paths.heads, self.scoring, paths.states)
         samples = self.calibration.samples
@@ -172,8 +173,8 @@ class Restoration(Setup):
 
     def _answer(self, folder: Path) -> Step:
         def check() -> PromptUse:
-            roles = ("harmful calibration (imitated)", "harmless calibration (imitated)")
-            return PromptUse(learnt=dict(zip(roles, self.imitated().values(), strict=True)))
+            prompts = self.imitated().items()
+            return PromptUse({f"{KINDS[k]} calibration (imitated)": one for k, one in prompts})
 
         answers = 2 * self.calibration.samples
         make = partial(imitation_data, self, folder)
@@ -184,11 +185,12 @@ class Restoration(Setup):
         out = paths.statistics(score)
 
         def check() -> PromptUse:
-            return PromptUse(learnt=self.learnt_from([True, False]))
+            return PromptUse(learnt=self.learnt_from())
 
         def states() -> int:  # the kinds are read one after the other
-            kinds = [self.drawn(harmful=harmful) for harmful in (True, False)]
-            return max(self.state_bytes([one]) for one in kinds) if by_gradients else 0
+            if not by_gradients:
+                return 0
+            return max(self.state_bytes([self.drawn(kind)]) for kind in KINDS)
 
         return Step(
             f"statistics for {score}",

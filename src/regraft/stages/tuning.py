@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from regraft import distributed
-from regraft.data.example import Reading
+from regraft.data.example import KINDS, Reading
 from regraft.data.sources import distinct
 from regraft.disk.files import digest, write_json, write_text
 from regraft.disk.parsing import from_json
@@ -121,14 +121,11 @@ def _check(choice: SearchSettings) -> None:
 def _read_prompts(restoration: Restoration, choice: SearchSettings) -> dict[str, Reading]:
     """Calibration and validation prompts by role; warns of those that are both."""
     search = Search(restoration, choice)
-    learnt = PromptUse(learnt=restoration.learnt_from([True, False]))
+    learnt = PromptUse(learnt=restoration.learnt_from())
     for line in (search.check() | learnt).warnings():
         restoration.progress.note(f"Warning: {line}.")
-    return {
-        "safety": restoration.drawn(harmful=True),
-        "utility": restoration.drawn(harmful=False),
-        "validation": search.prompts(),
-    }
+    drawn = {kind: restoration.drawn(kind) for kind in KINDS}
+    return {**drawn, "validation": search.prompts()}
 
 
 @dataclass(frozen=True)
