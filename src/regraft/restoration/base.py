@@ -24,7 +24,6 @@ from regraft.models.architecture import LinearArchitecture
 from regraft.models.load import Source, pick_device
 from regraft.patch.pair import Survey, restorable
 from regraft.progress import Progress
-from regraft.pruning.base import PRUNERS
 from regraft.pruning.statistics import SavedStatistics
 from regraft.registry import Registry
 from regraft.restoration.ranking import Ranking
@@ -152,13 +151,6 @@ class Needs:
     positions: str | None = None
     some_heads: int = 0
     passes: float = 0
-
-    @property
-    def gradients(self) -> bool:
-        """Whether the ranking or its statistics need gradients."""
-        return self.answers or (
-            self.statistics is not None and PRUNERS.get(self.statistics).by_gradients
-        )
 
 
 @dataclass(frozen=True)

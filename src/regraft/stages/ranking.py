@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from regraft import distributed
-from regraft.data.example import Reading
+from regraft.data.example import KINDS, Reading
 from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
 from regraft.heads.score import load_heads
@@ -188,9 +188,8 @@ def _announce(progress: Progress, survey: Survey, answered: Mapping[str, Reading
     progress.note(f"The model is {survey.described}.")
     if survey.doubt:
         progress.note(survey.doubt)
-    roles = ("Harmful prompts", "Harmless prompts")
-    for role, reading in zip(roles, (answered or {}).values(), strict=False):
-        progress.note(reading.describe(role))
+    for kind, reading in (answered or {}).items():
+        progress.note(reading.describe(f"{KINDS[kind].capitalize()} prompts"))
 
 
 def _remark(progress: Progress, out: Path, found: Ranking, count: int | None) -> None:

@@ -212,13 +212,14 @@ class Restoration(Setup):
         name: str,
     ) -> Step:
         method, needs = method_of(settings), needs_of(settings)
+        gathered = None if paths.given.statistics else needs.statistics
 
         def check() -> PromptUse:
             check_heads(self.dense, needs, None)
             check_budget(self.dense, settings)
             if needs.positions is not None and paths.given.positions is None:
                 load_ranking(Path(needs.positions))
-            if needs.answers or (needs.gradients and paths.given.statistics is None):
+            if needs.answers or (gathered and PRUNERS.get(gathered).by_gradients):
                 self.check_gradients(f"Realigning by {settings.method}")
             if needs.answers:
                 check_split(self.compute.device, self.compute.placement)
