@@ -21,14 +21,7 @@ from regraft.patch.groups import violated_groups
 from regraft.patch.pair import Survey, check_pair
 from regraft.progress import Progress
 from regraft.pruning.statistics import load_statistics
-from regraft.restoration.base import (
-    Context,
-    MethodSettings,
-    Needs,
-    method_of,
-    needs_of,
-    own_settings,
-)
+from regraft.restoration.base import Context, MethodSettings, Needs, method_of, needs_of
 from regraft.restoration.ranking import KEPT, Ranking, load_ranking, patch_of, save_ranking
 from regraft.stages.answering import imitation_data, responses_folder
 from regraft.stages.provenance import (
@@ -252,14 +245,14 @@ def write_patch(
     """
     ranking = load_ranking(ranking_file)
     require_made_of(ranking, ranking_file, dense, pruned)
-    wanted = own_settings(settings).without_amount().model_dump(mode="json")
+    wanted = settings.without_amount().model_dump(mode="json")
     if ranking.about["settings"] != wanted:
         raise RegraftError(
             f"{ranking_file} was made with other settings "
             f"({difference(ranking.about['settings'], wanted)}). Rank again, or use its settings."
         )
     inputs = fingerprints(dense=dense, pruned=pruned) | {"ranking": file_digest(ranking_file)}
-    about = describe("realign", inputs, own_settings(settings)) | {"count": count}
+    about = describe("realign", inputs, settings) | {"count": count}
     about |= {name: ranking.about[name] for name in _COPIED if name in ranking.about}
     if not is_done(out, about, lambda: load_patch(out).about):
         with working(out, about):
@@ -289,7 +282,7 @@ def check_made_by(
     inputs = fingerprints(dense=dense, pruned=pruned)
     wanted = {
         "inputs": {**existing["inputs"], **inputs},
-        "settings": own_settings(settings).model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json"),
     }
     require_same(out, existing, wanted)
 
