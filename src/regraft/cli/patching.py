@@ -46,13 +46,13 @@ def apply(
     if out.exists() and out.resolve() == checkpoint.resolve():
         raise RegraftError(f"{out} is the checkpoint itself. Name a new folder with --out.")
     operation: Operation = "revert" if revert else "apply"
-    with live_progress() as progress:
-        if dry_run:
-            plan, size = stages.preview(operation, checkpoint, patch, out, progress)
-            _show_preview(progress.console, plan, size, out)
-            return
-        stages.patch_checkpoint(operation, checkpoint, patch, out, progress)
-        progress.note(f"Checkpoint: {out}")
+    progress = live_progress()
+    if dry_run:
+        plan, size = stages.preview(operation, checkpoint, patch, out, progress)
+        _show_preview(progress.console, plan, size, out)
+        return
+    stages.patch_checkpoint(operation, checkpoint, patch, out, progress)
+    progress.note(f"Checkpoint: {out}")
 
 
 def _show_preview(console: Console, plan: Plan, size: int, out: Path) -> None:
@@ -89,9 +89,9 @@ def export(
     """
     from regraft import stages
 
-    with live_progress() as progress:
-        stages.export_patches(pruned, patch, out, to, progress, trust_remote_code=trust_remote_code)
-        progress.note(f"Export: {out}")
+    progress = live_progress()
+    stages.export_patches(pruned, patch, out, to, progress, trust_remote_code=trust_remote_code)
+    progress.note(f"Export: {out}")
 
 
 def push(
@@ -137,10 +137,10 @@ def push(
     from regraft.runs import publishing
 
     card = publishing.render(patch, repository, dense=dense, pruned=pruned, evaluated=evaluation)
-    with live_progress() as progress:
-        if dry_run is not None:
-            publishing.write(patch, card, dry_run)
-            progress.note(f"Nothing was uploaded. The files are in {dry_run}")
-            return
-        address = publishing.upload(patch, card, repository, public=public, replace=replace)
-        progress.note(f"Uploaded: {address}")
+    progress = live_progress()
+    if dry_run is not None:
+        publishing.write(patch, card, dry_run)
+        progress.note(f"Nothing was uploaded. The files are in {dry_run}")
+        return
+    address = publishing.upload(patch, card, repository, public=public, replace=replace)
+    progress.note(f"Uploaded: {address}")
