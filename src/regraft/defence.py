@@ -17,7 +17,7 @@ batch (Mllama's cross-attention without images) is neither read nor changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -223,14 +223,11 @@ def asked(defence: Defence | None, examples: Sequence[Example]) -> Sequence[Exam
     ]
 
 
-@contextmanager
-def acting(defence: Defence | None, model: nn.Module) -> Iterator[None]:
+def acting(defence: Defence | None, model: nn.Module) -> AbstractContextManager[None]:
     """Add the direction while the block runs; a prompt, or no defence, leaves the model alone."""
     if isinstance(defence, Direction) and defence.strength:
-        with moved_output(model, defence.layer, defence.strength * defence.vector):
-            yield
-    else:
-        yield
+        return moved_output(model, defence.layer, defence.strength * defence.vector)
+    return nullcontext()
 
 
 def check_fits(defence: Direction, architecture: Architecture, path: Path) -> None:
