@@ -123,7 +123,6 @@ class Target(AnyTarget):
     """A checkpoint to evaluate, and how to run it.
 
     Args:
-        model: The checkpoint.
         patch: Patch to apply to the model in memory.
         text: Ordinary text on which to measure perplexity, and KL to the dense model.
         processor_from: Model whose processor is used if the checkpoint has none.

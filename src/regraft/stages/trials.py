@@ -109,7 +109,6 @@ class Trials:
         """Record the outcome of a trial.
 
         Args:
-            trial: From `take`.
             value: The lower the better.
             excess: How far it is beyond each bound; above 0 the trial is out of bounds.
             tried: JSON values to save with it.

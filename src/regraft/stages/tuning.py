@@ -38,7 +38,7 @@ from regraft.restoration.base import MethodSettings, needs_of
 from regraft.settings.base import explain
 from regraft.settings.searching import SearchSettings, TuneSettings, with_validation
 from regraft.stages.gathering import check_r_max
-from regraft.stages.provenance import describe
+from regraft.stages.provenance import describe, fingerprints
 from regraft.stages.ranking import check_restorable
 from regraft.stages.restoring import Restoration
 from regraft.stages.searching import Search, bounds_of
@@ -142,8 +142,8 @@ class _Tuning:
     def describe(self, data: Mapping[str, Reading]) -> dict[str, Any]:
         """Everything that determines the trials; see `describe`."""
         own = self.restoration
-        dense, pruned = own.dense.checkpoint.fingerprint, self.pruned.checkpoint.fingerprint
-        about = describe("tune", {"dense": dense, "pruned": pruned}, None, own.compute, data)
+        inputs = fingerprints(dense=own.dense, pruned=self.pruned)
+        about = describe("tune", inputs, None, own.compute, data)
         about["settings"] = {
             "method": self.method.model_dump(mode="json"),
             "tuning": self.tuning.model_dump(mode="json", exclude={"trials"}),
