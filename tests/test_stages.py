@@ -40,7 +40,8 @@ from regraft.recipes.parts import EvaluateSettings
 from regraft.recipes.recipe import Recipe
 from regraft.restoration import base
 from regraft.restoration.ranking import load_ranking
-from regraft.runs import pipeline, plan
+from regraft.runs import pipeline
+from regraft.settings import compute
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
@@ -602,7 +603,7 @@ def test_a_run_opens_its_pruned_model_once(
     def counted(own: Callable[..., Any], calls: list[Path]) -> Callable[..., Any]:
         return lambda path, **more: (calls.append(Path(path)), own(path, **more))[1]
 
-    monkeypatch.setattr(plan, "open_source", counted(plan.open_source, opened))
+    monkeypatch.setattr(compute, "open_source", counted(compute.open_source, opened))
     monkeypatch.setattr(checkpoint, "file_digest", counted(checkpoint.file_digest, digested))
     recipe, pruned = read_recipe(killable.recipe), tmp_path / "run" / "pruned"
     pipeline.run_one(recipe, tmp_path / "run")

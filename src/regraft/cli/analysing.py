@@ -87,8 +87,8 @@ def statistics(
     from regraft import stages
 
     progress = live_progress()
-    source = open_source(model, trust_remote_code=compute.trust_remote_code)
-    stages.write_statistics(stages.Setup(source, calibration, compute, progress), out, settings)
+    setup = stages.Setup(compute.opened(model), calibration, compute, progress)
+    stages.write_statistics(setup, out, settings)
     progress.note(f"Wrote {out}")
 
 

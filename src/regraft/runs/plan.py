@@ -11,7 +11,7 @@ from regraft import stages
 from regraft.data.example import Reading
 from regraft.disk.files import digest
 from regraft.evaluation.perplexity import read_documents
-from regraft.models.load import Source, check_split, open_source
+from regraft.models.load import Source, check_split
 from regraft.pruning.base import PRUNERS
 from regraft.pruning.prune import passes
 from regraft.recipes.parts import NamedDefenceSettings, PruningSettings, VariantSettings
@@ -60,13 +60,8 @@ class Planner:
 
     def pruned(self, name: str) -> Source:
         """A pruned checkpoint, which must exist and is not changed any more."""
-        folder = self.run_dir.pruned(name)
-        return self.existing or self.setup.cache.once(
-            ("pruned", folder), lambda: self._open(folder)
-        )
-
-    def _open(self, folder: Path) -> Source:
-        return open_source(folder, trust_remote_code=self.recipe.compute.trust_remote_code)
+        folder, opened = self.run_dir.pruned(name), self.setup.compute.opened
+        return self.existing or self.setup.cache.once(("pruned", folder), lambda: opened(folder))
 
     def _prune(self, pruning: PruningSettings) -> Step:
         setup, out, pruner = self.setup, self.run_dir.pruned(pruning.name), pruning.method
@@ -162,7 +157,7 @@ class Planner:
             return stages.patch_checkpoint("apply", folder, paths.patch, written, progress)
 
         yield Step("apply", name, written, apply, bytes=self.setup.dense.checkpoint.bytes)
-        yield self._evaluate(name, partial(self._open, written), out)
+        yield self._evaluate(name, partial(self.setup.compute.opened, written), out)
 
     def _references(
         self, pruning: str, search: SearchSettings, references: Path, curve: Path
