@@ -222,7 +222,7 @@ class FineTuneSettings(Counted):
     @classmethod
     def has_default(cls, given: Mapping[str, Any]) -> bool:
         """Unless a ranking is given, which is trained whole."""
-        return given.get("positions", RANDOM) == RANDOM
+        return bool(given.get("positions", RANDOM) == RANDOM)
 
     @model_validator(mode="after")
     def _check_seed(self) -> Self:
