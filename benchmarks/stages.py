@@ -135,9 +135,9 @@ def texts_of(
     """The texts that each stage reads, by its name; `answered` are the evaluation's prompts."""
     source, compute = setup.dense, setup.compute
     responses, processor = work / "pruned.responses", load_processor(source)
-    learnt = stages.calibration_data(setup, responses, harmful=False).examples
+    learnt = stages.calibration_data(setup, responses, "utility").examples
     imitated = [one.examples for one in imitation_data(setup, responses).values()]
-    prompts = draw_calibration(source, setup.calibration, harmful=True).examples
+    prompts = draw_calibration(source, setup.calibration, "safety").examples
     return {
         "eval": collate(processor, response_batch, answered, compute),
         "prune": collate(processor, response_batch, learnt, compute),

@@ -66,11 +66,9 @@ class Says:
 
 
 def _ask(source: Source, data: DataSource, folder: Path, **fields: Any) -> Reading:
-    harmful = fields.pop("harmful", True)
+    kind = "safety" if fields.pop("harmful", True) else "utility"
     calibration = CalibrationSettings(data=data, responses="self", **fields)
-    return stages.calibration_data(
-        stages.Setup(source, calibration, COMPUTE), folder, harmful=harmful
-    )
+    return stages.calibration_data(stages.Setup(source, calibration, COMPUTE), folder, kind)
 
 
 @pytest.mark.parametrize("harmful", [True, False])
@@ -343,10 +341,9 @@ def test_the_bundled_model_really_refuses(tmp_path: Path) -> None:
     calibration = CalibrationSettings(
         data=data, samples=6, responses="self", max_response_tokens=12
     )
-    for harmful in (True, False):
-        found = stages.calibration_data(
-            stages.Setup(source, calibration, compute), tmp_path, harmful=harmful
-        )
+    for kind, harmful in (("safety", True), ("utility", False)):
+        setup = stages.Setup(source, calibration, compute)
+        found = stages.calibration_data(setup, tmp_path, kind)
         assert len(found.examples) == 6
         for one in found.examples:
             assert one.response
@@ -385,7 +382,7 @@ def test_respond_writes_a_data_set(
         replace(one, image=None) for one in expected
     ]
     given = CalibrationSettings(data=DataSource(name="jsonl", path=out))
-    drawn = stages.calibration_data(stages.Setup(source, given, COMPUTE), tmp_path, harmful=True)
+    drawn = stages.calibration_data(stages.Setup(source, given, COMPUTE), tmp_path, "safety")
     itself = _ask(source, data, answering.responses_folder(out), samples=7, max_response_tokens=16)
     assert {one.id for one in drawn.examples} == {one.id for one in itself.examples}
 

@@ -30,6 +30,7 @@ from regraft import stages
 from regraft.cli import COMMANDS, GROUPS, app, application, main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
+from regraft.data.example import KINDS
 from regraft.data.sources import DataSource
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.files import write_json
@@ -751,7 +752,6 @@ def test_settings_that_would_change_nothing_in_tuning(world: World, refused: Ref
     has(refused(*difference, "--q", 0.3), "--q")
     has(refused(*difference, "--top-heads", 3), "--top-heads")
     has(refused(*tune, "--window", 9), "`window` has no effect when `mode` is exact")
-    has(refused(*tune, "--device", "cuda:7", "--devices", "cpu"), "--devices replaces --device")
     has(refused(*tune, "--points", 3), "Without a --budget there is no number")
 
 
@@ -1104,8 +1104,8 @@ def test_what_a_backward_pass_keeps_needs_space_too(
     processor, setup = load_processor(dense), stages.Setup(dense, made.calibration)
     tokens = [
         prompt_batch(processor, [one]).inputs["input_ids"].numel()
-        for harmful in (True, False)
-        for one in setup.drawn(harmful=harmful).examples
+        for kind in KINDS
+        for one in setup.drawn(kind).examples
     ]
     states = 4 * sum(tokens) * len(dense.architecture.layers) * dense.architecture.hidden_size
     planned = pipeline.plan_run(made, world.root / "run")
@@ -1207,7 +1207,7 @@ def test_what_needs_no_backward_pass_needs_no_space_for_one(world: World) -> Non
         pruner = pruning_settings(**fields.get("prune", {}))
         spilled = stages.spilled_bytes(open_source(world.model), pruner)
         return max(
-            step.bytes_beside() - spilled * (step.stage == "prune")
+            step.temporary_bytes() - spilled * (step.stage == "prune")
             for step in steps
             if not step.done
         )

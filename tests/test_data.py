@@ -260,7 +260,7 @@ def test_vlguards_folder_is_learnt_from_and_evaluated_on_by_split(tmp_path):
     sees = SimpleNamespace(has_vision=True)
     calibration = CalibrationSettings(data=folder, samples=1)
     for of in (draw_calibration, order_calibration):
-        assert [e.instruction for e in of(sees, calibration, harmful=True).examples] == ["train"]
+        assert [e.instruction for e in of(sees, calibration, "safety").examples] == ["train"]
     searched = suites_of(SearchSettings(validation=folder))
     assert [str(one) for one in searched] == [
         f"vlguard:{tmp_path / 'train.json'}#{kind}" for kind in ("harmful", "harmless")

@@ -18,6 +18,7 @@ from regraft import stages
 from regraft.cli import main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
+from regraft.data.example import KINDS
 from regraft.data.sources import DataSource
 from regraft.defence import (
     DEFENCE_PROMPT,
@@ -281,9 +282,9 @@ def test_a_given_direction_is_the_difference_of_means(
     made = _defend(source, data, tmp_path / "out", layer=1, strength=1.5)
     _, model, processor, _ = truth.opened(source.folder)
     means = []
-    for harmful in (True, False):
+    for kind in KINDS:
         calibration = CalibrationSettings(data=data, samples=3)
-        examples = draw_calibration(source, calibration, harmful=harmful).examples
+        examples = draw_calibration(source, calibration, kind).examples
         rows = [
             _layer_outputs(model, prompt_batch(processor, [one]).inputs)[1][0, -1].numpy()
             for one in examples

@@ -21,7 +21,7 @@ from methods import method
 from regraft import stages
 from regraft.cli.realigning import _below_budget
 from regraft.data.collate import response_batch
-from regraft.data.example import Example, Reading, hold_out
+from regraft.data.example import KINDS, Example, Reading, hold_out
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
@@ -373,8 +373,8 @@ def test_gradients_are_of_the_prompts_that_are_not_held_out(benches, tmp_path, m
     bench = benches("llama")
     bench.rank(tmp_path / "ranking")
     splits = [
-        hold_out(draw_prompts(bench.dense, bench.calibration, harmful=harmful).examples, 0.5, 0)
-        for harmful in (True, False)
+        hold_out(draw_prompts(bench.dense, bench.calibration, kind).examples, 0.5, 0)
+        for kind in KINDS
     ]
     assert fitted == {one.id for fit, _ in splits for one in fit}
     assert held == {one.id for _, out in splits for one in out}

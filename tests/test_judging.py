@@ -28,7 +28,7 @@ from regraft.evaluation import labelled
 from regraft.evaluation.greedy import answer
 from regraft.evaluation.guard import Guard, GuardKind
 from regraft.evaluation.judges import JUDGES, Exchange, Verdict, endpoint, find
-from regraft.evaluation.judges.endpoint import FILTERED, Endpoint, read_verdict
+from regraft.evaluation.judges.endpoint import UNREAD_FILTERED, Endpoint, read_verdict
 from regraft.evaluation.judges.harmbench import harmbench_prompt, read_harmbench
 from regraft.evaluation.judges.llama_guard import read_llama_guard
 from regraft.evaluation.judges.qwen3guard import read_qwen3guard
@@ -398,7 +398,7 @@ def test_a_model_that_is_no_judge_is_told(pico_dir: Callable[[str], Path], tmp_p
 
 
 def test_a_judge_whose_first_answers_are_filtered_goes_on() -> None:
-    filtered, unread = Verdict(None, None, FILTERED), Verdict(None, None, "unread: ?")
+    filtered, unread = Verdict(None, None, UNREAD_FILTERED), Verdict(None, None, "unread: ?")
     judging._check_read("j", [filtered] * 64)
     with pytest.raises(RegraftError, match="no verdict on any of 2 answers"):
         judging._check_read("j", [filtered, unread, unread])

@@ -26,12 +26,12 @@ METHOD = '''
 from typing import ClassVar, Literal
 
 from pydantic import Field
-from regraft.restoration.base import AlwaysBudgeted, Between, HeadChoice, Method, Needs
+from regraft.restoration.base import Between, Budgeted, HeadChoice, Method, Needs
 from regraft.restoration.ranking import Best
 from regraft.restoration.selection import inside, regions_of
 
 
-class Settings(AlwaysBudgeted):
+class Settings(Budgeted):
     """The largest |W| in the top heads."""
 
     method: Literal["top-magnitude"] = "top-magnitude"

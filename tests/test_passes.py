@@ -16,7 +16,7 @@ import pico
 from disk import write_data
 from regraft import stages
 from regraft.costs import CalibrationPass, Cost, read_pass
-from regraft.data.example import Example
+from regraft.data.example import KINDS, Example
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.models.load import load_model, load_processor, open_source
@@ -71,7 +71,7 @@ def test_a_pass_is_what_torch_counts_in_the_decoder(family: str, tmp_path: Path)
         count_pass(setup, out)
     found = read_pass(out)
     assert found is not None and found.prompts == 6
-    examples = [one for harmful in (True, False) for one in setup.drawn(harmful=harmful).examples]
+    examples = [one for kind in KINDS for one in setup.drawn(kind).examples]
     tokens, inputs = by_hand(family, tmp_path, examples)
     assert found.tokens == tokens
     with safe_open(tmp_path / "dense" / "model.safetensors", "pt") as file:

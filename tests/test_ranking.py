@@ -80,7 +80,7 @@ def test_the_best_of_all_equal_one_sort(
             if key > NONE:
                 candidates.append((float(key), index, position, gone))
     expected = sorted(candidates, key=lambda one: (-one[0], one[1], one[2]))[:count]
-    found = best.ranking
+    found = best.ranked()
     assert len(found) == len(expected)
     columns = (found.score, found.linear, found.position, found.removed)
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected

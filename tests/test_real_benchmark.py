@@ -237,6 +237,6 @@ def test_each_seed_reads_its_own_file(pico_dir: Callable[[str], Path], tmp_path:
     source = open_source(pico_dir("llava"))
     for seed in (0, 1):
         calibration = read_recipe(recipe).for_seed(seed).calibration
-        drawn = draw_calibration(source, calibration, harmful=True)
+        drawn = draw_calibration(source, calibration, "safety")
         assert [one.instruction for one in drawn.examples] == [f"prompt of seed {seed}"]
     assert CalibrationSettings().source == CalibrationSettings().data

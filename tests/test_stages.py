@@ -41,7 +41,8 @@ from regraft.recipes.parts import EvaluateSettings
 from regraft.recipes.recipe import Recipe
 from regraft.restoration import base
 from regraft.restoration.ranking import load_ranking
-from regraft.runs import pipeline, plan
+from regraft.runs import pipeline
+from regraft.settings import compute
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
@@ -388,20 +389,19 @@ def test_preview_writes_nothing_and_tells_the_truth(bench: Bench, tmp_path: Path
     folder, out, patch_file = bench.root / "pruned", tmp_path / "out", bench.root / "patch"
     (tmp_path / ".out.regraft-tmp").mkdir()
     before = tree(tmp_path)
-    new = stages.preview("apply", folder, [patch_file], out)
+    plan, size = stages.preview("apply", folder, [patch_file], out)
     assert tree(tmp_path) == before
-    (state,), patch = new.plan.states, load_patch(patch_file)
+    (state,), patch = plan.states, load_patch(patch_file)
     assert (state.weights, state.on) == (patch.restored, 0)
-    assert new.plan.weights == patch.restored
-    assert (new.bytes, new.done) == (open_checkpoint(folder).bytes, False)
+    assert plan.weights == patch.restored
+    assert size == open_checkpoint(folder).bytes
     stages.patch_checkpoint("apply", folder, patch_file, out)
     old, changed = shards(folder), shards(out)
-    assert set(new.plan.shards) == {name for name in old if old[name] != changed[name]}
-    again = stages.preview("apply", folder, [patch_file], out)
-    assert (again.bytes, again.done) == (0, True)
-    back = stages.preview("revert", out, [patch_file], tmp_path / "back")
-    assert (back.plan.states[0].on, back.plan.weights) == (patch.restored, patch.restored)
-    assert not stages.preview("revert", folder, [patch_file], tmp_path / "back").plan.changes
+    assert set(plan.shards) == {name for name in old if old[name] != changed[name]}
+    assert stages.preview("apply", folder, [patch_file], out)[1] == 0
+    back, _ = stages.preview("revert", out, [patch_file], tmp_path / "back")
+    assert (back.states[0].on, back.weights) == (patch.restored, patch.restored)
+    assert not stages.preview("revert", folder, [patch_file], tmp_path / "back")[0].changes
 
 
 def test_preview_refuses_what_the_command_refuses(bench: Bench, tmp_path: Path) -> None:
@@ -423,7 +423,7 @@ def test_weights_that_no_patch_touches_are_checked_as_they_are_copied(
     spoilt = write_edited(source, tmp_path / "spoilt", {name: lambda one: one.fill_(torch.nan)})
     before = tree(tmp_path)
     job = "apply", spoilt.folder, [bench.root / "patch"], tmp_path / "out"
-    assert stages.preview(*job).plan.weights
+    assert stages.preview(*job)[0].weights
     with pytest.raises(RegraftError, match=f"the tensor {name} holds numbers that are NaN"):
         stages.patch_checkpoint(*job)
     assert tree(tmp_path) == before
@@ -604,7 +604,7 @@ def test_a_run_opens_its_pruned_model_once(
     def counted(own: Callable[..., Any], calls: list[Path]) -> Callable[..., Any]:
         return lambda path, **more: (calls.append(Path(path)), own(path, **more))[1]
 
-    monkeypatch.setattr(plan, "open_source", counted(plan.open_source, opened))
+    monkeypatch.setattr(compute, "open_source", counted(compute.open_source, opened))
     monkeypatch.setattr(checkpoint, "file_digest", counted(checkpoint.file_digest, digested))
     recipe, pruned = read_recipe(killable.recipe), tmp_path / "run" / "pruned"
     pipeline.run_one(recipe, tmp_path / "run")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sqlite3
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -453,56 +451,6 @@ def test_two_starts_share_the_trials_and_a_killed_one_leaves_them(
     told = " ".join(capsys.readouterr().out.split())
     assert "hsr: 6 trials, on validation prompts" in told
     assert "those of a best of many are optimistic" in told
-
-
-@pytest.mark.slow
-def test_workers(root: Path, tmp_path: Path) -> None:
-    out = tmp_path / "tuned"
-    _main(root, out, 4, "--workers", 2, "--devices", "cpu", "--budget", 20)
-    content = read_json(out / "tuned.json")
-    assert sorted(one["number"] for one in content["trials"]) == list(range(4))
-    assert content["cost"]["failed"] == 0
-
-
-def _alive(process: int) -> bool:
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_killed_start_leaves_no_workers_behind(root: Path, tmp_path: Path) -> None:
-    """They end at once, in the midst of a trial, and another start goes on."""
-    out = tmp_path / "tuned"
-    words = (str(root), str(out), 50, "--workers", 2)
-    start = forked.CONTEXT.Process(target=_start, args=words)
-    start.start()
-    while not (out / "trials" / "0001").exists():  # both are at work
-        assert start.is_alive()
-        start.join(0.05)
-    pid = start.pid
-    assert pid
-    workers = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    assert len(workers) >= 2
-    os.kill(pid, signal.SIGKILL)
-    start.join()
-    end = time.monotonic() + 30
-    while any(map(_alive, workers)):
-        assert time.monotonic() < end, "a worker goes on by itself"
-        time.sleep(0.05)
-    done = _trials_done(out)
-    _main(root, out, done + 1)
-    assert _trials_done(out) == done + 1
-    assert read_json(out / "tuned.json")["cost"]["failed"] == 0
-
-
-def _trials_done(out: Path) -> int:
-    with sqlite3.connect(out / "study.db") as database:
-        query = "select count(*) from trials where state = 'COMPLETE'"
-        return int(database.execute(query).fetchone()[0])
 
 
 # --- errors ---

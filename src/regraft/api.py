@@ -36,7 +36,7 @@ from regraft.flags import (
 )
 from regraft.heads.score import HeadScores
 from regraft.heads.ships import HeadSettings
-from regraft.models.load import Source, open_source
+from regraft.models.load import Source
 from regraft.patch.format import Patch
 from regraft.progress import SILENT, Progress
 from regraft.pruning.base import PRUNERS
@@ -76,7 +76,7 @@ def prune(
     own, data, compute = _settings({"method": method, **settings}, *blocks)
     if not own.kinds and data != CalibrationSettings():
         raise RegraftError(f"{method} uses no data: settings of the data would have no effect.")
-    setup = stages.Setup(_opened(model, compute), data, compute, progress)
+    setup = stages.Setup(compute.opened(model), data, compute, progress)
     return stages.prune_checkpoint(setup, Path(out), own)
 
 
@@ -91,7 +91,7 @@ def score_heads(
         settings: Settings of the scoring (`r_max`, `mode` ...), the calibration and the compute.
     """
     own, data, compute = _settings(settings, HeadSettings, CalibrationSettings, ComputeSettings)
-    setup = stages.Setup(_opened(model, compute), data, compute, progress)
+    setup = stages.Setup(compute.opened(model), data, compute, progress)
     return stages.write_head_scores(setup, Path(out), own)
 
 
@@ -133,7 +133,7 @@ def realign(
     check_inputs(own, scoring, given.heads, given.statistics)
     (answers,) = _settings({"max_new_tokens": max_new_tokens, "full_answers": False}, EvalSettings)
     choice = None if search is None else _settings(search, SearchSettings)[0]
-    before, after = _opened(dense, compute), _opened(pruned, compute)
+    before, after = compute.opened(dense), compute.opened(pruned)
     calibration = data.with_responses()
     if choice is not None:
         choice, calibration = with_held_out(choice, before.folder, calibration)
@@ -312,12 +312,6 @@ def _data(named: Any) -> DataSource:
 
 def _suites(named: Suites) -> list[DataSource]:
     return [_data(one) for one in ([named] if isinstance(named, str) else named)]
-
-
-def _opened(model: Model, compute: ComputeSettings) -> Source:
-    if isinstance(model, Source):
-        return model
-    return open_source(model, trust_remote_code=compute.trust_remote_code)
 
 
 def _path(given: str | Path | None) -> Path | None:

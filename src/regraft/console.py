@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
@@ -50,11 +50,9 @@ class ConsoleProgress:
     def loaded(self, network: nn.Module) -> None:
         """Show nothing."""
 
-    @contextmanager
-    def task(self, what: str, total: int, unit: str = "") -> Iterator[Task]:
+    def task(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Task]:
         show = self._bar if self.console.is_terminal else self._lines
-        with show(what, max(total, 1), unit) as advance:
-            yield advance
+        return show(what, max(total, 1), unit)
 
     @contextmanager
     def _bar(self, what: str, total: int, unit: str) -> Iterator[Task]:

@@ -17,7 +17,7 @@ batch (Mllama's cross-attention without images) is neither read nor changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -223,24 +223,19 @@ def asked(defence: Defence | None, examples: Sequence[Example]) -> Sequence[Exam
     ]
 
 
-@contextmanager
-def acting(defence: Defence | None, model: nn.Module) -> Iterator[None]:
+def acting(defence: Defence | None, model: nn.Module) -> AbstractContextManager[None]:
     """Add the direction while the block runs; a prompt, or no defence, leaves the model alone."""
     if isinstance(defence, Direction) and defence.strength:
-        with moved_output(model, defence.layer, defence.strength * defence.vector):
-            yield
-    else:
-        yield
+        return moved_output(model, defence.layer, defence.strength * defence.vector)
+    return nullcontext()
 
 
-def check_fits(defence: Defence, architecture: Architecture, path: Path) -> None:
+def check_fits(defence: Direction, architecture: Architecture, path: Path) -> None:
     """Check that a direction can be added to a model.
 
     Raises:
         RegraftError: the model has another hidden size or no such layer.
     """
-    if not isinstance(defence, Direction):
-        return
     width, layers = architecture.hidden_size, len(architecture.layers)
     if len(defence.vector) != width or defence.layer >= layers:
         raise RegraftError(

@@ -15,7 +15,7 @@ from regraft.heads.ships import HeadSettings
 from regraft.restoration.base import Budgeted, MethodSettings, needs_of
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EndpointSettings
-from regraft.settings.searching import SearchSettings, TuneSettings
+from regraft.settings.searching import SearchSettings
 
 DEFAULT_VALIDATION_TOKENS = 64
 
@@ -68,17 +68,9 @@ def check_inputs(
     _check_scoring(settings, scoring)
 
 
-def check_tuning(
-    settings: MethodSettings,
-    tuning: TuneSettings,
-    choice: SearchSettings,
-    scoring: HeadSettings,
-    device: str,
-) -> None:
-    """Refuse settings that no trial would use, and settings that contradict each other."""
+def check_tuning(settings: MethodSettings, choice: SearchSettings, scoring: HeadSettings) -> None:
+    """Refuse settings that no trial would use."""
     _check_scoring(settings, scoring)
-    if tuning.devices and device not in ("auto", *tuning.devices):
-        raise RegraftError("--devices replaces --device: leave one of them out.")
     if not settings.searchable and choice.first_set("points", "most"):
         raise RegraftError(
             "Without a --budget there is no number to try: leave out --points, --most."

@@ -32,16 +32,20 @@ def load(
     processor_from: Source | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load a whole model, on one device or split over several, and its processor."""
-    own = processor_from is None or has_processor(source)
     split = compute.placement != "resident"
     with progress.task(f"Loading {source.folder}", 1) as done:
-        processor = load_processor(source if own else processor_from or source)
+        processor = load_processor(with_processor(source, processor_from))
         model = load_model(
             source, dtype=compute.dtype, device=compute.device, split=split, note=progress.note
         )
         done(1)
     progress.loaded(model)
     return model, processor
+
+
+def with_processor(source: Source, other: Source | None) -> Source:
+    """Which of two checkpoints gives the processor: `source`, unless it has none."""
+    return source if other is None or has_processor(source) else other
 
 
 def load_layerwise(

@@ -13,7 +13,6 @@ from regraft.analysis import write_new
 from regraft.disk.files import require_new
 from regraft.errors import RegraftError
 from regraft.heads.score import load_heads
-from regraft.models.load import open_source
 from regraft.recipes.file import read_recipe
 from regraft.report.rate_figures import relation_figure
 from regraft.report.study import Correlation
@@ -111,8 +110,7 @@ def model_points(folder: Path, rises: Mapping[str, float]) -> list[ModelPoint]:
     if not run_dir.heads.exists():
         raise RegraftError(f"{folder} has no head scores: no method in its recipe chooses heads.")
     recipe = read_recipe(run_dir.recipe)
-    trust = recipe.compute.trust_remote_code
-    dense = open_source(recipe.model, trust_remote_code=trust)
+    dense = recipe.compute.opened(recipe.model)
     scores = load_heads(run_dir.heads, dense.architecture)
     scored = ~scores.ships.isnan()
     ships, heads = float(scores.ships[scored].sum()), int(scored.sum())

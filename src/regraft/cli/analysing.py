@@ -68,10 +68,10 @@ def heads(
     """
     from regraft import api
 
-    with live_progress() as progress:
-        blocks = given(settings, calibration, compute)
-        scores = api.score_heads(model, out, progress=progress, **blocks)
-        _show_heads(progress.console, scores, show)
+    progress = live_progress()
+    blocks = given(settings, calibration, compute)
+    scores = api.score_heads(model, out, progress=progress, **blocks)
+    _show_heads(progress.console, scores, show)
 
 
 @app.command(name="statistics")
@@ -86,10 +86,10 @@ def statistics(
     """Gather the statistics on D^s and D^u from which HSR ranks weights (Wanda: 9 MB for 7B)."""
     from regraft import stages
 
-    with live_progress() as progress:
-        source = open_source(model, trust_remote_code=compute.trust_remote_code)
-        stages.write_statistics(stages.Setup(source, calibration, compute, progress), out, settings)
-        progress.note(f"Wrote {out}")
+    progress = live_progress()
+    setup = stages.Setup(compute.opened(model), calibration, compute, progress)
+    stages.write_statistics(setup, out, settings)
+    progress.note(f"Wrote {out}")
 
 
 @app.command(name="sweep")
@@ -119,10 +119,10 @@ def sweep(
     """
     from regraft.analysis.sweep import run_sweep
 
-    with live_progress() as progress:
-        found = run_sweep(read_recipe(recipe), setting, values, out, progress)
-        _show_sweep(progress.console, found)
-        progress.note(f"Figure: {(out / 'sweep.svg').absolute()}")
+    progress = live_progress()
+    found = run_sweep(read_recipe(recipe), setting, values, out, progress)
+    _show_sweep(progress.console, found)
+    progress.note(f"Figure: {(out / 'sweep.svg').absolute()}")
 
 
 @app.command(name="relate")
@@ -140,11 +140,11 @@ def relate(*run: Path, out: OutFolder) -> None:
     from regraft.report.summary import correlation_text
     from regraft.report.tables import ships
 
-    with live_progress() as progress:
-        found = relate_runs(run, out)
-        show_grid(progress.console, ships(found))
-        say(progress.console, correlation_text(found))
-        progress.note(f"Figure: {(out / 'relation.svg').absolute()}")
+    progress = live_progress()
+    found = relate_runs(run, out)
+    show_grid(progress.console, ships(found))
+    say(progress.console, correlation_text(found))
+    progress.note(f"Figure: {(out / 'relation.svg').absolute()}")
 
 
 @app.command(name="overlap")
@@ -172,11 +172,11 @@ def overlap(
     """
     from regraft.analysis.overlap import write_overlap
 
-    with live_progress() as progress:
-        dense = open_source(model, trust_remote_code=trust_remote_code)
-        found = write_overlap(dense, statistics_file, share, scope, out, progress)
-        _show_overlap(progress.console, found)
-        progress.note(f"Figure: {(out / 'overlap.svg').absolute()}")
+    progress = live_progress()
+    dense = open_source(model, trust_remote_code=trust_remote_code)
+    found = write_overlap(dense, statistics_file, share, scope, out, progress)
+    _show_overlap(progress.console, found)
+    progress.note(f"Figure: {(out / 'overlap.svg').absolute()}")
 
 
 def _show_heads(console: Console, scores: HeadScores, show: int) -> None:
@@ -251,18 +251,15 @@ def defence(
     from regraft import stages
     from regraft.defence import Direction
 
-    with live_progress() as progress:
-        trust = trust_remote_code or compute.trust_remote_code
-        target = stages.Target(
-            open_source(pruned, trust_remote_code=trust), compute, progress=progress
+    progress = live_progress()
+    trust = trust_remote_code or compute.trust_remote_code
+    target = stages.Target(open_source(pruned, trust_remote_code=trust), compute, progress=progress)
+    made = stages.write_defence(target, out, settings, prompts.with_responses())
+    if isinstance(made, Direction):
+        progress.note(
+            f"{out}: adds {made.strength:g} times the difference of means after layer {made.layer}."
         )
-        made = stages.write_defence(target, out, settings, prompts.with_responses())
-        if isinstance(made, Direction):
-            progress.note(
-                f"{out}: adds {made.strength:g} times the difference of means after layer "
-                f"{made.layer}."
-            )
-        progress.note(f"Evaluate it with `regraft eval {pruned} --defence {out} ...`.")
+    progress.note(f"Evaluate it with `regraft eval {pruned} --defence {out} ...`.")
 
 
 defence_app = App(

@@ -85,8 +85,7 @@ def _show_layers(console: Console, architecture: Architecture) -> None:
 def _compared(dense: Source, compressed: Source) -> str:
     """Describe what compression changed, with the N:M pattern and any doubt."""
     check_pair(dense, compressed)
-    with live_progress() as progress:
-        found = survey(dense, compressed, progress)
+    found = survey(dense, compressed, live_progress())
     text = found.described
     if found.grouping is not None:
         text += f"; {found.grouping.n_m} in {found.grouping.groups:,} groups"

@@ -64,20 +64,20 @@ def evaluate(
     """
     from regraft import api
 
-    with live_progress() as progress:
-        result = api.evaluate(
-            model,
-            suite,
-            out,
-            patch=patch,
-            defence=defence,
-            text=text,
-            dense=dense,
-            progress=progress,
-            **given(settings, compute, endpoint),
-        )
-        _show_result(progress.console, result)
-        progress.note(f"Answers and results: {out}. For a report: regraft report {out}")
+    progress = live_progress()
+    result = api.evaluate(
+        model,
+        suite,
+        out,
+        patch=patch,
+        defence=defence,
+        text=text,
+        dense=dense,
+        progress=progress,
+        **given(settings, compute, endpoint),
+    )
+    _show_result(progress.console, result)
+    progress.note(f"Answers and results: {out}. For a report: regraft report {out}")
 
 
 def _show_result(console: Console, result: EvalResult) -> None:
@@ -148,16 +148,14 @@ def check(
     from regraft import api
     from regraft.report.gate import sentence, table
 
-    with live_progress() as progress:
-        blocks = given(margins, settings, compute, endpoint)
-        found = api.check(
-            dense, compressed, out, suites=suite, patch=patch, progress=progress, **blocks
-        )
-        show_grid(progress.console, table(found))
-        for metric in found.metrics:
-            if metric.outcome != "pass":
-                progress.note(sentence(metric))
-        for note in found.notes:
-            say(progress.console, note, "dim")
-        progress.note(f"Verdict: {found.verdict}. Files: {out}")
+    progress = live_progress()
+    blocks = given(margins, settings, compute, endpoint) | {"suites": suite, "patch": patch}
+    found = api.check(dense, compressed, out, progress=progress, **blocks)
+    show_grid(progress.console, table(found))
+    for metric in found.metrics:
+        if metric.outcome != "pass":
+            progress.note(sentence(metric))
+    for note in found.notes:
+        say(progress.console, note, "dim")
+    progress.note(f"Verdict: {found.verdict}. Files: {out}")
     leave(EXIT_CODES[found.verdict])

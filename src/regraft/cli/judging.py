@@ -56,19 +56,19 @@ def judge(
     from regraft.disk.files import slug
     from regraft.evaluation.judges import find
 
-    with live_progress() as progress:
-        for one in by:
-            find(one)
-        folder = out or evaluation / stages.VERDICTS
-        files = {one: folder / f"{slug(one)}.json" for one in by}
-        judged = [
-            stages.judge_answers(evaluation, one, file, compute, progress, images)
-            for one, file in files.items()
-        ]
-        _show_judged(progress.console, [stages.own_judge(evaluation), *judged])
-        found = stages.agreement(evaluation, [*files.values()], folder / "agreement.json")
-        _show_agreement(progress.console, found)
-        progress.note(f"Verdicts with reasons: {folder}")
+    progress = live_progress()
+    for one in by:
+        find(one)
+    folder = out or evaluation / stages.VERDICTS
+    files = {one: folder / f"{slug(one)}.json" for one in by}
+    judged = [
+        stages.judge_answers(evaluation, one, file, compute, progress, images)
+        for one, file in files.items()
+    ]
+    _show_judged(progress.console, [stages.own_judge(evaluation), *judged])
+    found = stages.agreement(evaluation, [*files.values()], folder / "agreement.json")
+    _show_agreement(progress.console, found)
+    progress.note(f"Verdicts with reasons: {folder}")
 
 
 @app.command(name="bench")
@@ -101,13 +101,13 @@ def judge_bench(
     from regraft import stages
     from regraft.evaluation.labelled import Labels
 
-    with live_progress() as progress:
-        labels = Labels(question, positive, ids)
-        found = stages.measure_judges(file, by, labels, compute, progress, out)
-        for name, bench in found.items():
-            _show_quality(progress.console, name, bench)
-        if out is not None:
-            progress.note(f"Wrote {out}")
+    progress = live_progress()
+    labels = Labels(question, positive, ids)
+    found = stages.measure_judges(file, by, labels, compute, progress, out)
+    for name, bench in found.items():
+        _show_quality(progress.console, name, bench)
+    if out is not None:
+        progress.note(f"Wrote {out}")
 
 
 def _show_judged(console: Console, judged: Sequence[Judged]) -> None:

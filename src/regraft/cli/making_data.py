@@ -34,15 +34,15 @@ def respond(
     """
     from regraft import stages
 
-    with live_progress() as progress:
-        source = open_answering(model, trust_remote_code=compute.trust_remote_code)
-        reading = stages.write_responses(source, data, out, max_response_tokens, compute, progress)
-        kinds = Counter(one.harmful for one in reading.examples)
-        progress.note(reading.describe("Answers"))
-        progress.note(
-            f"{out}: {kinds[True]} harmful and {kinds[False]} harmless prompts with answers. "
-            f"Use it with --data {out}."
-        )
+    progress = live_progress()
+    source = open_answering(model, trust_remote_code=compute.trust_remote_code)
+    reading = stages.write_responses(source, data, out, max_response_tokens, compute, progress)
+    kinds = Counter(one.harmful for one in reading.examples)
+    progress.note(reading.describe("Answers"))
+    progress.note(
+        f"{out}: {kinds[True]} harmful and {kinds[False]} harmless prompts with answers. "
+        f"Use it with --data {out}."
+    )
 
 
 @app.command(name="render")
@@ -59,16 +59,16 @@ def render(prompts: TextPrompts, *, out: OutFolder, font: Path | None = None) ->
     from regraft.data.sources import read
     from regraft.data.typographic import write_typographic
 
-    with live_progress() as progress:
-        reading = read(prompts)
-        drawn = write_typographic(reading, out, progress, font)
-        for ids, why in (
-            (drawn.left_out, "they do not fit into an image"),
-            (drawn.unwritten, "the font lacks some of their letters (choose another with --font)"),
-        ):
-            if ids:
-                count = f"{len(ids)} of {len(reading.examples)}"
-                progress.note(f"{count} left out, as {why}: {', '.join(ids)}")
-        progress.note(
-            f"{len(drawn.images)} images; evaluate them with --suite {out / 'examples.jsonl'}"
-        )
+    progress = live_progress()
+    reading = read(prompts)
+    drawn = write_typographic(reading, out, progress, font)
+    for ids, why in (
+        (drawn.left_out, "they do not fit into an image"),
+        (drawn.unwritten, "the font lacks some of their letters (choose another with --font)"),
+    ):
+        if ids:
+            count = f"{len(ids)} of {len(reading.examples)}"
+            progress.note(f"{count} left out, as {why}: {', '.join(ids)}")
+    progress.note(
+        f"{len(drawn.images)} images; evaluate them with --suite {out / 'examples.jsonl'}"
+    )

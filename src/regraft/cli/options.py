@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,11 +50,10 @@ def given(*blocks: Settings) -> dict[str, Any]:
     return {name: getattr(one, name) for one in blocks for name in one.model_fields_set}
 
 
-@contextmanager
-def live_progress() -> Iterator[ConsoleProgress]:
+def live_progress() -> ConsoleProgress:
     """Progress and notes on standard output; of several processes only the first one prints."""
     width = None if sys.stdout.isatty() else 120
-    yield ConsoleProgress(Console(width=width, quiet=not distributed.first(), emoji=False))
+    return ConsoleProgress(Console(width=width, quiet=not distributed.first(), emoji=False))
 
 
 _create_model: Any = create_model
@@ -89,7 +87,7 @@ def as_command(
     ]
 
     def command(*args: Any, **flags: Any) -> None:
-        # Back to the method's own class, which worker processes can import.
+        # Back to the method's own class, with the method among the fields that are set.
         block = flags.get("settings")
         chosen = {} if block is None else block.model_dump(exclude_unset=True)
         run(name, *args, **{**flags, "settings": kind(**{**chosen, "method": name})})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -11,10 +11,7 @@ from rich.console import Console
 from regraft.cli.options import OutFolder, Trust, live_progress
 from regraft.console import say, show_table
 from regraft.errors import RegraftError
-from regraft.patch.apply import Operation
-
-if TYPE_CHECKING:
-    from regraft.stages import Preview
+from regraft.patch.apply import Operation, Plan
 
 Tool = Annotated[
     Literal["peft", "vllm"],
@@ -49,17 +46,16 @@ def apply(
     if out.exists() and out.resolve() == checkpoint.resolve():
         raise RegraftError(f"{out} is the checkpoint itself. Name a new folder with --out.")
     operation: Operation = "revert" if revert else "apply"
-    with live_progress() as progress:
-        if dry_run:
-            preview = stages.preview(operation, checkpoint, patch, out, progress)
-            _show_preview(progress.console, preview, out)
-            return
-        stages.patch_checkpoint(operation, checkpoint, patch, out, progress)
-        progress.note(f"Checkpoint: {out}")
+    progress = live_progress()
+    if dry_run:
+        plan, size = stages.preview(operation, checkpoint, patch, out, progress)
+        _show_preview(progress.console, plan, size, out)
+        return
+    stages.patch_checkpoint(operation, checkpoint, patch, out, progress)
+    progress.note(f"Checkpoint: {out}")
 
 
-def _show_preview(console: Console, preview: Preview, out: Path) -> None:
-    plan = preview.plan
+def _show_preview(console: Console, plan: Plan, size: int, out: Path) -> None:
     show_table(
         console,
         ("patch", "tensors", "restored weights", "pruned in exchange", "already applied"),
@@ -68,7 +64,7 @@ def _show_preview(console: Console, preview: Preview, out: Path) -> None:
     say(
         console,
         f"{plan.weights:,} weights would change, in {len(plan.shards)} of "
-        f"{len(plan.checkpoint.shards)} shards; {preview.bytes:,} bytes would be written to {out}. "
+        f"{len(plan.checkpoint.shards)} shards; {size:,} bytes would be written to {out}. "
         "Nothing was written.",
         soft_wrap=True,
     )
@@ -93,9 +89,9 @@ def export(
     """
     from regraft import stages
 
-    with live_progress() as progress:
-        stages.export_patches(pruned, patch, out, to, progress, trust_remote_code=trust_remote_code)
-        progress.note(f"Export: {out}")
+    progress = live_progress()
+    stages.export_patches(pruned, patch, out, to, progress, trust_remote_code=trust_remote_code)
+    progress.note(f"Export: {out}")
 
 
 def push(
@@ -141,10 +137,10 @@ def push(
     from regraft.runs import publishing
 
     card = publishing.render(patch, repository, dense=dense, pruned=pruned, evaluated=evaluation)
-    with live_progress() as progress:
-        if dry_run is not None:
-            publishing.write(patch, card, dry_run)
-            progress.note(f"Nothing was uploaded. The files are in {dry_run}")
-            return
-        address = publishing.upload(patch, card, repository, public=public, replace=replace)
-        progress.note(f"Uploaded: {address}")
+    progress = live_progress()
+    if dry_run is not None:
+        publishing.write(patch, card, dry_run)
+        progress.note(f"Nothing was uploaded. The files are in {dry_run}")
+        return
+    address = publishing.upload(patch, card, repository, public=public, replace=replace)
+    progress.note(f"Uploaded: {address}")

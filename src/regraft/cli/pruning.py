@@ -61,13 +61,13 @@ def prune(
     """
     from regraft import api
 
-    with live_progress() as progress:
-        named = flags.model_dump(exclude_unset=True)
-        settings = by_method(named, lambda name: PRUNERS.get(name).settings_type, default="wanda")
-        blocks = given(settings, calibration, compute)
-        pruned = api.prune(model, out, progress=progress, **blocks)
-        count = zeros(pruned.checkpoint, pruned.architecture)
-        progress.note(
-            f"{out}: {count:,} of {pruned.architecture.prunable:,} prunable weights are zero "
-            f"({100 * count / pruned.architecture.prunable:.2f} %)."
-        )
+    progress = live_progress()
+    named = flags.model_dump(exclude_unset=True)
+    settings = by_method(named, lambda name: PRUNERS.get(name).settings_type, default="wanda")
+    blocks = given(settings, calibration, compute)
+    pruned = api.prune(model, out, progress=progress, **blocks)
+    count = zeros(pruned.checkpoint, pruned.architecture)
+    progress.note(
+        f"{out}: {count:,} of {pruned.architecture.prunable:,} prunable weights are zero "
+        f"({100 * count / pruned.architecture.prunable:.2f} %)."
+    )

@@ -82,23 +82,23 @@ def realign(
 
     if not search and choice != SearchSettings():
         raise RegraftError("Bounds, targets and points are for a search: add --search.")
-    with live_progress() as progress:
-        patch = api.realign(
-            dense,
-            pruned,
-            out,
-            search=given(choice) if search else None,
-            max_new_tokens=max_new_tokens,
-            heads_file=heads_file,
-            statistics_file=statistics_file,
-            progress=progress,
-            **given(settings, calibration, scoring, compute),
-        )
-        if search:
-            curve = stages.ArtifactPaths.beside(out).curve
-            show_search(progress.console, stages.read_curve(curve))
-            progress.note(f"All points: {curve}")
-        _describe(progress, out, patch, settings)
+    progress = live_progress()
+    patch = api.realign(
+        dense,
+        pruned,
+        out,
+        search=given(choice) if search else None,
+        max_new_tokens=max_new_tokens,
+        heads_file=heads_file,
+        statistics_file=statistics_file,
+        progress=progress,
+        **given(settings, calibration, scoring, compute),
+    )
+    if search:
+        curve = stages.ArtifactPaths.beside(out).curve
+        show_search(progress.console, stages.read_curve(curve))
+        progress.note(f"All points: {curve}")
+    _describe(progress, out, patch, settings)
 
 
 def _broken(name: str, error: Exception) -> Callable[..., None]:

@@ -62,17 +62,17 @@ def report(
         raise RegraftError("Name the folder of a run, or folders of evaluations.")
     if texts and bundle is None:
         raise RegraftError("--texts is for a bundle: name its file with --bundle.")
-    with live_progress() as progress:
-        if folder and folder[0].suffix == ".zip":
-            _check_bundles(progress, folder)
-        elif pair is not None or any(map(is_evaluation, folder)):
-            if bundle is not None:
-                raise RegraftError("A bundle holds a run, and these are evaluations.")
-            _report_evaluations(progress, folder, pair, out)
-        else:
-            _report_run(progress, folder, out)
-            if bundle is not None:
-                _write_bundle(progress, folder[0], bundle, texts)
+    progress = live_progress()
+    if folder and folder[0].suffix == ".zip":
+        _check_bundles(progress, folder)
+    elif pair is not None or any(map(is_evaluation, folder)):
+        if bundle is not None:
+            raise RegraftError("A bundle holds a run, and these are evaluations.")
+        _report_evaluations(progress, folder, pair, out)
+    else:
+        _report_run(progress, folder, out)
+        if bundle is not None:
+            _write_bundle(progress, folder[0], bundle, texts)
 
 
 def _report_evaluations(
@@ -148,5 +148,5 @@ def compare(*run: Path, out: OutFolder, against: Against = ()) -> None:
     """
     from regraft.runs.comparing import compare_runs
 
-    with live_progress() as progress:
-        show_page(progress, compare_runs(run, out, against), out)
+    progress = live_progress()
+    show_page(progress, compare_runs(run, out, against), out)

@@ -52,14 +52,14 @@ def run(
     from regraft.stages.evaluation_cache import EvaluationCache
 
     read = read_recipe(recipe)
-    with live_progress() as progress:
-        if dry_run:
-            cache = EvaluationCache()
-            for folder, one in recipe_runs.runs_of(read, out).items():
-                planned = pipeline.plan_run(one, folder, cache, progress)
-                show_preview(progress.console, folder, planned)
-        else:
-            show_page(progress, recipe_runs.run_recipe(read, out, progress), out / "report")
+    progress = live_progress()
+    if dry_run:
+        cache = EvaluationCache()
+        for folder, one in recipe_runs.runs_of(read, out).items():
+            planned = pipeline.plan_run(one, folder, cache, progress)
+            show_preview(progress.console, folder, planned)
+    else:
+        show_page(progress, recipe_runs.run_recipe(read, out, progress), out / "report")
 
 
 def demo(*, out: OutFolder = Path("demo-run")) -> None:

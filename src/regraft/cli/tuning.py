@@ -21,7 +21,6 @@ from regraft.cli.realigning import (
 from regraft.console import show_tuned
 from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_tuning
 from regraft.heads.ships import HeadSettings
-from regraft.models.load import open_source
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -59,22 +58,22 @@ def tune(
     from regraft import stages
 
     calibration = calibration.with_responses()
-    with live_progress() as progress:
-        check_tuning(settings, tuning, choice, scoring, compute.device)
-        restoration = stages.Restoration(
-            open_source(dense, trust_remote_code=compute.trust_remote_code),
-            calibration,
-            compute,
-            progress,
-            scoring=scoring,
-            evaluation=EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
-        )
-        other = open_source(pruned, trust_remote_code=compute.trust_remote_code)
-        tuned = stages.tune_method(restoration, other, out, settings, tuning, choice)
-        show_tuned(progress.console, tuned)
-        progress.note(f"All trials: {out / 'tuned.json'}")
-        if tuned.best is not None:
-            progress.note(f"The best settings, for a recipe: {out / 'best.yaml'}")
+    progress = live_progress()
+    check_tuning(settings, choice, scoring)
+    restoration = stages.Restoration(
+        compute.opened(dense),
+        calibration,
+        compute,
+        progress,
+        scoring=scoring,
+        evaluation=EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
+    )
+    other = compute.opened(pruned)
+    tuned = stages.tune_method(restoration, other, out, settings, tuning, choice)
+    show_tuned(progress.console, tuned)
+    progress.note(f"All trials: {out / 'tuned.json'}")
+    if tuned.best is not None:
+        progress.note(f"The best settings, for a recipe: {out / 'best.yaml'}")
 
 
 app = App(name="tune", help=_ABOUT_TUNING)

@@ -24,7 +24,6 @@ from regraft.models.architecture import LinearArchitecture
 from regraft.models.load import Source, pick_device
 from regraft.patch.pair import Survey, restorable
 from regraft.progress import Progress
-from regraft.pruning.base import PRUNERS
 from regraft.pruning.statistics import SavedStatistics
 from regraft.registry import Registry
 from regraft.restoration.ranking import Ranking
@@ -75,7 +74,10 @@ class MethodSettings(Settings):
 
 
 class Counted(MethodSettings):
-    """Settings with a number of weights to change: a share of the pruned ones, or a count."""
+    """Settings with a number of weights to change: a share of the pruned ones, or a count.
+
+    By default the number is `DEFAULT_BUDGET`, which is filled in, so that artifacts record it.
+    """
 
     budget: float | None = Field(
         None,
@@ -85,6 +87,20 @@ class Counted(MethodSettings):
         "this nor a count is given.",
     )
     count: int | None = Field(None, ge=1, description="Maximum number of restored weights.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or not cls.has_default(given):
+            return given
+        if given.get("budget") is not None or given.get("count") is not None:
+            return given
+        return {**given, "budget": DEFAULT_BUDGET}
+
+    @classmethod
+    def has_default(cls, given: Mapping[str, Any]) -> bool:
+        """Whether the default budget is filled into the given fields if they have no number."""
+        return True
 
     @model_validator(mode="after")
     def _check_amount(self) -> Self:
@@ -104,24 +120,6 @@ class Budgeted(Counted):
     @property
     def searchable(self) -> bool:
         return self.budget is not None or self.count is not None
-
-
-class AlwaysBudgeted(Budgeted):
-    """Settings that always have a budget: the default is filled in, so that artifacts record it."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_budget(cls, given: Any) -> Any:
-        return with_default_budget(given)
-
-
-def with_default_budget(given: Any) -> Any:
-    """The given fields, plus the default budget if they have neither a budget nor a count."""
-    if not isinstance(given, Mapping):
-        return given
-    if given.get("budget") is not None or given.get("count") is not None:
-        return given
-    return {**given, "budget": DEFAULT_BUDGET}
 
 
 @dataclass(frozen=True)
@@ -153,13 +151,6 @@ class Needs:
     positions: str | None = None
     some_heads: int = 0
     passes: float = 0
-
-    @property
-    def gradients(self) -> bool:
-        """Whether the ranking or its statistics need gradients."""
-        return self.answers or (
-            self.statistics is not None and PRUNERS.get(self.statistics).by_gradients
-        )
 
 
 @dataclass(frozen=True)

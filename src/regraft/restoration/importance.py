@@ -9,9 +9,9 @@ smallest q at which they enter the set, and the budget takes the first ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -198,6 +198,11 @@ class ImportanceSettings(Budgeted, InHeads):
     p: float | None = Field(
         None, ge=0, lt=1, description="Share kept by pruning; by default of each matrix."
     )
+
+    @classmethod
+    def has_default(cls, given: Mapping[str, Any]) -> bool:
+        """Without a number, q decides."""
+        return False
 
     @model_validator(mode="after")
     def _check_q(self) -> Self:

@@ -92,17 +92,14 @@ class Best:
     _kept: Ranking = field(default_factory=empty)
     _new: list[Ranking] = field(default_factory=list)
 
-    @property
-    def ranking(self) -> Ranking:
-        """The best candidates so far, in descending order."""
-        self._merge()
-        return self._kept
-
     def ranked(self, heads: Sequence[tuple[int, int]] = ()) -> Ranking:
-        """`ranking` with float32 scores and the (layer, head) pairs it is limited to."""
-        ranking = self.ranking
+        """The best candidates so far, best first, with float32 scores.
+
+        `heads` are the (layer, head) pairs to which they are limited, for the ranking's `about`.
+        """
+        self._merge()
         about = {"heads": [list(head) for head in heads]}
-        return replace(ranking, score=ranking.score.float(), about=about)
+        return replace(self._kept, score=self._kept.score.float(), about=about)
 
     def add(self, index: int, scores: Tensor, removed: Tensor | None = None) -> None:
         """Add the candidates of one matrix.

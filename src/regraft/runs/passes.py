@@ -41,7 +41,7 @@ def count_pass(setup: Setup, out: Path) -> None:
     """
     dense, readings = setup.dense, setup.imitated()
     about = describe("calibration pass", fingerprints(dense=dense), data=readings)
-    if not is_done(out, out, about, lambda: about_of(out)) and distributed.first():
+    if not is_done(out, about, lambda: about_of(out)) and distributed.first():
         processor = load_processor(dense)
         examples = [one for reading in readings.values() for one in reading.examples]
         tokens, title = 0, "Counting the tokens of the calibration prompts"

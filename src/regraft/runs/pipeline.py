@@ -16,7 +16,7 @@ from regraft.costs import Ledger, Metered
 from regraft.disk.files import discard_leftover, require_empty, require_space, write_text
 from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings
-from regraft.models.load import open_source, pick_device
+from regraft.models.load import pick_device
 from regraft.patch.pair import check_pair
 from regraft.progress import SILENT, Progress
 from regraft.pruning.base import prune_settings
@@ -31,7 +31,7 @@ from regraft.runs.run_dir import RunDir
 from regraft.stages.provenance import but_for_rounding, difference
 from regraft.stages.ranking import check_restorable
 from regraft.stages.reading import warn_of_bundled
-from regraft.stages.steps import PromptUse, Step, check_all, disk_bytes, left_of
+from regraft.stages.steps import PromptUse, Step, check_all, disk_bytes, not_done
 
 _SIDE = 2048  # of the square matrices of a large product, which measures the device's speed
 _EFFICIENCY = {"cpu": 0.8}  # whole models reach this share of that speed: measured
@@ -69,7 +69,7 @@ class PlannedRun:
         answered = prompt + self.recipe.evaluate.max_new_tokens
         tokens = sum(
             step.answers * answered + step.learns * step.passes * prompt
-            for step in left_of(self.steps)
+            for step in not_done(self.steps)
         )
         compute = self.setup.compute
         device = pick_device(compute.device)
@@ -89,11 +89,10 @@ def plan_run(
     Raises:
         RegraftError: bad input.
     """
-    run_dir, trust = RunDir(folder, several=len(recipe.prune) > 1), recipe.compute.trust_remote_code
-    dense = open_source(recipe.model, trust_remote_code=trust)
-    existing = None
+    run_dir = RunDir(folder, several=len(recipe.prune) > 1)
+    dense, existing = recipe.compute.opened(recipe.model), None
     if recipe.pruned is not None:
-        existing = open_source(recipe.pruned, trust_remote_code=trust)
+        existing = recipe.compute.opened(recipe.pruned)
         check_pair(dense, existing)
     setup = stages.Restoration(
         dense,

@@ -11,7 +11,7 @@ from regraft import stages
 from regraft.data.example import Reading
 from regraft.disk.files import digest
 from regraft.evaluation.perplexity import read_documents
-from regraft.models.load import Source, check_split, open_source
+from regraft.models.load import Source, check_split
 from regraft.pruning.base import PRUNERS
 from regraft.pruning.prune import passes
 from regraft.recipes.parts import NamedDefenceSettings, PruningSettings, VariantSettings
@@ -60,17 +60,11 @@ class Planner:
 
     def pruned(self, name: str) -> Source:
         """A pruned checkpoint, which must exist and is not changed any more."""
-        folder = self.run_dir.pruned(name)
-        return self.existing or self.setup.cache.once(
-            ("pruned", folder), lambda: self._open(folder)
-        )
-
-    def _open(self, folder: Path) -> Source:
-        return open_source(folder, trust_remote_code=self.recipe.compute.trust_remote_code)
+        folder, opened = self.run_dir.pruned(name), self.setup.compute.opened
+        return self.existing or self.setup.cache.once(("pruned", folder), lambda: opened(folder))
 
     def _prune(self, pruning: PruningSettings) -> Step:
         setup, out, pruner = self.setup, self.run_dir.pruned(pruning.name), pruning.method
-        kinds = [kind == "safety" for kind in pruning.kinds]
         by_gradients = PRUNERS.get(pruner).by_gradients
         spilled = stages.spilled_bytes(setup.dense, pruning)
 
@@ -78,11 +72,11 @@ class Planner:
             pruning.patterns(setup.dense.architecture.linears)
             if by_gradients:
                 setup.check_gradients(f"{pruning.name} ({PRUNERS.get(pruner).label})")
-            return PromptUse(learnt=setup.learnt_from(kinds))
+            return PromptUse(learnt=setup.learnt_from(pruning.kinds))
 
-        def bytes_beside() -> int:
-            drawn = [setup.drawn(harmful=harmful) for harmful in kinds if by_gradients]
-            return spilled + setup.state_bytes(drawn)
+        def temporary_bytes() -> int:
+            read = map(setup.drawn, pruning.kinds)
+            return spilled + (setup.state_bytes(read) if by_gradients else 0)
 
         make = partial(stages.prune_checkpoint, setup, out, pruning.only(), self.run_dir.responses)
         return Step(
@@ -91,10 +85,10 @@ class Planner:
             out,
             make,
             check,
-            learns=len(kinds) * setup.calibration.samples,
+            learns=len(pruning.kinds) * setup.calibration.samples,
             passes=passes(pruning),
             bytes=setup.dense.checkpoint.bytes,
-            bytes_beside=bytes_beside,
+            temporary_bytes=temporary_bytes,
         )
 
     def _evaluate(
@@ -163,7 +157,7 @@ class Planner:
             return stages.patch_checkpoint("apply", folder, paths.patch, written, progress)
 
         yield Step("apply", name, written, apply, bytes=self.setup.dense.checkpoint.bytes)
-        yield self._evaluate(name, partial(self._open, written), out)
+        yield self._evaluate(name, partial(self.setup.compute.opened, written), out)
 
     def _references(
         self, pruning: str, search: SearchSettings, references: Path, curve: Path
@@ -190,7 +184,7 @@ class Planner:
             if direction is None:
                 return PromptUse()
             check_direction_layer(setup.dense, direction)
-            learnt = setup.learnt_from([True, False])
+            learnt = setup.learnt_from()
             role = f"{settings.name}'s validation"
             searched = {role: read_validation(setup.dense, direction)} if direction.searches else {}
             return PromptUse(learnt, searched)
@@ -202,7 +196,7 @@ class Planner:
             judge = self.recipe.evaluate.text_judge()
             return stages.write_defence(target, file, own, setup.calibration, judge)
 
-        yield Step("defend", name, file, make, check, alone=direction is not None)
+        yield Step("defend", name, file, make, check, loads_model=direction is not None)
         out = self.run_dir.evaluation(pruning, settings.name)
         yield self._evaluate(name, pruned, out, defence=file)
 

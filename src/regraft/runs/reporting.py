@@ -20,7 +20,6 @@ from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
 from regraft.heads.score import HeadScores, load_heads
 from regraft.models.architecture import Architecture, LayerArchitecture
-from regraft.models.load import open_source
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import is_changed, restored_by_module
 from regraft.pruning.statistics import load_statistics
@@ -152,8 +151,7 @@ class _Artifacts:
 
     def architecture(self, model: str | Path) -> Architecture:
         """The architecture of a model, read without its weights."""
-        trust = self.recipe.compute.trust_remote_code
-        return open_source(model, trust_remote_code=trust).architecture
+        return self.recipe.compute.opened(model).architecture
 
     def abouts(self) -> Iterator[Mapping[str, Any]]:
         """The `about` of every artifact that used data, the dense model's evaluation first."""

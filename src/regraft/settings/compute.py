@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 from pydantic import Field
 
-from regraft.models.load import DTypeName, Placement, Source, pick_device, stored_dtype
+from regraft.models.load import (
+    DTypeName,
+    Placement,
+    Source,
+    open_source,
+    pick_device,
+    stored_dtype,
+)
 from regraft.settings.base import EXPERT, NAMED, Settings
 
 
@@ -29,6 +37,12 @@ class ComputeSettings(Settings):
     trust_remote_code: Annotated[bool, EXPERT, Parameter(show_default=False)] = Field(
         False, description="Run the checkpoint's own Python code."
     )
+
+    def opened(self, model: str | Path | Source) -> Source:
+        """A model by its folder or hub id; its own code runs only if these settings allow it."""
+        if isinstance(model, Source):
+            return model
+        return open_source(model, trust_remote_code=self.trust_remote_code)
 
     def dtype_of(self, source: Source) -> str:
         """The dtype that a model will be loaded in, such as "bfloat16"."""

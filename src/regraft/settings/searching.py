@@ -62,14 +62,10 @@ class TuneSettings(Settings):
         40, ge=1, description="Finished trials in total; to add more, raise it and run again."
     )
     sampler_seed: int = Field(
-        0, ge=0, description="Seed of the sampler; one worker repeats the same trials with it."
+        0, ge=0, description="Seed of the sampler; a single start repeats the same trials with it."
     )
     random_trials: int = Field(
         10, ge=1, description="Random trials before TPE starts to learn from them."
-    )
-    workers: int = Field(1, ge=1, description="Processes that share the trials.")
-    devices: tuple[str, ...] = Field(
-        (), description="Devices of the workers, in turn; by default --device."
     )
     keep: tuple[str, ...] = Field((), description="Settings not to tune, such as scope.")
 

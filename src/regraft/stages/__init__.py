@@ -23,7 +23,7 @@ from regraft.stages.judging import (
     opinions,
     own_judge,
 )
-from regraft.stages.patching import Preview, Tool, export_patches, patch_checkpoint, preview
+from regraft.stages.patching import Tool, export_patches, patch_checkpoint, preview
 from regraft.stages.pruning import prune_checkpoint, spilled_bytes
 from regraft.stages.ranking import write_patch, write_ranking
 from regraft.stages.restoring import Restoration
@@ -41,7 +41,6 @@ __all__ = [
     "EvaluationCache",
     "Inputs",
     "OnText",
-    "Preview",
     "Restoration",
     "Search",
     "Setup",

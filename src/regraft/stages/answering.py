@@ -15,7 +15,7 @@ from torch import nn
 
 from regraft import distributed
 from regraft.data.collate import batches
-from regraft.data.example import Example, Reading
+from regraft.data.example import KINDS, Example, Reading
 from regraft.data.sources import DataSource, read
 from regraft.disk.descriptions import described
 from regraft.disk.files import write_text
@@ -59,8 +59,8 @@ def responses_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.responses")
 
 
-def calibration_data(setup: Setup, folder: Path, *, harmful: bool) -> Reading:
-    """D^s or D^u, each example with a response.
+def calibration_data(setup: Setup, folder: Path, kind: str) -> Reading:
+    """D^s (kind "safety") or D^u ("utility"), each example with a response.
 
     If `responses_are_given`, these are the data set's. Otherwise the dense model answers prompts
     greedily, in the order in which they are drawn, until `samples` answers are kept: refusals of
@@ -72,20 +72,20 @@ def calibration_data(setup: Setup, folder: Path, *, harmful: bool) -> Reading:
         RegraftError: see the data readers; no answer can be kept.
     """
     dense, calibration = setup.dense, setup.calibration
-    if not harmful:  # warn once, not for each kind
+    if kind == "utility":  # warn once, not for each kind
         warn_of_bundled(dense, calibration.source, setup.progress.note)
-    if responses_are_given(calibration, harmful=harmful):
-        return draw_calibration(dense, calibration, harmful=harmful)
-    prompts = order_calibration(dense, calibration, harmful=harmful)
+    if responses_are_given(calibration, kind):
+        return draw_calibration(dense, calibration, kind)
+    prompts = order_calibration(dense, calibration, kind)
     request = _Request(
         prompts,
         calibration.samples,
         calibration.max_response_tokens,
         judged,
         {"judge": DEFAULT_JUDGE.name},
-        _none_usable(len(prompts.examples), harmful=harmful),
+        _none_usable(len(prompts.examples), kind),
     )
-    return _answer_prompts(setup, _loader(setup), request, folder / f"{_kind(harmful)}.jsonl")
+    return _answer_prompts(setup, _loader(setup), request, folder / f"{KINDS[kind]}.jsonl")
 
 
 def imitation_data(setup: Setup, folder: Path) -> dict[str, Reading]:
@@ -96,23 +96,20 @@ def imitation_data(setup: Setup, folder: Path) -> dict[str, Reading]:
     The data set's responses are not read. Answers have one token more than `DecisionLoss` reads,
     since text may be tokenised differently than it was generated. Files as in `calibration_data`.
 
-    Returns:
-        "safety" -> harmful prompts, "utility" -> harmless ones.
-
     Raises:
         RegraftError: see the data readers; all of the dense model's answers are blank.
     """
     warn_of_bundled(setup.dense, setup.calibration.source, setup.progress.note)
     readings, loader = {}, _loader(setup)
-    for role, prompts in setup.imitated().items():
-        kind, count = _kind(role == "safety"), len(prompts.examples)
+    for kind, prompts in setup.imitated().items():
+        count = len(prompts.examples)
         none_kept = (
-            f"the dense model's answer to each of the {count} {kind} prompts is empty, "
+            f"the dense model's answer to each of the {count} {KINDS[kind]} prompts is empty, "
             "so there is nothing to imitate. Give other prompts."
         )
         request = _Request(prompts, count, len(TOKEN_WEIGHTS) + 1, _unless_blank, {}, none_kept)
-        out = folder / f"{kind}-starts.jsonl"
-        readings[role] = _answer_prompts(setup, loader, request, out)
+        out = folder / f"{KINDS[kind]}-starts.jsonl"
+        readings[kind] = _answer_prompts(setup, loader, request, out)
     return readings
 
 
@@ -142,10 +139,6 @@ def _loader(setup: Setup) -> Loader:
     return cache(lambda: load(setup.dense, setup.compute, setup.progress))
 
 
-def _kind(harmful: bool) -> str:
-    return "harmful" if harmful else "harmless"
-
-
 def _answer_prompts(setup: Setup, loader: Loader, request: _Request, out: Path) -> Reading:
     """Prompts with their kept answers; all answers are written to the file `out`."""
     inputs = fingerprints(dense=setup.dense)
@@ -155,7 +148,7 @@ def _answer_prompts(setup: Setup, loader: Loader, request: _Request, out: Path) 
         "max_response_tokens": request.tokens,
         **request.about,
     }
-    if not is_done(out, out, about, lambda: _read(out)[0]):
+    if not is_done(out, about, lambda: _read(out)[0]):
         with working(out, about) as work:
             answers = _answer_enough(setup, loader, request, work)
             if not any(one.kept for one in answers):
@@ -228,9 +221,9 @@ def _kept(prompts: Reading, answers: tuple[Response, ...]) -> Reading:
     return Reading(f"{prompts.source}, answered by the dense model", examples, skipped)
 
 
-def _none_usable(count: int, *, harmful: bool) -> str:
+def _none_usable(count: int, kind: str) -> str:
     found = f"refuses none of the {count} harmful prompts"
-    if not harmful:
+    if kind == "utility":
         found = f"refuses all of the {count} harmless prompts or answers degenerately"
     return (
         f"the dense model {found} (judge {DEFAULT_JUDGE.name}), so none of its own responses can "
@@ -291,11 +284,13 @@ def write_responses(
     calibration = CalibrationSettings(
         data=data, responses="self", max_response_tokens=max_response_tokens
     )
-    counts = Counter(one.harmful for one in prompts.examples)
-    for harmful, count in sorted(counts.items(), reverse=True):  # harmful ones first
+    for kind in KINDS:
+        count = len(prompts.of_kind(harmful=kind == "safety").examples)
+        if not count:
+            continue
         settings = calibration.model_copy(update={"samples": count})
         setup = Setup(dense, settings, compute, progress)
-        reading = calibration_data(setup, responses_folder(out), harmful=harmful)
+        reading = calibration_data(setup, responses_folder(out), kind)
         answered |= {one.id: one for one in reading.examples}
         left = reading.skipped.items()
         skipped.update({why: n for why, n in left if why.startswith("answered and not kept")})

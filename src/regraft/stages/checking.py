@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import regraft
 from regraft import distributed
 from regraft.data.sources import DataSource
-from regraft.disk.files import digest, file_digest, write_json, write_text
+from regraft.disk.files import digest, write_json, write_text
 from regraft.errors import RegraftError
 from regraft.evaluation.chat_server import ENDPOINT
 from regraft.evaluation.gate import Check, compared
 from regraft.evaluation.pairing import on_the_same
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.served import explained
-from regraft.evaluation.summary import judge_answer
 from regraft.flags import refuse_compute
 from regraft.models.load import Source
 from regraft.progress import SILENT, Progress
@@ -29,10 +28,12 @@ from regraft.stages.endpoint import Evaluable, open_target
 from regraft.stages.evaluating import (
     Evaluation,
     evaluate_target,
+    judged,
     read_evaluation,
     require_evaluation,
 )
 from regraft.stages.provenance import but_for_rounding, differing
+from regraft.stages.targets import Answered
 
 Side = Evaluable | Path  # a model to evaluate, or the folder of a finished evaluation
 DENSE, COMPRESSED = "dense", "compressed"
@@ -81,7 +82,6 @@ def check_compressed(
         RegraftError: the two answered different prompts, are judged differently or are one model.
     """
     sides = {DENSE: dense, COMPRESSED: compressed}
-    clear_check(out)
     _check_asked(sides, suites, settings)
     if all(points >= 100 for points in margins.points().values()):
         raise RegraftError(
@@ -176,16 +176,16 @@ def _check_comparable(
 ) -> None:
     """Raise, before any prompt is answered, if the two could not be compared."""
     inputs = {name: one.about["inputs"] for name, one in evaluations.items()}
+    judged_by = {name: one.about["settings"] for name, one in evaluations.items()}
     for name, side in sides.items():
         if not isinstance(side, Path):
             side.check(settings)
             side.reading(suites, settings.limit)
-            inputs[name] = side.inputs()
-            for other, evaluation in evaluations.items():
-                _check_same_way(
-                    names,
-                    {other: evaluation.about["settings"], name: settings.model_dump(mode="json")},
-                )
+            inputs[name], judged_by[name] = side.inputs(), settings.model_dump(mode="json")
+    _check_same_way(names, judged_by)
+    for other, evaluation in evaluations.items():
+        for side in sides.values():
+            if not isinstance(side, Path):
                 asked = _unanswered(side, suites, settings)
                 on_the_same(names[other], evaluation.result, f"--suite ({asked.suite})", asked)
     if "model" in inputs[DENSE] and inputs[DENSE] == inputs[COMPRESSED]:
@@ -210,16 +210,10 @@ def _unanswered(
     target: Evaluable, suites: Sequence[DataSource], settings: EvalSettings
 ) -> EvalResult:
     """The prompts as an evaluation would have them, without answers."""
-    judge = settings.text_judge()
-    answers = tuple(
-        replace(
-            judge_answer(example, "", judge),
-            image_digest=file_digest(example.image) if example.image else "",
-        )
-        for example in target.reading(suites, settings.limit).examples
-    )
-    name = ", ".join(map(str, suites))
-    return EvalResult(name, judge.name, None, None, None, {}, {}, {}, answers)
+    examples = target.reading(suites, settings.limit).examples
+    answers = tuple(judged(examples, Answered([""] * len(examples)), settings))
+    name, judge = ", ".join(map(str, suites)), settings.text_judge().name
+    return EvalResult(name, judge, None, None, None, {}, {}, {}, answers)
 
 
 def _check_same_way(names: Mapping[str, str], settings: Mapping[str, Mapping[str, Any]]) -> None:
@@ -238,7 +232,6 @@ def _verdict(
     evaluations: Mapping[str, Evaluation], names: Mapping[str, str], margins: Margins
 ) -> Check:
     dense, compressed = evaluations[DENSE], evaluations[COMPRESSED]
-    _check_same_way(names, {name: one.about["settings"] for name, one in evaluations.items()})
     other = on_the_same(names[DENSE], dense.result, names[COMPRESSED], compressed.result)
     fractions = {name: points / 100 for name, points in margins.points().items()}
     return Check(

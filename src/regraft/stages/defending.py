@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from regraft import distributed
 from regraft.data.collate import prompt_batch
-from regraft.data.example import Example, Reading
+from regraft.data.example import KINDS, Example, Reading
 from regraft.defence import (
     Defence,
     Direction,
@@ -78,7 +78,7 @@ def write_defence(
         data = _read_data(target.model, settings, calibration)
         about = describe("defend", inputs, settings, target.compute, data)
         about["judge"] = judge.name
-    if not is_done(out, out, about, lambda: load_defence(out).about):
+    if not is_done(out, about, lambda: load_defence(out).about):
         for role, reading in zip(("D^s", "D^u", "Validation"), data.values(), strict=False):
             target.progress.note(reading.describe(role))
         with working(out, about) as work:
@@ -101,10 +101,7 @@ def _read_data(
     model: Source, settings: RefusalDirectionSettings, calibration: CalibrationSettings
 ) -> dict[str, Reading]:
     """D^s, D^u and, if layer and strength are to be chosen, the validation prompts."""
-    data = {
-        "safety": draw_calibration(model, calibration, harmful=True),
-        "utility": draw_calibration(model, calibration, harmful=False),
-    }
+    data = {kind: draw_calibration(model, calibration, kind) for kind in KINDS}
     if settings.searches:
         data["validation"] = read_validation(model, settings)
     return data
@@ -130,10 +127,7 @@ def _differences(
 ) -> Tensor:
     """Difference of mean states by layer, `[layers, d]` float32; NaN if one skipped a prompt."""
     architecture = target.model.architecture
-    sets = [
-        collate(processor, prompt_batch, data[role].examples, target.compute)
-        for role in ("safety", "utility")
-    ]
+    sets = [collate(processor, prompt_batch, data[kind].examples, target.compute) for kind in KINDS]
     own = sum(len(batch.ids) for batches in sets for batch in distributed.share(batches))
     with target.progress.task("Taking means of hidden states", own, "prompts") as done:
         harmful, harmless = (

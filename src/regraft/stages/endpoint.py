@@ -40,10 +40,7 @@ def open_target(
         named: A folder, a hub id, "demo" for the bundled model, an opened model, or
             endpoint:URL#MODEL.
         compute: How a checkpoint is run; not used for endpoints.
-        endpoint: How an endpoint is queried.
         patch: Patch to apply to a checkpoint in memory.
-        defence: File of a defence at inference.
-        text: Ordinary text to measure a checkpoint on.
 
     Raises:
         RegraftError: see `open_answering` and `ChatServer.parse`; an endpoint is given a patch or a
@@ -66,16 +63,11 @@ def open_target(
 
 @dataclass(frozen=True)
 class EndpointTarget(AnyTarget):
-    """A model behind a server, of which only answers are known.
-
-    Args:
-        server: The server and the model's name.
-        concurrency: Parallel requests; answers do not depend on it.
-    """
+    """A model behind a server, of which only answers are known."""
 
     compute: ClassVar[None] = None  # it runs elsewhere
     server: ChatServer
-    concurrency: int = EndpointSettings().concurrency
+    concurrency: int = EndpointSettings().concurrency  # answers do not depend on it
 
     def check(self, settings: EvalSettings) -> None:
         """Refuse what a server cannot do.

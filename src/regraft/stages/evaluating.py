@@ -49,14 +49,14 @@ def evaluate_target(
     target.check(settings)
     reading = target.reading(suites, settings.limit)
     about = describe("evaluate", target.inputs(), settings, target.compute, {"suite": reading})
-    if not is_done(out, out / "results.json", about, lambda: _read_results(out)["about"]):
+    if not is_done(out, about, lambda: _read_results(out)["about"], "results.json"):
         with working(out, about) as work:
             target.warn(suites)
             target.progress.note(reading.describe("Prompts"))
             name, content = ", ".join(map(str, suites)), about["data"]["suite"]["digest"]
             prompts = Prompts(name, target.defended(reading.examples), content)
             found = target.answered(prompts, settings, work)
-            answers = list(_judged(reading.examples, found, settings))
+            answers = tuple(judged(reading.examples, found, settings))
             result = replace(summarise(name, settings.text_judge(), answers), text=found.text)
             provenance = {"about": {**about, **found.more}, "sizes": target.sizes()}
             if distributed.first():
@@ -66,9 +66,10 @@ def evaluate_target(
     return read_evaluation(out)
 
 
-def _judged(
+def judged(
     examples: Sequence[Example], found: Answered, settings: EvalSettings
 ) -> Iterator[Answer]:
+    """Judge the answers to examples."""
     judge = settings.text_judge()
     for example, text in zip(examples, found.texts, strict=True):
         answer = judge_answer(

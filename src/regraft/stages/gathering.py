@@ -10,7 +10,7 @@ from typing import Any
 
 from regraft import distributed
 from regraft.data.collate import prompt_batch, response_batch
-from regraft.data.example import Reading
+from regraft.data.example import KINDS, Reading
 from regraft.data.sources import distinct
 from regraft.disk.files import digest, require_space, size_of
 from regraft.errors import RegraftError
@@ -50,13 +50,13 @@ def write_head_scores(
     """
     dense, compute, progress = setup.dense, setup.compute, setup.progress
     check_scoring(dense, settings)
-    data = draw_calibration(dense, setup.calibration, harmful=True)
+    data = draw_calibration(dense, setup.calibration, "safety")
     inputs = fingerprints(dense=dense)
     about = describe("heads", inputs, settings, compute, {"safety": data})
     if headless := dense.architecture.headless:
         about = {**about, "skipped": headless}
         progress.note(f"Not scored, since they have no heads that can be told apart: {headless}")
-    if not is_done(out, out, about, lambda: load_heads(out, dense.architecture).about):
+    if not is_done(out, about, lambda: load_heads(out, dense.architecture).about):
         check_r_max(dense, settings, data)
         warn_of_bundled(dense, setup.calibration.source, progress.note)
         progress.note(data.describe("D^s"))
@@ -164,12 +164,11 @@ def write_statistics(
         (safety, utility).
     """
     readings = {
-        kind: calibration_data(setup, responses or responses_folder(out), harmful=kind == "safety")
-        for kind in ("safety", "utility")
+        kind: calibration_data(setup, responses or responses_folder(out), kind) for kind in KINDS
     }
     inputs = fingerprints(dense=setup.dense)
     about = describe("statistics", inputs, settings, setup.compute, readings)
-    if not is_done(out, out, about, lambda: load_statistics(out).about):
+    if not is_done(out, about, lambda: load_statistics(out).about):
         for role, reading in zip(("D^s", "D^u"), readings.values(), strict=True):
             check_shares(reading.examples, setup.compute)
             setup.progress.note(reading.describe(role))

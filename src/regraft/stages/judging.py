@@ -16,7 +16,7 @@ from regraft.distributed import resumable_map
 from regraft.errors import RegraftError
 from regraft.evaluation.guard import Guard
 from regraft.evaluation.judges import Exchange, Judge, TextJudge, Verdict, find
-from regraft.evaluation.judges.endpoint import FILTERED
+from regraft.evaluation.judges.endpoint import UNREAD_FILTERED
 from regraft.evaluation.labelled import Bench, Labelled, Labels, bench, read_labelled
 from regraft.evaluation.results import Answer
 from regraft.evaluation.verdicts import (
@@ -104,7 +104,7 @@ class _Judging:
         `exchanges` are keyed by id. `result` makes a summary, which is written too, from the
         judge's name and its verdicts.
         """
-        if not is_done(out, out, about, lambda: about_of(out)):
+        if not is_done(out, about, lambda: about_of(out)):
             with working(out, about) as work:
                 name, found = self.verdicts([*exchanges.values()], work)
                 by_id = {i: asdict(verdict) for i, verdict in zip(exchanges, found, strict=True)}
@@ -177,7 +177,7 @@ def _note_gaps(
 
 
 def _check_read(name: str, found: Sequence[Verdict]) -> None:
-    found = [one for one in found if one.reason != FILTERED]
+    found = [one for one in found if one.reason != UNREAD_FILTERED]
     if len(found) > 1 and all(one.refused is None and one.unsafe is None for one in found):
         raise RegraftError(
             f"{name} gives no verdict on any of {len(found)} answers; the first is "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from regraft import distributed
 from regraft.data.storage import MODEL_ID, from_hub
@@ -84,18 +84,6 @@ llm.apply_model(load)
 """
 
 
-@dataclass(frozen=True)
-class Preview:
-    """What `patch_checkpoint` would do: make the changes of `plan` and write `bytes` bytes.
-
-    `done` means that the output exists already and nothing is left to do.
-    """
-
-    plan: Plan
-    bytes: int
-    done: bool
-
-
 def patch_checkpoint(
     operation: Operation,
     folder: Path,
@@ -115,7 +103,7 @@ def patch_checkpoint(
     """
     job = PatchJob.read(operation, open_checkpoint(folder), patch_files)
     about = _about(job)
-    done = is_done(out, out / ABOUT_FILE, about)
+    done = is_done(out, about, marker=ABOUT_FILE)
     if not done and distributed.first():
         check_target(job.checkpoint, out)
     plan = job.plan(progress)
@@ -138,16 +126,19 @@ def preview(
     patch_files: Sequence[Path],
     out: Path,
     progress: Progress = SILENT,
-) -> Preview:
+) -> tuple[Plan, int]:
     """Check what `patch_checkpoint` checks and return what it would do; writes nothing.
 
     Only tensors that the patches touch are read; the others are checked when they are copied.
+
+    Returns:
+        The changes, and the number of bytes to write: 0 if the output exists already.
     """
     job = PatchJob.read(operation, open_checkpoint(folder), patch_files)
-    done = holds(out, out / ABOUT_FILE, _about(job))
+    done = holds(out, _about(job), marker=ABOUT_FILE)
     if not done:
         check_target(job.checkpoint, out)
-    return Preview(job.plan(progress), 0 if done else job.checkpoint.bytes, done)
+    return job.plan(progress), 0 if done else job.checkpoint.bytes
 
 
 def patch_file(named: Path) -> Path:
@@ -220,16 +211,6 @@ def _about(job: PatchJob) -> dict[str, Any]:
     return describe(job.operation, job.inputs()) | {"before": before}
 
 
-@dataclass(frozen=True)
-class _Content:
-    """Content of an exported folder: text files, and tensors in a safetensors file `weights`."""
-
-    texts: Mapping[str, str]
-    weights: str
-    tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, str]
-
-
 def export_patches(
     pruned: str | Path,
     patch_files: Sequence[Path],
@@ -250,16 +231,17 @@ def export_patches(
     """
     job = PatchJob.read("apply", open_checkpoint(resolve(pruned)), patch_files)
     about = describe("export", job.inputs()) | {"to": to}
-    done = is_done(out, out / ABOUT_FILE, about)
+    done = is_done(out, about, marker=ABOUT_FILE)
     plan = _export_plan(job, progress)
     if done:
         return out
-    content = _for_vllm(plan) if to == "vllm" else _for_peft(plan, trust_remote_code)
     if distributed.first():
         with atomic_folder(out) as folder:
-            for name, text in {**content.texts, ABOUT_FILE: to_json(about)}.items():
-                (folder / name).write_text(text, encoding="utf-8")
-            save_tensors(folder / content.weights, content.tensors, content.metadata)
+            if to == "vllm":
+                _write_vllm(folder, plan)
+            else:
+                _write_peft(folder, plan, trust_remote_code)
+            (folder / ABOUT_FILE).write_text(to_json(about), encoding="utf-8")
     return out
 
 
@@ -280,7 +262,7 @@ def _export_plan(job: PatchJob, progress: Progress) -> Plan:
     return plan
 
 
-def _for_peft(plan: Plan, trust_remote_code: bool) -> _Content:
+def _write_peft(folder: Path, plan: Plan, trust_remote_code: bool) -> None:
     peft.require_matrices(plan.changes)
     source = open_source(plan.checkpoint.folder, trust_remote_code=trust_remote_code)
     in_memory = source.without_weights.named_modules()
@@ -301,11 +283,12 @@ def _for_peft(plan: Plan, trust_remote_code: bool) -> _Content:
         tensors=len(plan.changes),
         auto=auto_class(source.config, source.folder).__name__,
     )
-    texts = {README: readme, peft.CONFIG_FILE: to_json(adapter.config)}
-    return _Content(texts, peft.WEIGHTS_FILE, adapter.tensors, {"format": "pt"})
+    (folder / README).write_text(readme, encoding="utf-8")
+    (folder / peft.CONFIG_FILE).write_text(to_json(adapter.config), encoding="utf-8")
+    save_tensors(folder / peft.WEIGHTS_FILE, adapter.tensors, {"format": "pt"})
 
 
-def _for_vllm(plan: Plan) -> _Content:
+def _write_vllm(folder: Path, plan: Plan) -> None:
     metadata, tensors = vllm.weight_patches(plan.changes)
     readme = _ABOUT_VLLM.format(
         weights=plan.weights,
@@ -313,4 +296,5 @@ def _for_vllm(plan: Plan) -> _Content:
         file=vllm.FILE,
         metadata=vllm.METADATA,
     )
-    return _Content({README: readme}, vllm.FILE, tensors, metadata)
+    (folder / README).write_text(readme, encoding="utf-8")
+    save_tensors(folder / vllm.FILE, tensors, metadata)

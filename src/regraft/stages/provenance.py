@@ -41,16 +41,11 @@ from regraft.settings.compute import ComputeSettings
 
 _ONLY_ROUNDING = ("batch_size", "tokens_per_pass")  # settings that change results by rounding only
 _PIECES = "by size of image"  # how unfinished work is split; if that changes, it starts again
+_installed = cache(version)  # without importing the package
 # fields of descriptions that are results and no part of the key
 _OUTCOMES = {
     *("violated_groups", "heads", "skipped", "start", "steps", "end", "values", "passes", "replies")
 }
-
-
-@cache
-def _transformers_version() -> str:
-    """The installed version, looked up once and without importing transformers."""
-    return version("transformers")
 
 
 def describe(
@@ -71,7 +66,7 @@ def describe(
         "versions": {
             "regraft": regraft.__version__,
             "torch": torch.__version__,
-            "transformers": _transformers_version(),
+            "transformers": _installed("transformers"),
         },
         "inputs": dict(inputs),
     }
@@ -93,9 +88,9 @@ def fingerprints(**sources: Source) -> dict[str, str]:
 
 def is_done(
     out: Path,
-    marker: Path,
     about: Mapping[str, Any],
     read_about: Callable[[], Mapping[str, Any]] | None = None,
+    marker: str = "",
 ) -> bool:
     """Whether `out` exists and was made from the same inputs and settings.
 
@@ -103,17 +98,16 @@ def is_done(
     with smaller batches; unfinished work starts again with them.
 
     Args:
-        out: The artifact, a file or a folder.
-        marker: The file that holds its description: `out` itself or one in it.
         about: The wanted description.
         read_about: Reads the existing description; by default the JSON in `marker`.
+        marker: If `out` is a folder, the name of the file in it that holds its description.
 
     Raises:
         RegraftError: `out` holds something else.
     """
 
     def done() -> bool:
-        if not holds(out, marker, about, read_about):
+        if not holds(out, about, read_about, marker):
             return False
         discard_leftover(out)
         shutil.rmtree(_work_folder(out), ignore_errors=True)  # of a run killed at its very end
@@ -124,19 +118,18 @@ def is_done(
 
 def holds(
     out: Path,
-    marker: Path,
     about: Mapping[str, Any],
     read_about: Callable[[], Mapping[str, Any]] | None = None,
+    marker: str = "",
 ) -> bool:
     """As `is_done`, without removing anything."""
-    if marker != out:
-        if out.is_file() or not marker.exists():
+    file = out / marker
+    if not file.exists():
+        if marker:
             require_new(out)
-            return False
-    elif not marker.exists():
         return False
     try:
-        found = (read_about or (lambda: described(read_json(marker), str(marker))))()
+        found = read_about() if read_about else described(read_json(file), str(file))
     except RegraftError as error:
         raise RegraftError(
             f"The output {out} exists, and is not what this command writes "

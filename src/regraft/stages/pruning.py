@@ -57,7 +57,7 @@ def prune_checkpoint(
     data = _read_data(setup, settings, responses or responses_folder(out))
     progress.note(f"Reading {dense.folder} ...")
     about = describe("prune", fingerprints(dense=dense), settings, setup.compute, data)
-    if not is_done(out, out / ABOUT_FILE, about):
+    if not is_done(out, about, marker=ABOUT_FILE):
         check_besides(dense.checkpoint, dense.unbounded)
         _warn_of_pruned(dense, progress)
         if left := dense.architecture.left_dense:
@@ -86,12 +86,11 @@ def _read_data(setup: Setup, settings: PruneSettings, responses: Path) -> dict[s
     dense, calibration = setup.dense, setup.calibration
     found = {}
     for kind in settings.kinds:
-        harmful = kind == "safety"
         if PRUNERS.get(settings.method).reads_responses:
-            found[kind] = calibration_data(setup, responses, harmful=harmful)
+            found[kind] = calibration_data(setup, responses, kind)
         else:
             warn_of_bundled(dense, calibration.data, setup.progress.note)
-            found[kind] = draw_calibration(dense, calibration, harmful=harmful)
+            found[kind] = draw_calibration(dense, calibration, kind)
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from regraft import distributed
-from regraft.data.example import Reading
+from regraft.data.example import KINDS, Reading
 from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
 from regraft.heads.score import load_heads
@@ -21,14 +21,7 @@ from regraft.patch.groups import violated_groups
 from regraft.patch.pair import Survey, check_pair
 from regraft.progress import Progress
 from regraft.pruning.statistics import load_statistics
-from regraft.restoration.base import (
-    Context,
-    MethodSettings,
-    Needs,
-    method_of,
-    needs_of,
-    own_settings,
-)
+from regraft.restoration.base import Context, MethodSettings, Needs, method_of, needs_of
 from regraft.restoration.ranking import KEPT, Ranking, load_ranking, patch_of, save_ranking
 from regraft.stages.answering import imitation_data, responses_folder
 from regraft.stages.provenance import (
@@ -75,7 +68,7 @@ def write_ranking(
     compute = setup.compute if answered else None
     about = describe("rank", {**pair, **digests}, wanted, compute, answered)
     about |= {"algorithm": method.algorithm, "seed": seed, **_compression(survey)}
-    if not is_done(out, out, about, lambda: load_ranking(out).about):
+    if not is_done(out, about, lambda: load_ranking(out).about):
         _announce(setup.progress, survey, answered)
         count = wanted.how_many(survey.restorable)
         with working(out, about) as work:
@@ -188,9 +181,8 @@ def _announce(progress: Progress, survey: Survey, answered: Mapping[str, Reading
     progress.note(f"The model is {survey.described}.")
     if survey.doubt:
         progress.note(survey.doubt)
-    roles = ("Harmful prompts", "Harmless prompts")
-    for role, reading in zip(roles, (answered or {}).values(), strict=False):
-        progress.note(reading.describe(role))
+    for kind, reading in (answered or {}).items():
+        progress.note(reading.describe(f"{KINDS[kind].capitalize()} prompts"))
 
 
 def _remark(progress: Progress, out: Path, found: Ranking, count: int | None) -> None:
@@ -253,16 +245,16 @@ def write_patch(
     """
     ranking = load_ranking(ranking_file)
     require_made_of(ranking, ranking_file, dense, pruned)
-    wanted = own_settings(settings).without_amount().model_dump(mode="json")
+    wanted = settings.without_amount().model_dump(mode="json")
     if ranking.about["settings"] != wanted:
         raise RegraftError(
             f"{ranking_file} was made with other settings "
             f"({difference(ranking.about['settings'], wanted)}). Rank again, or use its settings."
         )
     inputs = fingerprints(dense=dense, pruned=pruned) | {"ranking": file_digest(ranking_file)}
-    about = describe("realign", inputs, own_settings(settings)) | {"count": count}
+    about = describe("realign", inputs, settings) | {"count": count}
     about |= {name: ranking.about[name] for name in _COPIED if name in ranking.about}
-    if not is_done(out, out, about, lambda: load_patch(out).about):
+    if not is_done(out, about, lambda: load_patch(out).about):
         with working(out, about):
             if distributed.first():
                 most = settings.how_many(ranking.about["pruned"]) if count is None else count
@@ -290,7 +282,7 @@ def check_made_by(
     inputs = fingerprints(dense=dense, pruned=pruned)
     wanted = {
         "inputs": {**existing["inputs"], **inputs},
-        "settings": own_settings(settings).model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json"),
     }
     require_same(out, existing, wanted)
 

@@ -25,8 +25,8 @@ from regraft.settings.defending import RefusalDirectionSettings
 from regraft.settings.searching import validation_of
 
 
-def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
-    """Draw D^s or D^u and check that this model can read it.
+def draw_calibration(source: Source, calibration: CalibrationSettings, kind: str) -> Reading:
+    """Draw D^s (kind "safety") or D^u ("utility") and check that this model can read it.
 
     Rows need a response, unless the dense model is to write them. The examples have the data set's
     responses; a stage that learns from responses calls `stages.calibration_data` instead.
@@ -35,37 +35,33 @@ def draw_calibration(source: Source, calibration: CalibrationSettings, *, harmfu
         RegraftError: see the data readers and `draw`; an image is unreadable, or there are images
             and the model reads text only.
     """
-    answered = responses_are_given(calibration, harmful=harmful)
-    return _read_calibration(draw, source, calibration, harmful=harmful, answered=answered)
+    answered = responses_are_given(calibration, kind)
+    return _read_calibration(draw, source, calibration, kind, answered=answered)
 
 
-def draw_prompts(source: Source, calibration: CalibrationSettings, *, harmful: bool) -> Reading:
+def draw_prompts(source: Source, calibration: CalibrationSettings, kind: str) -> Reading:
     """Draw prompts of one kind by the same seed, with or without responses, which are dropped.
 
     Raises:
         RegraftError: see `draw_calibration`.
     """
-    reading = _read_calibration(draw, source, calibration, harmful=harmful, answered=False)
+    reading = _read_calibration(draw, source, calibration, kind, answered=False)
     bare = tuple(replace(one, response=None) for one in reading.examples)
     return replace(reading, examples=bare)
 
 
-def order_calibration(
-    source: Source, calibration: CalibrationSettings, *, harmful: bool
-) -> Reading:
+def order_calibration(source: Source, calibration: CalibrationSettings, kind: str) -> Reading:
     """All prompts of one kind, in the order in which `draw_calibration` draws them."""
-    answered = responses_are_given(calibration, harmful=harmful)
-    return _read_calibration(
-        in_drawn_order, source, calibration, harmful=harmful, answered=answered
-    )
+    answered = responses_are_given(calibration, kind)
+    return _read_calibration(in_drawn_order, source, calibration, kind, answered=answered)
 
 
 def _read_calibration(
     take: Callable[..., Reading],
     source: Source,
     calibration: CalibrationSettings,
+    kind: str,
     *,
-    harmful: bool,
     answered: bool,
 ) -> Reading:
     """Apply `take`, which is `draw` or `in_drawn_order`, to the calibration data."""
@@ -75,7 +71,7 @@ def _read_calibration(
             "give harmful and harmless ones with --data (in a recipe calibration.data)."
         )
     whole = read(calibration.source, "train")
-    samples, seed = calibration.samples, calibration.seed
+    samples, seed, harmful = calibration.samples, calibration.seed, kind == "safety"
     reading = take(whole, harmful=harmful, samples=samples, seed=seed, answered=answered)
     return _readable(source, reading)
 
@@ -106,11 +102,11 @@ def _made_from_demo(folder: Path) -> bool:
     return isinstance(inputs, dict) and inputs.get("dense") == demo
 
 
-def responses_are_given(calibration: CalibrationSettings, *, harmful: bool) -> bool:
+def responses_are_given(calibration: CalibrationSettings, kind: str) -> bool:
     """Whether responses to a kind are the data set's, and not written by the dense model."""
     if calibration.responses != "auto":
         return calibration.responses == "given"
-    whole = read(calibration.source, "train").of_kind(harmful=harmful)
+    whole = read(calibration.source, "train").of_kind(harmful=kind == "safety")
     return any(one.response and one.response.strip() for one in whole.examples)
 
 

@@ -7,10 +7,12 @@ time or lock every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from regraft.data.example import KINDS
 from regraft.evaluation.tradeoff import read_curve
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, check_split
@@ -39,7 +41,7 @@ from regraft.stages.ranking import (
 )
 from regraft.stages.searching import Search, remarks
 from regraft.stages.setup import ArtifactPaths, Inputs, Setup
-from regraft.stages.steps import PromptUse, Step, StepGuard, check_all, unguarded
+from regraft.stages.steps import PromptUse, Step, StepGuard, check_all
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Restoration(Setup):
     """
 
     scoring: HeadSettings = HeadSettings()
-    guard: StepGuard = unguarded
+    guard: StepGuard = lambda _stage, _of: nullcontext()
 
     def restore(
         self,
@@ -86,7 +88,7 @@ class Restoration(Setup):
         for step in steps:
             if step.title:
                 self.progress.note(step.title)
-            if step.alone and not step.done:
+            if step.loads_model and not step.done:
                 self.cache.unload()
             with self.guard(step.stage, step.of):
                 step.make()
@@ -153,8 +155,8 @@ class Restoration(Setup):
         def check() -> PromptUse:
             for needs in wanted:
                 check_heads(self.dense, needs, self.scoring)
-            check_r_max(self.dense, self.scoring, self.drawn(harmful=True))
-            return PromptUse(learnt=self.learnt_from([True]))
+            check_r_max(self.dense, self.scoring, self.drawn("safety"))
+            return PromptUse(learnt=self.learnt_from(["safety"]))
 
         make = partial(write_head_scores, self, paths.heads, self.scoring, paths.states)
         samples = self.calibration.samples
@@ -166,28 +168,29 @@ class Restoration(Setup):
             check,
             learns=samples,
             passes=self.scoring.passes(sum(one.heads for one in self.dense.architecture.layers)),
-            alone=True,
+            loads_model=True,
         )
 
     def _answer(self, folder: Path) -> Step:
         def check() -> PromptUse:
-            roles = ("harmful calibration (imitated)", "harmless calibration (imitated)")
-            return PromptUse(learnt=dict(zip(roles, self.imitated().values(), strict=True)))
+            prompts = self.imitated().items()
+            return PromptUse({f"{KINDS[k]} calibration (imitated)": one for k, one in prompts})
 
         answers = 2 * self.calibration.samples
         make = partial(imitation_data, self, folder)
-        return Step("answer", "", folder, make, check, answers=answers, alone=True)
+        return Step("answer", "", folder, make, check, answers=answers, loads_model=True)
 
     def _statistics(self, score: str, paths: ArtifactPaths) -> Step:
         by_gradients = PRUNERS.get(score).by_gradients
         out = paths.statistics(score)
 
         def check() -> PromptUse:
-            return PromptUse(learnt=self.learnt_from([True, False]))
+            return PromptUse(learnt=self.learnt_from())
 
         def states() -> int:  # the kinds are read one after the other
-            kinds = [self.drawn(harmful=harmful) for harmful in (True, False)]
-            return max(self.state_bytes([one]) for one in kinds) if by_gradients else 0
+            if not by_gradients:
+                return 0
+            return max(self.state_bytes([self.drawn(kind)]) for kind in KINDS)
 
         return Step(
             f"statistics for {score}",
@@ -197,8 +200,8 @@ class Restoration(Setup):
             check,
             learns=2 * self.calibration.samples,
             passes=gathering_passes(PRUNERS.get(score)),
-            alone=True,
-            bytes_beside=states,
+            loads_model=True,
+            temporary_bytes=states,
         )
 
     def _rank(
@@ -209,13 +212,14 @@ class Restoration(Setup):
         name: str,
     ) -> Step:
         method, needs = method_of(settings), needs_of(settings)
+        gathered = None if paths.given.statistics else needs.statistics
 
         def check() -> PromptUse:
             check_heads(self.dense, needs, None)
             check_budget(self.dense, settings)
             if needs.positions is not None and paths.given.positions is None:
                 load_ranking(Path(needs.positions))
-            if needs.answers or (needs.gradients and paths.given.statistics is None):
+            if needs.answers or (gathered and PRUNERS.get(gathered).by_gradients):
                 self.check_gradients(f"Realigning by {settings.method}")
             if needs.answers:
                 check_split(self.compute.device, self.compute.placement)
@@ -234,8 +238,8 @@ class Restoration(Setup):
             check,
             learns=2 * self.calibration.samples if needs.answers else 0,
             passes=needs.passes,
-            alone=True,
-            bytes_beside=states,
+            loads_model=True,
+            temporary_bytes=states,
         )
 
 

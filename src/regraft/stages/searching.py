@@ -92,7 +92,7 @@ class Search:
         data = {"validation": self.prompts()}
         about = describe("search", inputs, self.choice, setup.compute, data)
         about["evaluation"] = setup.evaluation.model_dump(mode="json")
-        if not is_done(out, out, about, lambda: about_of(out)):
+        if not is_done(out, about, lambda: about_of(out)):
             curve = asdict(self._search(pruned, method, paths))
             if distributed.first():
                 write_json(out, {"about": about, **curve})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from regraft.data.example import Reading
+from regraft.data.example import KINDS, Reading
 from regraft.errors import RegraftError
 from regraft.loading import check_shares
 from regraft.models.load import Source
@@ -94,25 +94,22 @@ class Setup:
     cache: EvaluationCache = field(default_factory=EvaluationCache)
     evaluation: EvalSettings = EvalSettings(full_answers=False)
 
-    def drawn(self, *, harmful: bool) -> Reading:
+    def drawn(self, kind: str) -> Reading:
         """Draw D^s or D^u, as `draw_calibration`.
 
         Raises:
             RegraftError: see `draw_calibration`; there are fewer batches than processes.
         """
-        reading = self._once(draw_calibration, harmful=harmful)
+        reading = self._once(draw_calibration, kind)
         check_shares(reading.examples, self.compute)
         return reading
 
     def imitated(self) -> dict[str, Reading]:
-        """Prompts on which methods imitate the dense model: "safety" (harmful) and "utility"."""
-        return {
-            "safety": self._once(draw_prompts, harmful=True),
-            "utility": self._once(draw_prompts, harmful=False),
-        }
+        """Prompts on which methods imitate the dense model, by kind."""
+        return {kind: self._once(draw_prompts, kind) for kind in KINDS}
 
-    def learnt_from(self, kinds: Iterable[bool]) -> dict[str, Reading]:
-        """Calibration prompts of these kinds (harmful: True) that may be learnt from, by role.
+    def learnt_from(self, kinds: Iterable[str] = KINDS) -> dict[str, Reading]:
+        """Calibration prompts of these kinds that may be learnt from, by role.
 
         These are all prompts if the dense model writes the responses until enough are kept.
 
@@ -120,19 +117,18 @@ class Setup:
             RegraftError: as `drawn`.
         """
         learnt: dict[str, Reading] = {}
-        for harmful in kinds:
-            role = f"{'harmful' if harmful else 'harmless'} calibration"
-            drawn = self.drawn(harmful=harmful)
-            if responses_are_given(self.calibration, harmful=harmful):
+        for kind in kinds:
+            role, drawn = f"{KINDS[kind]} calibration", self.drawn(kind)
+            if responses_are_given(self.calibration, kind):
                 learnt[role] = drawn
             else:
-                learnt[f"{role} (self)"] = self._once(order_calibration, harmful=harmful)
+                learnt[f"{role} (self)"] = self._once(order_calibration, kind)
         return learnt
 
-    def _once(self, read: Callable[..., Reading], *, harmful: bool) -> Reading:
+    def _once(self, read: Callable[..., Reading], kind: str) -> Reading:
         """Call a function of reading.py on the calibration data, only once for the same data."""
-        key = read, self.calibration, harmful, self.dense.has_vision
-        return self.cache.once(key, lambda: read(self.dense, self.calibration, harmful=harmful))
+        key = read, self.calibration, kind, self.dense.has_vision
+        return self.cache.once(key, lambda: read(self.dense, self.calibration, kind))
 
     def check_gradients(self, what: str) -> None:
         """Raise if the model will be loaded in a dtype in which gradients vanish."""

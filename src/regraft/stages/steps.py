@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,11 +13,6 @@ from regraft.stages.provenance import unfinished_bytes
 
 StepGuard = Callable[[str, str], AbstractContextManager[None]]
 """(stage, name of the model) -> context in which a step is made."""
-
-
-def unguarded(_step: str, _of: str) -> AbstractContextManager[None]:
-    """The default `StepGuard`, which does nothing; unlike a lambda it can be sent to workers."""
-    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -60,9 +55,9 @@ class Step:
     answers: int = 0  # number of prompts that a model answers
     learns: int = 0  # number of prompts that are learnt from
     passes: float = 1  # estimated cost of learning, in forward passes over these prompts
-    alone: bool = False  # loads a model itself, so the cached one must be freed first
+    loads_model: bool = False  # outside the cache, whose model must be freed first
     bytes: int = 0  # size of the artifact on disk, if it is large
-    bytes_beside: Callable[[], int] = lambda: 0  # temporary disk space while it is made
+    temporary_bytes: Callable[[], int] = lambda: 0  # more on disk while it is made
 
     @property
     def done(self) -> bool:
@@ -78,7 +73,7 @@ def check_all(steps: Iterable[Step]) -> PromptUse:
     return found
 
 
-def left_of(steps: Iterable[Step]) -> Sequence[Step]:
+def not_done(steps: Iterable[Step]) -> Sequence[Step]:
     """The steps that are not done, one per artifact, since steps may share one."""
     return tuple({step.out: step for step in steps if not step.done}.values())
 
@@ -89,7 +84,7 @@ def disk_bytes(steps: Iterable[Step]) -> tuple[int, int]:
     Unfinished work of a killed run counts as free, since its step removes it.
     """
     kept = most = 0
-    for step in left_of(steps):
+    for step in not_done(steps):
         kept += step.bytes - unfinished_bytes(step.out)
-        most = max(most, kept + step.bytes_beside())
+        most = max(most, kept + step.temporary_bytes())
     return kept, most

@@ -30,7 +30,8 @@ from regraft.evaluation.perplexity import (
 )
 from regraft.evaluation.results import TextResult
 from regraft.evaluation.summary import is_compared
-from regraft.models.load import Source, has_processor
+from regraft.loading import with_processor
+from regraft.models.load import Source
 from regraft.patch.apply import make_plan, patched, zeros_filled
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import is_changed
@@ -122,7 +123,6 @@ class Target(AnyTarget):
     """A checkpoint to evaluate, and how to run it.
 
     Args:
-        model: The checkpoint.
         patch: Patch to apply to the model in memory.
         text: Ordinary text on which to measure perplexity, and KL to the dense model.
         processor_from: Model whose processor is used if the checkpoint has none.
@@ -182,8 +182,7 @@ class Target(AnyTarget):
         Raises:
             RegraftError: a prompt is too long for the model.
         """
-        own = self.processor_from is None or has_processor(self.model)
-        sources = self.model, self.model if own else self.processor_from or self.model
+        sources = self.model, with_processor(self.model, self.processor_from)
         self.cache.check_lengths_once(*sources, prompts.examples, settings.max_new_tokens)
         with self.running() as (network, processor):
             compared = _compared(prompts.examples) if settings.perplexity else []

@@ -1,9 +1,9 @@
 """Trials of a seeded TPE sampler, shared by several processes (Optuna, in an SQLite file).
 
-A worker holds a file lock on its trial. If it is killed, the lock is released while the trial still
-counts as running: the next worker takes it over, with its number and settings. A draw depends on
-the seed, the number of draws before and which of these have finished, so that a single worker draws
-the same trials with and without a kill.
+A worker, one start of `regraft tune`, holds a file lock on its trial. If it is killed, the lock is
+released while the trial still counts as running: the next worker takes it over, with its number and
+settings. A draw depends on the seed, the number of draws before and which of these have finished,
+so that a single worker draws the same trials with and without a kill.
 """
 
 from __future__ import annotations
@@ -109,7 +109,6 @@ class Trials:
         """Record the outcome of a trial.
 
         Args:
-            trial: From `take`.
             value: The lower the better.
             excess: How far it is beyond each bound; above 0 the trial is out of bounds.
             tried: JSON values to save with it.
@@ -253,11 +252,11 @@ def claim(folder: Path, about: Mapping[str, Any]) -> None:
     except RegraftError:
         if not (folder / "locks").exists():  # else other workers have begun, perhaps just now
             raise
-    marker = folder / "tune.json"
+    marker = "tune.json"
     with disk_errors(folder), exclusive(folder, "claim"):
-        if not marker.exists():
-            write_json(marker, about)
-        holds(folder, marker, about)
+        if not (folder / marker).exists():
+            write_json(folder / marker, about)
+        holds(folder, about, marker=marker)
 
 
 @contextmanager

@@ -14,9 +14,6 @@ weights are tried, and the best within the bounds counts. The folder contains
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,27 +21,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import ValidationError
 
 from regraft import distributed
-from regraft.data.example import Reading
+from regraft.data.example import KINDS, Reading
 from regraft.data.sources import distinct
 from regraft.disk.files import digest, write_json, write_text
 from regraft.disk.parsing import from_json
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import Cost, Point, Tried, Tuned, best_first, choose, nearest
-from regraft.models.load import Source, pick_device
+from regraft.models.load import Source
 from regraft.patch.format import load_patch
 from regraft.patch.pair import check_pair
-from regraft.progress import SILENT
 from regraft.recipes.file import recipe_item
-from regraft.restoration.base import MethodSettings, Space, needs_of
+from regraft.restoration.base import MethodSettings, needs_of
 from regraft.settings.base import explain
 from regraft.settings.searching import SearchSettings, TuneSettings, with_validation
-from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.gathering import check_r_max
-from regraft.stages.provenance import describe
+from regraft.stages.provenance import describe, fingerprints
 from regraft.stages.ranking import check_restorable
 from regraft.stages.restoring import Restoration
 from regraft.stages.searching import Search, bounds_of
@@ -80,8 +74,7 @@ def tune_method(
     """
     dense, calibration = restoration.dense, restoration.calibration
     choice = with_validation(choice, dense.folder, calibration)
-    _check(tuning, choice)
-    restoration = _on_device(restoration, (*tuning.devices, restoration.compute.device)[0])
+    _check(choice)
     check_pair(dense, pruned)
     survey = restoration.cache.surveyed(dense, pruned, restoration.progress)
     if method.searchable or survey.kind == "changed":
@@ -91,14 +84,12 @@ def tune_method(
     space = space_of(dense, method, tuning, restoration.scoring, kept, samples)
     if needs_of(method).heads and "r_max" not in space:
         check_r_max(dense, restoration.scoring, data["safety"])
-    work = _Tuning(restoration, pruned, out, method, tuning, choice, space)
+    work = _Tuning(restoration, pruned, out, method, tuning, choice)
     about = work.describe(data)
     claim(out, about)
-    if tuning.workers == 1:
-        work.try_all()
-    else:
-        _run_workers(work)
-    return work.conclude(about, survey.restorable)
+    trials = Trials(out, space, tuning)
+    work.try_all(trials)
+    return work.conclude(trials, about, survey.restorable)
 
 
 def finished(trials: Trials) -> list[Tried]:
@@ -113,99 +104,33 @@ def finished(trials: Trials) -> list[Tried]:
     ]
 
 
-def _check(tuning: TuneSettings, choice: SearchSettings) -> None:
+def _check(choice: SearchSettings) -> None:
     require_optuna()
     if distributed.world() > 1:
         raise RegraftError(
-            "Tuning shares its trials between workers, not between the processes of torchrun: "
-            "start it without, and give --workers or start it several times."
+            "Tuning shares its trials between several starts, not between the processes of "
+            "torchrun: start it without, several times."
         )
     if choice.target_asr is not None or choice.target_rsr is not None:
         raise RegraftError(
             "Tuning looks for the lowest ASR within the bounds: leave target_asr and target_rsr "
             "out."
         )
-    if len(kinds := {pick_device(device).type for device in tuning.devices}) > 1:
-        raise RegraftError(f"devices must be of one kind, not {', '.join(sorted(kinds))}.")
-
-
-def _on_device(restoration: Restoration, device: str) -> Restoration:
-    compute = restoration.compute.model_copy(update={"device": device})
-    return replace(restoration, compute=compute)
 
 
 def _read_prompts(restoration: Restoration, choice: SearchSettings) -> dict[str, Reading]:
     """Calibration and validation prompts by role; warns of those that are both."""
     search = Search(restoration, choice)
-    learnt = PromptUse(learnt=restoration.learnt_from([True, False]))
+    learnt = PromptUse(learnt=restoration.learnt_from())
     for line in (search.check() | learnt).warnings():
         restoration.progress.note(f"Warning: {line}.")
-    return {
-        "safety": restoration.drawn(harmful=True),
-        "utility": restoration.drawn(harmful=False),
-        "validation": search.prompts(),
-    }
-
-
-def _run_workers(work: _Tuning) -> None:
-    """Start the workers, wait for them and show how many trials are finished."""
-    restoration, wanted = work.restoration, work.tuning
-    devices = wanted.devices or (restoration.compute.device,)
-    own = replace(restoration, progress=SILENT, cache=EvaluationCache())
-    context = multiprocessing.get_context("spawn")
-    errors = context.SimpleQueue()
-    workers = [
-        context.Process(
-            target=_worker_main,
-            args=(replace(work, restoration=_on_device(own, devices[i % len(devices)])), errors),
-            daemon=True,
-        )
-        for i in range(wanted.workers)
-    ]
-    trials = work.trials()
-    done = len(trials.finished())
-    with restoration.progress.task("Tuning", max(0, wanted.trials - done), "trials") as advance:
-        try:
-            for worker in workers:
-                worker.start()
-            while any(worker.is_alive() for worker in workers):
-                time.sleep(_PAUSE)
-                now = len(trials.finished())
-                advance(now - done)
-                done = now
-        finally:
-            for worker in workers:
-                if worker.pid is not None:
-                    worker.terminate()
-                    worker.join()
-    if not errors.empty():
-        raise RegraftError(errors.get())
-    if codes := [worker.exitcode for worker in workers if worker.exitcode]:
-        raise RegraftError(
-            f"{len(codes)} of {len(workers)} workers have ended with exit code {codes[0]}. The "
-            "same command continues from here."
-        )
-
-
-def _worker_main(work: _Tuning, errors: Any) -> None:
-    """Main function of a worker process, which ends when the process that started it does."""
-
-    def follow(parent: Any) -> None:
-        parent.join()  # returns however it ends, by `kill -9` too
-        os._exit(1)
-
-    threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
-    if pick_device(work.restoration.compute.device).type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // work.tuning.workers))
-    try:
-        work.try_all()
-    except RegraftError as error:
-        errors.put(str(error))
+    drawn = {kind: restoration.drawn(kind) for kind in KINDS}
+    return {**drawn, "validation": search.prompts()}
 
 
 @dataclass(frozen=True)
 class _Tuning:
-    """What a worker needs: the arguments of `tune_method`, and the search space."""
+    """The arguments of `tune_method`."""
 
     restoration: Restoration
     pruned: Source
@@ -213,21 +138,15 @@ class _Tuning:
     method: MethodSettings
     tuning: TuneSettings
     choice: SearchSettings
-    space: Space
-
-    def trials(self) -> Trials:
-        """The trials that all workers share."""
-        return Trials(self.out, self.space, self.tuning)
 
     def describe(self, data: Mapping[str, Reading]) -> dict[str, Any]:
         """Everything that determines the trials; see `describe`."""
         own = self.restoration
-        dense, pruned = own.dense.checkpoint.fingerprint, self.pruned.checkpoint.fingerprint
-        about = describe("tune", {"dense": dense, "pruned": pruned}, None, own.compute, data)
-        unread = {"trials", "workers", "devices"}
+        inputs = fingerprints(dense=own.dense, pruned=self.pruned)
+        about = describe("tune", inputs, None, own.compute, data)
         about["settings"] = {
             "method": self.method.model_dump(mode="json"),
-            "tuning": self.tuning.model_dump(mode="json", exclude=unread),
+            "tuning": self.tuning.model_dump(mode="json", exclude={"trials"}),
             "search": self.choice.model_dump(mode="json", exclude={"validation"}),
             "heads": own.scoring.model_dump(mode="json"),
             "calibration": own.calibration.model_dump(mode="json", exclude={"data"}),
@@ -235,9 +154,9 @@ class _Tuning:
         }
         return about
 
-    def try_all(self) -> None:
+    def try_all(self, trials: Trials) -> None:
         """Run trials until enough are finished."""
-        trials, progress = self.trials(), self.restoration.progress
+        progress = self.restoration.progress
         while len(trials.finished()) < self.tuning.trials:
             with trials.take(self.tuning.trials) as trial:
                 if trial is None:  # wait: if another worker dies, this one takes its trial over
@@ -322,9 +241,8 @@ class _Tuning:
             states=self.out / "states",
         )
 
-    def conclude(self, about: Mapping[str, Any], weights: int) -> Tuned:
+    def conclude(self, trials: Trials, about: Mapping[str, Any], weights: int) -> Tuned:
         """Read all trials and write the outcome; `weights` is how many can be restored."""
-        trials = self.trials()
         search = Search(self.restoration, self.choice)
         with exclusive(self.out, "outcome"):
             full, before = search.references(self.pruned, self.out / "references")

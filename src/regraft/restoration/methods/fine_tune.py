@@ -39,7 +39,7 @@ from regraft.models.places import at
 from regraft.patch.format import Patch
 from regraft.progress import Advance
 from regraft.pruning.gradients import BOTH_WAYS, Loss, layer_gradients
-from regraft.restoration.base import Context, Counted, Method, Needs, with_default_budget
+from regraft.restoration.base import Context, Counted, Method, Needs
 from regraft.restoration.ranking import Ranking, by_linear
 from regraft.restoration.selection import random_ranking
 from regraft.restoration.teacher import Recorded, mean_of, with_teacher
@@ -219,12 +219,10 @@ class FineTuneSettings(Counted):
     passes: int = Field(3, ge=1, description="Forward and backward passes over all prompts.")
     draw_seed: int = Field(0, description="Seed of random positions.")
 
-    @model_validator(mode="before")
     @classmethod
-    def _default_budget(cls, given: Any) -> Any:
-        if isinstance(given, Mapping) and given.get("positions", RANDOM) != RANDOM:
-            return given  # by default the whole ranking is trained
-        return with_default_budget(given)
+    def has_default(cls, given: Mapping[str, Any]) -> bool:
+        """Unless a ranking is given, which is trained whole."""
+        return bool(given.get("positions", RANDOM) == RANDOM)
 
     @model_validator(mode="after")
     def _check_seed(self) -> Self:

@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from regraft.restoration.base import AlwaysBudgeted, Context, Method
+from regraft.restoration.base import Budgeted, Context, Method
 from regraft.restoration.ranking import Ranking
 from regraft.restoration.selection import random_ranking
 
 
-class RandomSettings(AlwaysBudgeted):
+class RandomSettings(Budgeted):
     """Restore random pruned weights, as a control."""
 
     method: Literal["random"] = "random"

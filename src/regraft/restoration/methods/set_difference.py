@@ -13,13 +13,13 @@ from typing import Literal
 from pydantic import Field
 
 from regraft.models.load import Source
-from regraft.restoration.base import AlwaysBudgeted, Between, Context, Method, Needs, Space
+from regraft.restoration.base import Between, Budgeted, Context, Method, Needs, Space
 from regraft.restoration.importance import P_IS_KEPT, Band, by_importance, hsr_scores
 from regraft.restoration.ranking import Ranking
 from regraft.restoration.selection import whole
 
 
-class SetDifferenceSettings(AlwaysBudgeted):
+class SetDifferenceSettings(Budgeted):
     """Restore weights that matter for safety and not for utility, by Wanda's importance."""
 
     method: Literal["set-difference"] = "set-difference"

@@ -20,7 +20,7 @@ from regraft.loading import check_shares, hidden_state_bytes
 from regraft.models.load import Source
 from regraft.progress import Progress
 from regraft.pruning.gradients import BOTH_WAYS
-from regraft.restoration.base import DEFAULT_BUDGET, AlwaysBudgeted, Context, Method, Needs
+from regraft.restoration.base import DEFAULT_BUDGET, Budgeted, Context, Method, Needs
 from regraft.restoration.methods.gain.path import (
     LIMITS,
     MOST_STEPS,
@@ -48,7 +48,7 @@ HELD_OUT = 0.25  # share of the prompts of each kind
 LEAST_FALL = 0.01  # relative fall of the held-out loss below which a step is the last
 
 
-class GainSettings(AlwaysBudgeted):
+class GainSettings(Budgeted):
     """Restore weights predicted to bring answers closest to the dense model's; stops by itself."""
 
     method: Literal["gain"] = "gain"

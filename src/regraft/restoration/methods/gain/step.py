@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -167,7 +167,7 @@ def _candidates(
             taken = so_far.at((so_far.linear == i).nonzero().flatten())
             best.add(i, *_worth(problem, linear, dense, current, taken, gradients))
     means = Losses(*(mean_of(loss.seen) for loss in losses))
-    return replace(best.ranking, score=best.ranking.score.float()), means
+    return best.ranked(), means
 
 
 def _worth(
