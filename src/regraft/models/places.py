@@ -22,6 +22,12 @@ class Place:
     row: int
     column: int
 
+    @classmethod
+    def of(cls, view: Tensor) -> Place:
+        """The place of a view in the tensor that begins its storage."""
+        row, column = view.stride()
+        return cls(int(view.storage_offset()), row, column)
+
     def view(self, tensor: Tensor, shape: tuple[int, int]) -> Tensor:
         """The matrix, as a view of `tensor`."""
         return tensor.as_strided(
