@@ -99,7 +99,6 @@ def layer_gradients(
 
     Args:
         layerwise: The labelled samples, before the first layer.
-        architecture: Architecture of the model.
         scratch: A folder for layer inputs (samples x tokens x layers x hidden size); emptied during
             the backward pass.
         wanted: Which linears to take gradients of.
@@ -120,9 +119,8 @@ def layer_gradients(
     _forward(layerwise, architecture, scratch, advance)
     gradients = _loss_gradients(layerwise, loss)
     of_shared: list[Gradients] = [[None] * len(one.tensors()) for one in layerwise.shared]
-    modules = dict(layerwise.model.network.named_modules())
     for layer in reversed(architecture.layers):
-        linears = {li: modules[li.module] for li in layer.linears if wanted(li)}
+        linears = layerwise.linears(layer, wanted)
         sums: dict[str, Tensor] = {}
         with layerwise.model.layer(layer.index):
             for i, batch in enumerate(layerwise.batches):
