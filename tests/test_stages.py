@@ -389,8 +389,8 @@ def test_preview_writes_nothing_and_tells_the_truth(bench: Bench, tmp_path: Path
     before = tree(tmp_path)
     new = stages.preview("apply", folder, [patch_file], out)
     assert tree(tmp_path) == before
-    (state,), patch = new.plan.states, load_patch(patch_file)
-    assert (state.weights, state.on) == (patch.restored, 0)
+    patch = load_patch(patch_file)
+    assert (new.plan.applied, patch.removed) == ((0,), 0)
     assert new.plan.weights == patch.restored
     assert (new.bytes, new.done) == (open_checkpoint(folder).bytes, False)
     stages.patch_checkpoint("apply", folder, patch_file, out)
@@ -399,7 +399,7 @@ def test_preview_writes_nothing_and_tells_the_truth(bench: Bench, tmp_path: Path
     again = stages.preview("apply", folder, [patch_file], out)
     assert (again.bytes, again.done) == (0, True)
     back = stages.preview("revert", out, [patch_file], tmp_path / "back")
-    assert (back.plan.states[0].on, back.plan.weights) == (patch.restored, patch.restored)
+    assert (back.plan.applied, back.plan.weights) == ((patch.restored,), patch.restored)
     assert not stages.preview("revert", folder, [patch_file], tmp_path / "back").plan.changes
 
 
