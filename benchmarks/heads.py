@@ -54,7 +54,6 @@ from regraft.models.architecture import (
     text_decoder,
 )
 from regraft.models.load import load_model, load_processor, open_source, pick_device
-from regraft.models.replay import last_positions
 
 GIB = 2**30
 Head = tuple[int, int]
@@ -111,9 +110,7 @@ def naive(
             for batch in prompts:
                 with scaled_head(model, layer, head, architecture.layers[layer].head_dim, eps):
                     model(**batch.inputs, use_cache=False, logits_to_keep=1)
-                final = seen.pop()
-                last = last_positions(batch.inputs, final.shape[1])
-                rows.append(final[torch.arange(len(final)), last].float().cpu())
+                rows.append(seen.pop()[:, -1].float().cpu())
             states[layer, head] = torch.cat(rows)
     finally:
         hook.remove()
