@@ -16,7 +16,6 @@ from regraft.models.architecture import (
     decoder_layers,
     text_decoder,
 )
-from regraft.models.replay import last_positions
 
 Head = tuple[int, int]
 
@@ -58,9 +57,7 @@ def naive(
             for batch in prompts:
                 with scaled_head(model, layer, head, architecture.layers[layer].head_dim, eps):
                     model(**batch.inputs, use_cache=False, logits_to_keep=1)
-                final = seen.pop()
-                last = last_positions(batch.inputs, final.shape[1])
-                rows.append(final[torch.arange(len(final)), last].float().cpu())
+                rows.append(seen.pop()[:, -1].float().cpu())
             states[layer, head] = torch.cat(rows)
     finally:
         hook.remove()

@@ -418,10 +418,10 @@ def test_several_patches_are_their_union(
         bits = (now.view(torch.int16) != expected.view(torch.int16)).nonzero().flatten()
         assert plan.weights == len(bits)
         assert torch.equal(torch.cat([c.positions for c in plan.changes] or [bits]), bits)
-        for patch, state in zip(patches, plan.states, strict=True):
+        assert plan.patches == tuple(patches)
+        for patch, applied in zip(patches, plan.applied, strict=True):
             held = patch.tensors["x"]
-            assert state.on == int((now[held.positions] == held.values).sum())
-            assert state.weights == len(held.positions)
+            assert applied == int((now[held.positions] == held.values).sum())
             assert patch.restored == int((pruned[held.positions] == 0).sum())
             assert patch.removed == len(held.positions) - patch.restored
 

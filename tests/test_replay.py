@@ -15,7 +15,6 @@ from regraft.heads.ships import head_outputs, replay_ablated
 from regraft.models.architecture import attention_of, decoder_layers
 from regraft.models.key_values import record
 from regraft.models.replay import (
-    last_positions,
     replaced_forwards,
     replay,
     text_inputs,
@@ -138,15 +137,6 @@ def test_a_forward_that_an_instance_had_comes_back():
         assert module(0) == plain(0) == "outer"
     assert module.__dict__["forward"] is hooked
     assert "forward" not in plain.__dict__
-
-
-def test_last_positions_on_either_side():
-    left = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    ids = torch.zeros(2, 4, dtype=torch.long)
-    inputs = {"input_ids": ids, "attention_mask": left}
-    assert last_positions(inputs, 4).tolist() == [3, 3]
-    assert last_positions(inputs | {"attention_mask": left.flip(1)}, 4).tolist() == [1, 3]
-    assert last_positions({"input_ids": ids}, 4).tolist() == [3, 3]
 
 
 def test_tiles_keep_the_batch_together():

@@ -332,18 +332,6 @@ def test_capped_logits_are_the_models_own(tmp_path):
     torch.testing.assert_close(logits_of(model, states.final), states.logits)
 
 
-def test_rows_padded_on_the_right(family, pico_dir, tmp_path):
-    """The last token's position then differs by row, so all positions must run."""
-    _, model, processor, architecture = truth.opened(pico_dir(family))
-    left = prompt_batch(processor, truth.examples(family, tmp_path, 3))
-    scores = [
-        score_heads(model, architecture, [batch], tmp_path / side, HeadSettings(r_max=2))
-        for side, batch in (("left", left), ("right", truth.pad_right(left)))
-    ]
-    expected = scores[0].ships.numpy(), scores[0].kl.numpy()
-    assert_scores(scores[1], expected, 5e-5, family)
-
-
 # The noise of rounding
 
 

@@ -391,8 +391,8 @@ def test_preview_writes_nothing_and_tells_the_truth(bench: Bench, tmp_path: Path
     before = tree(tmp_path)
     plan, size = stages.preview("apply", folder, [patch_file], out)
     assert tree(tmp_path) == before
-    (state,), patch = plan.states, load_patch(patch_file)
-    assert (state.weights, state.on) == (patch.restored, 0)
+    patch = load_patch(patch_file)
+    assert (plan.applied, patch.removed) == ((0,), 0)
     assert plan.weights == patch.restored
     assert size == open_checkpoint(folder).bytes
     stages.patch_checkpoint("apply", folder, patch_file, out)
@@ -400,7 +400,7 @@ def test_preview_writes_nothing_and_tells_the_truth(bench: Bench, tmp_path: Path
     assert set(plan.shards) == {name for name in old if old[name] != changed[name]}
     assert stages.preview("apply", folder, [patch_file], out)[1] == 0
     back, _ = stages.preview("revert", out, [patch_file], tmp_path / "back")
-    assert (back.states[0].on, back.weights) == (patch.restored, patch.restored)
+    assert (back.applied, back.weights) == ((patch.restored,), patch.restored)
     assert not stages.preview("revert", folder, [patch_file], tmp_path / "back")[0].changes
 
 

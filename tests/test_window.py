@@ -118,12 +118,12 @@ def test_last_layer_with_unknown_arguments_runs_in_full(pico_dir, tmp_path):
 def test_narrowing_refuses_what_it_does_not_know():
     mask, cos = torch.zeros(1, 1, 5, 5), torch.zeros(1, 5, 4)
     known = {"attention_mask": mask, "position_embeddings": (cos, cos), "use_cache": False}
-    cut = narrowed(known, 2)
-    assert cut["attention_mask"].shape == (1, 1, 2, 5)
-    assert [part.shape for part in cut["position_embeddings"]] == [(1, 2, 4)] * 2
-    assert narrowed(known | {"odd": torch.zeros(5)}, 2) is None
-    assert narrowed(known | {"attention_mask": torch.ones(1, 5)}, 2) is None
-    assert narrowed(known | {"block_mask": object()}, 2) is None
+    cut = narrowed(known)
+    assert cut["attention_mask"].shape == (1, 1, 1, 5)
+    assert [part.shape for part in cut["position_embeddings"]] == [(1, 1, 4)] * 2
+    assert narrowed(known | {"odd": torch.zeros(5)}) is None
+    assert narrowed(known | {"attention_mask": torch.ones(1, 5)}) is None
+    assert narrowed(known | {"block_mask": object()}) is None
 
 
 # Vision keys and values of Mllama

@@ -35,7 +35,7 @@ from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.models.architecture import Architecture, decoder_layers, text_decoder
 from regraft.models.load import placed
-from regraft.models.replay import hooked, last_positions, state_of, text_inputs
+from regraft.models.replay import hooked, state_of, text_inputs
 from regraft.progress import Advance
 from regraft.pruning.pruners.safety_potential import with_safety_prompt
 
@@ -93,22 +93,17 @@ def last_token_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[int,
 
     Args:
         model: In eval mode; left as it was.
-        inputs: Model inputs of B prompts, padded on either side.
+        inputs: Model inputs of B prompts, padded on the left.
 
     Returns:
         Layer -> `[B, d]` float64 on CPU.
     """
     text = text_inputs(model, inputs)
-    ids = inputs["input_ids"]
-    last = last_positions(inputs, ids.shape[1]) - ids.shape[1]  # -1: padding on the left
     outputs: dict[int, Tensor] = {}
 
     def keep(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            states = state_of(output)  # [B, S, d]
-            positions = last.to(states.device)
-            rows = states[torch.arange(len(positions), device=states.device), positions]
-            outputs[index] = rows.double().cpu()
+            outputs[index] = state_of(output)[:, -1].double().cpu()  # of [B, S, d]
 
         return hook
 

@@ -59,7 +59,10 @@ def _show_preview(console: Console, plan: Plan, size: int, out: Path) -> None:
     show_table(
         console,
         ("patch", "tensors", "restored weights", "pruned in exchange", "already applied"),
-        ((one.name, one.tensors, one.restored, one.removed, one.on) for one in plan.states),
+        (
+            (one.name, len(one.tensors), one.restored, one.removed, applied)
+            for one, applied in zip(plan.patches, plan.applied, strict=True)
+        ),
     )
     say(
         console,

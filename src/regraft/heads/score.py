@@ -169,9 +169,7 @@ def score_heads(
 def candidates(estimate: Tensor, count: int) -> dict[int, list[int]]:
     """Select the heads that are among the `count` best by Ships or by KL, as layer -> heads.
 
-    Args:
-        estimate: Ships and KL, `[2, layers, heads]`.
-        count: Number of heads by each criterion.
+    `estimate` has both, `[2, layers, heads]`.
     """
     best = sorted({head for one in estimate for head in _ranked(one)[:count]})
     return {layer: [h for i, h in best if i == layer] for layer in {i for i, _ in best}}
@@ -223,12 +221,12 @@ def _measure(states: States, architecture: Architecture, heads: Heads, r_max: in
         found = states.layer(layer)
         if found is None:
             continue
-        scores[0, layer, list(chosen)] = ships(base, found.ablated, r_max)
-        scores[1, layer, list(chosen)] = found.kl.double().mean(dim=1)
-        scores[2, layer, list(chosen)] = first_feature_angles(base, found.ablated)
-        if found.jittered is not None and found.jittered_kl is not None:
-            noise[0, layer] = ships(base, found.jittered[None], r_max)
-            noise[1, layer] = found.jittered_kl.double().mean()
+        scores[0, layer, list(chosen)] = ships(base, found["ablated"], r_max)
+        scores[1, layer, list(chosen)] = found["kl"].double().mean(dim=1)
+        scores[2, layer, list(chosen)] = first_feature_angles(base, found["ablated"])
+        if "jittered" in found:
+            noise[0, layer] = ships(base, found["jittered"][None], r_max)
+            noise[1, layer] = found["jittered_kl"].double().mean()
     return _Measured(scores, None if noise.isnan().all() else noise)
 
 

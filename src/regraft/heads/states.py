@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from zlib import crc32
 
@@ -26,27 +25,12 @@ from regraft.models.architecture import Architecture, LayerArchitecture, cross_a
 from regraft.models.key_values import last_token_replay, record
 from regraft.models.load import placed
 from regraft.models.placement import free_bytes
-from regraft.models.replay import Replay, last_positions, logits_of, replay, text_inputs
+from regraft.models.replay import Replay, logits_of, text_inputs
 from regraft.models.window import most_attended, window_at, window_replay
 from regraft.progress import Advance, expect
 
 CPU_TOKENS = 16384  # per pass on CPU, where no device memory sets a limit
 MOST_TOKENS = 262144  # per pass; more is not faster
-
-
-@dataclass(frozen=True)
-class LayerStates:
-    """Results of one layer over all batches, float32 on CPU: N samples, h ablated heads.
-
-    `ablated` are states `[h, N, d]` of the last prompt token after the final norm, `kl` the
-    divergence from the unablated model, `[h, N]`. `jittered` `[N, d]` and `jittered_kl` `[N]` are
-    the same for the unablated model with this layer's input rounded once more; None in float32.
-    """
-
-    ablated: Tensor
-    kl: Tensor
-    jittered: Tensor | None = None
-    jittered_kl: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +43,15 @@ class States:
         """Last-token states of the unablated model, `[N, d]` float32."""
         return torch.cat([load_unfinished(_base_file(folder))["base"] for folder in self.folders])
 
-    def layer(self, index: int) -> LayerStates | None:
-        """Read one layer; None if it was not requested or did not run in every batch."""
+    def layer(self, index: int) -> dict[str, Tensor] | None:
+        """Read one layer; None if it was not requested or did not run in every batch.
+
+        Returns:
+            Over N samples and h ablated heads, float32 on CPU: `ablated`, states `[h, N, d]` of the
+            last prompt token after the final norm, and `kl`, the divergence from the unablated
+            model, `[h, N]`. Unless the model is in float32, `jittered` `[N, d]` and `jittered_kl`
+            `[N]` are the same for the unablated model with this layer's input rounded once more.
+        """
         files = [_layer_file(folder, index) for folder in self.folders]
         if not all(file.exists() for file in files):
             return None
@@ -68,8 +59,7 @@ class States:
         if any("ablated" not in part for part in parts):
             return None
         sample_dims = {"ablated": 1, "kl": 1, "jittered": 0, "jittered_kl": 0}
-        joined = {n: torch.cat([part[n] for part in parts], sample_dims[n]) for n in parts[0]}
-        return LayerStates(**joined)
+        return {n: torch.cat([part[n] for part in parts], sample_dims[n]) for n in parts[0]}
 
 
 def ablate_heads(
@@ -131,7 +121,11 @@ def _run_batch(
             if hidden.dtype in (torch.bfloat16, torch.float16):
                 seed = crc32(f"{folder.name} {index}".encode())
                 states |= run.jittered(index, hidden, seed)
-        _require_finite(states, index)
+        if not all(torch.isfinite(tensor).all() for tensor in states.values()):
+            raise RegraftError(
+                f"Hidden states overflow in this dtype (layer {index}). "
+                "Use --dtype bfloat16 or float32."
+            )
         _save(_layer_file(folder, index), states)
         advance(len(batch.ids) * layers_run(architecture, {index: chosen}))
 
@@ -151,26 +145,20 @@ class _Run:
     entering: Mapping[int, Tensor]  # [B, T, d]
     base: Tensor  # [B, d]
     logits: Tensor  # [B, vocabulary]
-    at: Tensor  # [B] on CPU, position of the last real token from the end, -1 or less
 
     @classmethod
     def start(cls, model: nn.Module, batch: Batch, how: HeadSettings) -> _Run:
         text = text_inputs(model, batch.inputs)
-        length = batch.inputs["input_ids"].shape[1]
-        at = (last_positions(batch.inputs, length) - length).cpu()  # all -1 with left padding
         if how.mode == "screened":
             recorded = record(model, text)
             window = window_at(model, recorded, most_attended(model, recorded, how.window))
             run, entering, final = window_replay(model, window), window.entering, window.final
         else:
             recorded = record(model, text, cross_attention_layers(model))
-            if (at == -1).all():
-                run = last_token_replay(model, text, recorded.known)
-            else:
-                run = partial(replay, model, text)
+            run = last_token_replay(model, text, recorded.known)
             entering, final = recorded.entering, recorded.final
-        base = final[torch.arange(len(at)), at]
-        return cls(model, how, run, entering, base, logits_of(model, base), at)
+        base = final[:, -1].contiguous()  # rows are padded on the left
+        return cls(model, how, run, entering, base, logits_of(model, base))
 
     def ablated(
         self, layer: LayerArchitecture, hidden: Tensor, heads: Sequence[int], tokens: int
@@ -183,7 +171,7 @@ class _Run:
         copies = max(1, tokens // (hidden.shape[0] * hidden.shape[1]))
         states = torch.cat(
             [
-                self._last(replay_ablated(model, self.replay, index, hidden, outputs, chunk))
+                replay_ablated(model, self.replay, index, hidden, outputs, chunk)[:, :, -1]
                 for chunk in even_chunks(heads, copies)
             ]
         )
@@ -191,14 +179,9 @@ class _Run:
 
     def jittered(self, index: int, hidden: Tensor, seed: int) -> dict[str, Tensor]:
         """Last-token states `[B, d]` and KL `[B]` with this layer's input rounded once more."""
-        again = self.replay(start=index, hidden=rounded_again(hidden, seed))
-        states = self._last(again[None])[0]
+        states = self.replay(start=index, hidden=rounded_again(hidden, seed))[:, -1].contiguous()
         kl = kl_divergence(self.logits, logits_of(self.model, states))
         return {"jittered": states, "jittered_kl": kl}
-
-    def _last(self, states: Tensor) -> Tensor:
-        """Select the last token's states: `[k, B, T, d]` -> `[k, B, d]`."""
-        return states[:, torch.arange(len(self.at)), self.at]
 
 
 def rounded_again(hidden: Tensor, seed: int) -> Tensor:
@@ -229,14 +212,6 @@ def even_chunks(heads: Sequence[int], size: int) -> list[Sequence[int]]:
     """Split heads into even chunks of at most `size`."""
     size = math.ceil(len(heads) / math.ceil(len(heads) / size))
     return [heads[start : start + size] for start in range(0, len(heads), size)]
-
-
-def _require_finite(states: Mapping[str, Tensor], layer: int) -> None:
-    if not all(torch.isfinite(tensor).all() for tensor in states.values()):
-        raise RegraftError(
-            f"Hidden states overflow in this dtype (layer {layer}). "
-            "Use --dtype bfloat16 or float32."
-        )
 
 
 def _base_file(folder: Path) -> Path:

@@ -61,7 +61,6 @@ def write_edited(
     reject it); weights in other formats are left out.
 
     Args:
-        source: The checkpoint to copy.
         target: The new folder; must be absent or empty.
         edits: Tensor name on disk -> function from the tensor (its own dtype, CPU) to its
             replacement, of the same shape and dtype. One tensor is in memory at a time.

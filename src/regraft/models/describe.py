@@ -6,7 +6,8 @@ projections.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -26,8 +27,7 @@ from regraft.models.architecture import (
 )
 from regraft.models.checkpoint import Checkpoint
 from regraft.models.experts import parameters_of, transposed
-from regraft.models.layout import Layout, Piece
-from regraft.models.on_disk import WeightFinder
+from regraft.models.layout import Layout, Piece, Tiling, select, transpose
 from regraft.models.places import Place
 
 
@@ -39,7 +39,7 @@ def read_architecture(model: nn.Module, checkpoint: Checkpoint, layout: Layout) 
     """
     output = output_head(language_model(model))
     assert output is not None
-    layers = _describe_layers(model, WeightFinder(checkpoint, layout))
+    layers = _describe_layers(model, _Files(checkpoint, layout))
     if not any(layer.linears for layer in layers):
         raise RegraftError(
             f"The decoder layers of {type(model).__name__} have no linears to prune."
@@ -67,7 +67,7 @@ def _is_prunable(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and not any(part in ROUTERS for part in parts)
 
 
-def _describe_layers(model: nn.Module, finder: WeightFinder) -> tuple[LayerArchitecture, ...]:
+def _describe_layers(model: nn.Module, files: _Files) -> tuple[LayerArchitecture, ...]:
     names = {id(module): name for name, module in model.named_modules()}
     described, layers = [], decoder_layers(model)
     sharing = any(
@@ -79,15 +79,57 @@ def _describe_layers(model: nn.Module, finder: WeightFinder) -> tuple[LayerArchi
         linears: list[LinearArchitecture] = []
         for name, module in layer.named_modules():
             where = _Where(index, name, f"{names[id(layer)]}.{name}")
-            if _is_prunable(name, module):
-                linears += _linear(where, module, finder)
-            else:
-                linears += _experts(where, module, finder)
+            linears += _linears(where, module, files)
         attention, heads, why = _heads(layer, _text_config(model))
         if sharing and heads != NO_HEADS:
             heads, why = NO_HEADS, "layers share keys and values with others"
         described.append(LayerArchitecture(index, attention, *heads, tuple(linears), headless=why))
     return tuple(described)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Finds weights of a model in its checkpoint.
+
+    A matrix is found as pieces, each a number of its whole rows, from the first row on.
+    """
+
+    checkpoint: Checkpoint
+    layout: Layout
+
+    def matrix(
+        self, parameter: str, shape: tuple[int, ...], expert: int | None, transposed: bool
+    ) -> list[Piece]:
+        """Find the weight of an `nn.Linear`, or one expert's matrix in that of all, `[E, ., .]`."""
+        tiling = self._tiling(parameter, shape)
+        tiling = tiling if expert is None else select(tiling, expert)
+        tiling = transpose(tiling) if transposed else tiling
+        if any(piece.view.shape[1] != tiling.shape[1] for piece in tiling.pieces):
+            raise RegraftError(
+                f"{self.checkpoint.folder}: {parameter} is stored as {len(tiling.pieces)} tensors, "
+                "side by side; this key layout is not supported."
+            )
+        return sorted(tiling.pieces, key=lambda one: one.start)
+
+    def place(self, piece: Piece) -> Place | None:
+        """Where in its tensor a piece of a matrix is; None if it is the whole tensor."""
+        shape = self.checkpoint.tensors[piece.tensor].shape
+        if piece.view.shape == shape and piece.view.is_contiguous():
+            return None
+        return Place.of(piece.view)
+
+    def _tiling(self, parameter: str, shape: tuple[int, ...]) -> Tiling:
+        tiling = self.layout.get(parameter)
+        if isinstance(tiling, str):
+            raise RegraftError(f"{self.checkpoint.folder}: {parameter} cannot be found: {tiling}.")
+        if tiling is None or tiling.shape != shape:
+            stored = list(tiling.shape) if tiling else "none"
+            raise RegraftError(
+                f"{self.checkpoint.folder}: config.json describes a weight {parameter} of shape "
+                f"{list(shape)}, the file has {stored}. Weights and config belong to different "
+                "models, or the weights are quantised or fused."
+            )
+        return tiling
 
 
 class _Where(NamedTuple):
@@ -96,65 +138,51 @@ class _Where(NamedTuple):
     module: str  # within the model
 
 
-def _linear(where: _Where, module: Any, finder: WeightFinder) -> list[LinearArchitecture]:
-    """Describe the weight of an `nn.Linear`, or each part if it is stored as several tensors."""
-    shape = (module.out_features, module.in_features)
-    pieces = finder.linear(f"{where.module}.weight", shape)
-    if len(pieces) == 1:
-        stored = finder.place(pieces[0])
-        return [LinearArchitecture(*where, pieces[0].tensor, shape, stored=stored)]
-    layer, name, owner = where
-    return [
-        LinearArchitecture(
-            layer,
-            f"{name}.{own}",
-            owner,
+def _linears(where: _Where, module: nn.Module, files: _Files) -> Iterator[LinearArchitecture]:
+    """Describe the weight of an `nn.Linear`, or all experts' matrices if `module` holds these."""
+    if _is_prunable(where.name, module):
+        yield from _matrix(where, "weight", None, module, files)
+    parameters = parameters_of(module)
+    for expert in range(len(getattr(module, parameters[0])) if parameters else 0):
+        for parameter in parameters:
+            yield from _matrix(where, parameter, expert, module, files)
+
+
+def _matrix(
+    where: _Where, parameter: str, expert: int | None, module: nn.Module, files: _Files
+) -> Iterator[LinearArchitecture]:
+    """Describe one matrix, or each part of it if it is stored as several tensors."""
+    whole = getattr(module, parameter).data
+    flipped = expert is not None and bool(transposed(module))
+    dotted = f"{where.module}.{parameter}"
+    pieces = files.matrix(dotted, tuple(whole.shape), expert, flipped)
+    matrix = whole if expert is None else whole[expert]
+    parts = (matrix.T if flipped else matrix).split([len(piece.view) for piece in pieces])
+    names = _names(where.name, parameter, expert, pieces)
+    for name, piece, part in zip(names, pieces, parts, strict=True):
+        yield LinearArchitecture(
+            where.layer,
+            name,
+            where.module,
             piece.tensor,
-            (piece.shape[0], shape[1]),
-            held=Place(piece.start[0] * shape[1], shape[1], 1),
-            stored=finder.place(piece),
+            (part.shape[0], part.shape[1]),
+            parameter,
+            expert,
+            held=None if part.shape == whole.shape else Place.of(part),
+            stored=files.place(piece),
         )
-        for own, piece in zip(_names(where.name, pieces), pieces, strict=True)
-    ]
 
 
-def _experts(where: _Where, module: nn.Module, finder: WeightFinder) -> list[LinearArchitecture]:
-    """Describe each expert's matrices, if `module` holds those of all experts in 3-D parameters."""
-    found = []
-    flipped = bool(transposed(module))
-    parameters = {name: getattr(module, name) for name in parameters_of(module)}
-    for expert in range(len(next(iter(parameters.values()), ()))):
-        for parameter, tensor in parameters.items():
-            shape = tuple(tensor.shape)
-            dotted = f"{where.module}.{parameter}"
-            rows, columns = shape[:0:-1] if flipped else shape[1:]
-            pieces = finder.expert(dotted, shape, expert, flipped)
-            for name, piece in zip(_names(parameter, pieces), pieces, strict=True):
-                first = expert * rows * columns + piece.start[0] * (1 if flipped else columns)
-                found.append(
-                    LinearArchitecture(
-                        where.layer,
-                        f"{where.name}.{expert}.{name}",
-                        where.module,
-                        piece.tensor,
-                        (piece.shape[0], columns),
-                        parameter,
-                        expert,
-                        Place(first, 1, rows) if flipped else Place(first, columns, 1),
-                        finder.place(piece),
-                    )
-                )
-    return found
-
-
-def _names(parameter: str, pieces: Sequence[Piece]) -> list[str]:
+def _names(module: str, parameter: str, expert: int | None, pieces: Sequence[Piece]) -> list[str]:
     """Names of a matrix's pieces: as on disk if these differ (separate gate, up), or numbered."""
+    prefix = module if expert is None else f"{module}.{expert}"
+    name = module if expert is None else f"{prefix}.{parameter}"
     if len(pieces) == 1:
-        return [parameter]
-    names = [piece.tensor.removesuffix(".weight").rpartition(".")[2] for piece in pieces]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{parameter}_{i}" for i in range(len(pieces))]
+        return [name]
+    own = [piece.tensor.removesuffix(".weight").rpartition(".")[2] for piece in pieces]
+    if len(set(own)) == len(own):
+        return [f"{prefix}.{one}" for one in own]
+    return [f"{name}_{i}" for i in range(len(pieces))]
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -170,14 +198,11 @@ def _heads(layer: nn.Module, config: Any) -> tuple[str, tuple[int, int, int], st
     if found is not None:
         name, attention = found
         return name, *_heads_of(attention, config)
-    others = [name for name, child in layer.named_children() if _mixes_tokens(name)]
-    name = others[0] if others else "none"
+    # what stands in place of attention: anything but an MLP or a norm
+    known = ("norm", "mlp", "feed_forward", "moe", "act")
+    others = (one for one, _ in layer.named_children() if not any(part in one for part in known))
+    name = next(others, "none")
     return name, NO_HEADS, f"{name} is not attention with heads"
-
-
-def _mixes_tokens(name: str) -> bool:
-    """Whether a layer's child, by its name, replaces attention: anything but an MLP or a norm."""
-    return not any(part in name for part in ("norm", "mlp", "feed_forward", "moe", "act"))
 
 
 def _heads_of(attention: nn.Module, config: Any) -> tuple[tuple[int, int, int], str]:
@@ -192,7 +217,13 @@ def _heads_of(attention: nn.Module, config: Any) -> tuple[tuple[int, int, int], 
             return NO_HEADS, f"{kind} has no separate {role}"
     if not isinstance(getattr(attention, "scaling", None), int | float):
         return NO_HEADS, f"{kind} has no attribute scaling"
-    size = _head_dim(attention, config)
+    # The module comes first: Qwen2-VL's config has no `head_dim`, and in Qwen3 and Gemma 3
+    # hidden_size // num_attention_heads is a different number.
+    size: int = (
+        getattr(attention, "head_dim", None)
+        or getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads
+    )
     shapes = {role: list(getattr(attention, role).weight.shape) for role in HEAD_ROLES}
     heads, kv_heads = shapes["o_proj"][1] // size, shapes["k_proj"][0] // size
     outputs = shapes["q_proj"][0], shapes["k_proj"][0], shapes["v_proj"][0], shapes["o_proj"][1]
@@ -202,17 +233,3 @@ def _heads_of(attention: nn.Module, config: Any) -> tuple[tuple[int, int, int], 
     if outputs not in expected or not kv_heads or heads % kv_heads:
         return NO_HEADS, f"{kind} has projections of shape {shapes}, not heads of {size} features"
     return (heads, kv_heads, size), ""
-
-
-def _head_dim(attention: nn.Module, config: Any) -> int:
-    """The head size D.
-
-    The attention module comes first: Qwen2-VL's config has no `head_dim`, and in Qwen3 and Gemma 3
-    hidden_size // num_attention_heads is a different number.
-    """
-    size: int = (
-        getattr(attention, "head_dim", None)
-        or getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads
-    )
-    return size

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.hooks import RemovableHandle
 
 from regraft.data.collate import Batch
 from regraft.models.architecture import LinearArchitecture
-from regraft.models.replay import replaced_forwards
+from regraft.models.replay import hooked, replaced_forwards
 
 FIRST, LAST = ("gate_up_proj", "up_proj"), "down_proj"
 
@@ -61,12 +62,14 @@ def parameters_of(experts: nn.Module) -> list[str]:
 
 
 @contextmanager
-def opened(
-    linears: Mapping[LinearArchitecture, nn.Module], batch: Batch
-) -> Iterator[Mapping[LinearArchitecture, nn.Module]]:
-    """Run experts one by one inside the block, on a batch on the device.
+def observed(
+    linears: Mapping[LinearArchitecture, nn.Module],
+    batch: Batch,
+    hook: Callable[[LinearArchitecture, nn.Module], RemovableHandle],
+) -> Iterator[None]:
+    """Observe linears inside the block, on a batch on the device; experts run one by one.
 
-    `linears` maps each linear to the module that owns its weight. The yielded mapping has the
+    `linears` maps each linear to the module that owns its weight. `hook` registers a hook on the
     module that computes only this linear, which for an expert's is a new `ExpertLinear`.
     """
     modules: dict[LinearArchitecture, nn.Module] = {
@@ -79,8 +82,8 @@ def opened(
         modules |= separate
         run = _Experts(experts, separate, _tokens_of_kind(own[0], batch))
         forwards[experts] = run.scaled_before if _is_llama4(experts) else run.routed
-    with replaced_forwards(forwards):
-        yield modules
+    with replaced_forwards(forwards), hooked(hook(li, one) for li, one in modules.items()):
+        yield
 
 
 def _tokens_of_kind(expert: LinearArchitecture, batch: Batch) -> tuple[Tensor, int] | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 
 from regraft.errors import RegraftError
 from regraft.models.architecture import (
-    attention_of,
     cache_argument,
     decoder_layers,
     has_cross,
@@ -72,16 +72,16 @@ class KeyValues:
         """Number of positions; called by Llama 4, and by Mllama in transformers below 5.20."""
         return self.keys.shape[2]
 
-    def before(self, positions: int) -> KeyValues:
-        """All but the last `positions`."""
-        return KeyValues(self.layer, self.keys[:, :, :-positions], self.values[:, :, :-positions])
 
+@dataclass(frozen=True)
+class StandIn:
+    """A stand-in for a cache of `length` positions, whose `update` is another function."""
 
-class _EmptyCache:
-    """A stand-in for an empty cache."""
+    update: Callable[..., tuple[Tensor, Tensor]]
+    length: int = 0
 
     def get_seq_length(self, *_args: Any) -> int:
-        return 0
+        return self.length
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,9 @@ def record(model: nn.Module, text: TextInputs, keep: Container[int] | None = Non
     added: dict[int, Tensor] = {}
     last: tuple[int, Tensor] | None = None  # the layer that ran last, and its output
 
-    class Recorder(_EmptyCache):
-        def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Any:
-            known[layer] = KeyValues(layer, keys, values)
-            return keys, values
+    def update(keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Any:
+        known[layer] = KeyValues(layer, keys, values)
+        return keys, values
 
     def enter(index: int) -> Callable[..., Any]:
         def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
@@ -129,7 +128,7 @@ def record(model: nn.Module, text: TextInputs, keep: Container[int] | None = Non
             if args[1:]:  # Gemma 4's per-layer inputs, which `narrowed` does not support
                 arguments[index] = {**arguments[index], "": args[1:]}
             if keep is None or index in keep:
-                kwargs = kwargs | {cache: Recorder()}
+                kwargs = kwargs | {cache: StandIn(update)}
             return args, kwargs
 
         return hook
@@ -182,38 +181,32 @@ def last_token_replay(model: nn.Module, text: TextInputs, cross: Mapping[int, Ke
 
 def _on_last(forward: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
     """Wrap a layer's `forward` to return the last position only, `[N, 1, d]`."""
-    if not hasattr(layer, "self_attn") and not has_cross(layer):
+    attends_itself = hasattr(layer, "self_attn")
+    if not attends_itself and not has_cross(layer):
         return forward  # a recurrence, without keys and values
-    attends_itself = attention_of(layer)[0] == "self_attn"
     cache = cache_argument(layer)
 
     def last(hidden: Tensor, *more: Any, **kwargs: Any) -> Any:
-        narrow = narrowed(kwargs, 1)
+        narrow = narrowed(kwargs)
         if narrow is None or more:
             return forward(hidden, *more, **kwargs)
         if attends_itself and hidden.shape[1] > 1:
             # Positions before the last are needed only as keys and values; `update` appends those
             # of the last one.
-            own = _own_key_values(forward, hidden, {**kwargs, cache: _StoppingCache()})
-            narrow[cache] = own.before(1)
+            narrow[cache] = _all_but_last(partial(forward, hidden, **kwargs), cache)
         return forward(hidden[:, -1:], **narrow)
 
     return last
 
 
-class _StoppingCache(_EmptyCache):
-    """Ends the forward pass when it receives keys and values, which `Stop` carries out."""
+def _all_but_last(forward: Callable[..., Any], cache: str) -> KeyValues:
+    """A layer's keys and values of all positions but the last; `forward` ends when it has them."""
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> None:
-        raise Stop(KeyValues(layer, keys, values))
+    def stop(keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Any:
+        raise Stop(KeyValues(layer, keys[:, :, :-1], values[:, :, :-1]))
 
-
-def _own_key_values(
-    forward: Callable[..., Any], hidden: Tensor, kwargs: Mapping[str, Any]
-) -> KeyValues:
-    """Keys and values of `hidden`, from a forward whose cache is a `_StoppingCache`."""
     try:
-        forward(hidden, **kwargs)
+        forward(**{cache: StandIn(stop)})
     except Stop as stopped:
         known: KeyValues = stopped.value
         return known
@@ -242,8 +235,8 @@ def _on_known(layer: nn.Module, known: KeyValues, batch: int) -> Callable[..., A
     return shared
 
 
-def narrowed(kwargs: Mapping[str, Any], size: int) -> dict[str, Any] | None:
-    """A layer's keyword arguments for the last `size` query positions.
+def narrowed(kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A layer's keyword arguments for the last query position.
 
     Masks keep all their keys. A missing mask means a causal one; a single query needs none.
 
@@ -252,9 +245,7 @@ def narrowed(kwargs: Mapping[str, Any], size: int) -> dict[str, Any] | None:
     """
     if not all(_supported(name, value) for name, value in kwargs.items()):
         return None
-    return along_queries(
-        kwargs, lambda _, tensor, dim: tensor.narrow(dim, tensor.shape[dim] - size, size)
-    )
+    return along_queries(kwargs, lambda _, tensor, dim: tensor.narrow(dim, -1, 1))
 
 
 def _supported(name: str, value: Any) -> bool:

@@ -6,7 +6,7 @@ streamed, so that the device holds only the running layer, or if the device is s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -19,6 +19,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from regraft.data.collate import IGNORED, Batch
 from regraft.models.architecture import (
+    LayerArchitecture,
+    LinearArchitecture,
     cross_attention_layers,
     decoder_layers,
     embeds_for_each_layer,
@@ -56,7 +58,6 @@ class LayerwisePass:
         """Run vision tower and embeddings.
 
         Args:
-            model: Resident or streamed.
             batches: On any device. A generator is read one batch at a time.
             again: Keep the embeddings for `rewind`, which takes as much memory as the states.
 
@@ -92,7 +93,6 @@ class LayerwisePass:
                 self._make_room()
         self.tokens = sum(state.numel() // state.shape[-1] for state in self.states)
         self.shared: list[Shared] = self._nothing_shared()
-        self._next_shared: dict[int, Shared] = {}  # by batch, after the layer that ran last
         self._embedded = list(self.states) if again else None
 
     @property
@@ -104,6 +104,13 @@ class LayerwisePass:
     def work(self) -> int:
         """Progress units of one pass: samples times layers."""
         return self.samples * self.layers
+
+    def linears(
+        self, layer: LayerArchitecture, wanted: Callable[[LinearArchitecture], bool]
+    ) -> dict[LinearArchitecture, nn.Module]:
+        """The linears of a layer that are `wanted`, and the modules that own their weights."""
+        network = self.model.network
+        return {li: network.get_submodule(li.module) for li in layer.linears if wanted(li)}
 
     def _make_room(self) -> None:
         """Move the states to host memory for good if the device is short of memory."""
@@ -135,23 +142,32 @@ class LayerwisePass:
         other.rewind()
         return other
 
-    def run(
-        self, layer: int, around: Callable[[Batch], AbstractContextManager[None]] | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Run one layer on every batch, inside `model.layer`.
+    def advance(
+        self,
+        layer: int,
+        advance: Advance,
+        around: Callable[[Batch], AbstractContextManager[None]] | None = None,
+        *,
+        keep: bool = True,
+    ) -> None:
+        """Run one layer on every batch, inside `model.layer`, and make its outputs the states.
 
-        `around` makes, from the batch on the device, the context in which the layer runs.
+        Those of the last layer are normed.
 
-        Yields:
-            Index of the batch and the layer's output `[B, S, d]`; normed after the last layer.
+        Args:
+            advance: Called with the number of samples after each batch.
+            around: Makes, from the batch on the device, the context in which the layer runs.
+            keep: False drops the outputs, to run the layer again.
         """
         for i, batch in enumerate(self.batches):
             shared = self.shared[i].to(self.model.device)
             with nullcontext() if around is None else around(self.model.place(batch)):
                 state = self.states[i].to(self.model.device)
                 output = self.replay(i, layer, state, shared)
-            self._next_shared[i] = shared
-            yield i, output
+            if keep:
+                self.states[i] = output.to(self._home)
+                self.shared[i] = shared.to(self._home)
+            advance(len(batch.ids))
 
     def replay(
         self, i: int, layer: int, hidden: Tensor, shared: Shared, *, gradient: bool = False
@@ -196,21 +212,6 @@ class LayerwisePass:
 
     def _filled(self, kwargs: Mapping[str, Any], like: Tensor, value: float) -> dict[str, Any]:
         return self._with_embeddings(0, self._without_embeddings(kwargs), like.new_full((), value))
-
-    def advance(
-        self,
-        layer: int,
-        advance: Advance,
-        around: Callable[[Batch], AbstractContextManager[None]] | None = None,
-    ) -> None:
-        """`run` a layer and make its outputs the states.
-
-        `advance` is called with the number of samples after each batch.
-        """
-        for i, output in self.run(layer, around):
-            self.states[i] = output.to(self._home)
-            self.shared[i] = self._next_shared.pop(i).to(self._home)
-            advance(len(self.batches[i].ids))
 
 
 @torch.no_grad()

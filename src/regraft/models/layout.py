@@ -13,20 +13,23 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from regraft.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a parameter, and the first element and strides of its source tensor on disk."""
+    """A box of a parameter, from `start` on, and its place in `tensor` on disk.
+
+    `view` is a view of an empty tensor (on the meta device) of that tensor's shape: PyTorch keeps
+    count of its offset and strides.
+    """
 
     start: tuple[int, ...]
-    shape: tuple[int, ...]
+    view: Tensor
     tensor: str
-    first: int
-    strides: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,7 @@ def _renamed(
 def as_stored(checkpoint: Checkpoint, name: str) -> Tiling:
     """The tiling of a tensor on disk by itself."""
     shape = checkpoint.tensors[name].shape
-    strides = tuple(accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1))[::-1]
-    return Tiling(shape, (Piece((0,) * len(shape), shape, name, 0, strides[: len(shape)]),))
+    return Tiling(shape, (Piece((0,) * len(shape), torch.empty(shape, device="meta"), name),))
 
 
 def converted(
@@ -108,7 +110,7 @@ def converted(
             return {target: f"transformers makes it by {kind}, which is not supported"}
         try:
             current = _OPERATIONS[kind](op, current, wanted)
-        except (IndexError, TypeError, ValueError):  # a tensor of a wrong shape
+        except (IndexError, RuntimeError, TypeError, ValueError):  # a tensor of a wrong shape
             why = f"its shape does not fit transformers' conversion {kind}"
             return dict.fromkeys((target.replace(first, name, 1) for name in wanted), why)
     return {target.replace(first, name, 1): one for name, (one,) in current.items()}
@@ -136,10 +138,7 @@ def _unsqueeze(one: Tiling, dim: int) -> Tiling:
     def put(values: tuple[int, ...], new: int) -> tuple[int, ...]:
         return (*values[:dim], new, *values[dim:])
 
-    pieces = (
-        replace(p, start=put(p.start, 0), shape=put(p.shape, 1), strides=put(p.strides, 0))
-        for p in one.pieces
-    )
+    pieces = (Piece(put(p.start, 0), p.view.unsqueeze(dim), p.tensor) for p in one.pieces)
     return Tiling(put(one.shape, 1), tuple(pieces))
 
 
@@ -165,15 +164,11 @@ def _concatenate(parts: Sequence[Tiling], dim: int) -> Tiling:
     sizes = [part.shape[dim] for part in parts]
     offsets = accumulate(sizes, initial=0)
     pieces = [
-        replace(piece, start=_shifted(piece.start, dim, offset))
+        replace(piece, start=_replaced(piece.start, dim, piece.start[dim] + offset))
         for part, offset in zip(parts, offsets, strict=False)
         for piece in part.pieces
     ]
     return Tiling(_replaced(parts[0].shape, dim, sum(sizes)), tuple(pieces))
-
-
-def _shifted(start: tuple[int, ...], dim: int, by: int) -> tuple[int, ...]:
-    return _replaced(start, dim, start[dim] + by)
 
 
 def _replaced(values: tuple[int, ...], dim: int, new: int) -> tuple[int, ...]:
@@ -195,17 +190,16 @@ def transpose(one: Tiling, dim: int = 0, other: int = 1) -> Tiling:
         found = _replaced(values, dim, values[other])
         return _replaced(found, other, values[dim])
 
-    pieces = (
-        replace(p, start=swap(p.start), shape=swap(p.shape), strides=swap(p.strides))
-        for p in one.pieces
-    )
+    pieces = (Piece(swap(p.start), p.view.transpose(dim, other), p.tensor) for p in one.pieces)
     return Tiling(swap(one.shape), tuple(pieces))
 
 
-def squeeze_first(one: Tiling) -> Tiling:
-    """Drop the first dimension, which has size 1."""
+def select(one: Tiling, index: int) -> Tiling:
+    """Keep one index of the first dimension, and drop the dimension."""
     pieces = (
-        replace(p, start=p.start[1:], shape=p.shape[1:], strides=p.strides[1:]) for p in one.pieces
+        Piece(p.start[1:], p.view[index - p.start[0]], p.tensor)
+        for p in one.pieces
+        if p.start[0] <= index < p.start[0] + p.view.size(0)
     )
     return Tiling(one.shape[1:], tuple(pieces))
 
@@ -213,7 +207,7 @@ def squeeze_first(one: Tiling) -> Tiling:
 def _chunked(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
     ((_, (one, *_)),) = tensors.items()
     size = -(-one.shape[op.dim] // len(wanted))
-    return {name: [narrow(one, op.dim, i * size, size)] for i, name in enumerate(wanted)}
+    return {name: [_narrow(one, op.dim, i * size, size)] for i, name in enumerate(wanted)}
 
 
 def _split(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
@@ -223,7 +217,7 @@ def _split(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
         raise ValueError("the parts do not add up to the tensor")
     starts = accumulate(sizes, initial=0)
     return {
-        name: [narrow(one, op.dim, start, size)]
+        name: [_narrow(one, op.dim, start, size)]
         for name, start, size in zip(wanted, starts, sizes, strict=False)
     }
 
@@ -231,34 +225,24 @@ def _split(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
 def _deinterleaved(op: Any, tensors: Tensors, wanted: Shapes) -> Tensors:
     """Elements 0, 2, 4 ... along a dimension, followed by 1, 3, 5 ..."""
     ((_, (one, *_)),) = tensors.items()
-    (piece,), half = one.pieces, one.shape[op.dim] // 2
-    stride = piece.strides[op.dim]
-    strides = _replaced(piece.strides, op.dim, 2 * stride)
-    shape = _replaced(piece.shape, op.dim, half)
-    pieces = (
-        Piece(_shifted(piece.start, op.dim, i * half), shape, piece.tensor, first, strides)
-        for i, first in enumerate((piece.first, piece.first + stride))
-    )
-    return {next(iter(wanted)): [Tiling(one.shape, tuple(pieces))]}
+    (piece,) = one.pieces
+    halves = [
+        Tiling(tuple(half.shape), (replace(piece, view=half),))
+        for half in piece.view.unflatten(op.dim, (-1, 2)).unbind(op.dim + 1)
+    ]
+    return {next(iter(wanted)): [_concatenate(halves, op.dim)]}
 
 
-def narrow(one: Tiling, dim: int, start: int, size: int) -> Tiling:
+def _narrow(one: Tiling, dim: int, start: int, size: int) -> Tiling:
     """Keep elements `start` to `start + size` along a dimension."""
     pieces = []
     for piece in one.pieces:
         low = max(start, piece.start[dim])
-        high = min(start + size, piece.start[dim] + piece.shape[dim])
+        high = min(start + size, piece.start[dim] + piece.view.shape[dim])
         if low >= high:
             continue
-        skipped = low - piece.start[dim]
-        pieces.append(
-            replace(
-                piece,
-                start=_shifted(piece.start, dim, skipped - start),
-                shape=_replaced(piece.shape, dim, high - low),
-                first=piece.first + skipped * piece.strides[dim],
-            )
-        )
+        view = piece.view.narrow(dim, low - piece.start[dim], high - low)
+        pieces.append(Piece(_replaced(piece.start, dim, low - start), view, piece.tensor))
     return Tiling(_replaced(one.shape, dim, size), tuple(pieces))
 
 

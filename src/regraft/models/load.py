@@ -203,7 +203,6 @@ def load_model(
     """Load the weights for inference, in eval mode, gradients off.
 
     Args:
-        source: The opened checkpoint.
         dtype: "auto" is float32 on CPU and the checkpoint's own dtype on an accelerator.
         device: "auto" is an accelerator if there is one, else "cpu".
         split: Spread the layers over all accelerators, and over host memory if these are too small.

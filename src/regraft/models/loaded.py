@@ -39,12 +39,8 @@ def check_loading(folder: Path, loading: Mapping[str, Any]) -> None:
 def check_headers(model: nn.Module, checkpoint: Checkpoint, layout: Layout) -> None:
     """`check_loading` from headers alone, and check that float weights are stored as floats.
 
-    Missing weights are reported here only if they are more than all that is stored.
-
-    Args:
-        model: On the meta device, not quantised.
-        checkpoint: Its files.
-        layout: Where its parameters are in the files.
+    Missing weights are reported here only if they are more than all that is stored. The model is on
+    the meta device and not quantised.
     """
     wanted = model.state_dict()
     mismatched = []
@@ -53,7 +49,12 @@ def check_headers(model: nn.Module, checkpoint: Checkpoint, layout: Layout) -> N
             continue
         records = [checkpoint.tensors[piece.tensor] for piece in tiling.pieces]
         for record in records if wanted[name].is_floating_point() else ():
-            require_float(checkpoint, record.name)
+            if record.dtype not in FLOATS:
+                raise RegraftError(
+                    f"{checkpoint.folder}: {record.name} is stored as {record.dtype}: it is "
+                    "quantised, and config.json does not say how. Give a checkpoint whose weights "
+                    f"are {', '.join(FLOATS)}."
+                )
         if [one.shape for one in records] == [tiling.shape] != [tuple(wanted[name].shape)]:
             mismatched.append((records[0].name, tiling.shape, wanted[name].shape))
     tied = getattr(model, "all_tied_weights_keys", {})
@@ -94,15 +95,6 @@ def check_besides(checkpoint: Checkpoint, unbounded: Callable[[str], bool]) -> N
             require_finite(checkpoint.folder, {name: checkpoint.read(name)}, unbounded=unbounded)
 
 
-def require_float(checkpoint: Checkpoint, tensor: str) -> None:
-    dtype = checkpoint.record(tensor).dtype
-    if dtype not in FLOATS:
-        raise RegraftError(
-            f"{checkpoint.folder}: {tensor} is stored as {dtype}: it is quantised, and config.json "
-            f"does not say how. Give a checkpoint whose weights are {', '.join(FLOATS)}."
-        )
-
-
 def describe_unused(folder: Path, loading: Mapping[str, Any]) -> str | None:
     """A warning about weights on disk that the model does not use; None if there are none."""
     unused = sorted(loading["unexpected_keys"])
@@ -117,11 +109,11 @@ def describe_unused(folder: Path, loading: Mapping[str, Any]) -> str | None:
 
 def check_weights(model: nn.Module, checkpoint: Checkpoint, architecture: Architecture) -> None:
     """Raise unless one prunable weight of each kind is equal in memory and on disk."""
-    modules = dict(model.named_modules())
     for linear in _one_of_each(architecture):
-        if getattr(modules[linear.module], linear.parameter).is_meta:
+        module = model.get_submodule(linear.module)
+        if getattr(module, linear.parameter).is_meta:
             continue  # an offloaded layer of a split model
-        weight = linear.weight(modules[linear.module])
+        weight = linear.weight(module)
         stored = checkpoint.matrix(linear.tensor, linear.stored, linear.shape)
         require_finite(checkpoint.folder, {linear.tensor: stored})  # NaN equals nothing
         if not torch.equal(stored.to(weight.dtype), weight.cpu()):

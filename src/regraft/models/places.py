@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -21,6 +20,12 @@ class Place:
     first: int
     row: int
     column: int
+
+    @classmethod
+    def of(cls, view: Tensor) -> Place:
+        """The place of a view in the tensor that begins its storage."""
+        row, column = view.stride()
+        return cls(int(view.storage_offset()), row, column)
 
     def view(self, tensor: Tensor, shape: tuple[int, int]) -> Tensor:
         """The matrix, as a view of `tensor`."""
@@ -51,13 +56,6 @@ class Place:
 def of_tensor(tensor: Tensor, place: Place | None, shape: tuple[int, int]) -> Tensor:
     """The matrix at a place of a tensor, as a view; the tensor itself if `place` is None."""
     return tensor if place is None else place.view(tensor, shape)
-
-
-def inside(positions: Tensor, place: Place | None, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """`Place.inside`; with `place` None the matrix is the whole tensor."""
-    if place is None:
-        return torch.ones_like(positions, dtype=torch.bool), positions
-    return place.inside(positions, shape)
 
 
 def at(positions: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:

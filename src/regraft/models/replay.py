@@ -271,16 +271,6 @@ def logits_of(model: nn.Module, states: Tensor, *, gradient: bool = False) -> Te
     return logits.view(*states.shape[:-1], -1)
 
 
-def last_positions(inputs: Mapping[str, Any], length: int) -> Tensor:
-    """Index of each row's last real token, `[B]` int64, whichever side is padded."""
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        rows = len(inputs["input_ids"])
-        return torch.full((rows,), length - 1, device=inputs["input_ids"].device)
-    padding: Tensor = mask.flip(1).int().argmax(dim=1)
-    return length - 1 - padding
-
-
 def tile_kwargs(kwargs: Mapping[str, Any], copies: int, batch: int) -> dict[str, Any]:
     """Stack every decoder argument `copies` times along its batch dimension, in tile order.
 

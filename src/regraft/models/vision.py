@@ -65,8 +65,9 @@ def recorded(model: nn.Module) -> Iterator[list[VisionOutput]]:
         return result
 
     with ExitStack() as stack:
+        features: Any = getattr(inner, "get_image_features", None)
         projector: Any = getattr(inner, "multi_modal_projector", None)
-        if inner is not None and (features := _features(inner)) is not None:
+        if inner is not None and features is not None:
             stack.enter_context(_replaced(inner, lambda *a, **k: keep(features(*a, **k))))
         elif projector is not None and hasattr(inner, "vision_model"):
             hook = projector.register_forward_hook(lambda _module, _args, result: keep(result))
@@ -82,7 +83,7 @@ def replayed(model: nn.Module, output: VisionOutput | None) -> Iterator[None]:
         yield
         return
     result = output.restored()
-    if _features(inner) is not None:
+    if hasattr(inner, "get_image_features"):
         with _replaced(inner, lambda *_args, **_kwargs: result):
             yield
         return
@@ -126,10 +127,6 @@ def _inner(model: nn.Module) -> nn.Module | None:
     inner = getattr(model, "base_model", None)
     own = type(model).__module__.startswith("transformers.")
     return inner if own and isinstance(inner, nn.Module) else None
-
-
-def _features(inner: nn.Module) -> Callable[..., Any] | None:
-    return getattr(inner, "get_image_features", None)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from regraft.models.architecture import (
     decoder_layers,
     text_decoder,
 )
-from regraft.models.key_values import KeyValues, Recorded, along_queries, fold, narrowed, unfold
+from regraft.models.key_values import Recorded, StandIn, along_queries, fold, narrowed, unfold
 from regraft.models.replay import Replay, first_call, state_of
 
 
@@ -31,8 +31,7 @@ class _Call:
     """The unablated run's call of one layer, cut to T positions of each row."""
 
     index: int
-    kwargs: Mapping[str, Any]
-    known: KeyValues  # of all positions
+    kwargs: Mapping[str, Any]  # the cache has the keys and values of all positions
     within: Tensor | None  # mask among the T positions [B, 1, T, T]; None for cross-attention
     added: Tensor | None  # [B, T, d], see `Recorded`
 
@@ -56,17 +55,20 @@ def window_at(model: nn.Module, recorded: Recorded, positions: Tensor) -> Window
         RegraftError: a layer has unsupported arguments (an attention backend other than sdpa and
             eager).
     """
-    cross = set(cross_attention_layers(model))
+    cross, layers = set(cross_attention_layers(model)), decoder_layers(model)
     calls = []
     for index, arguments in recorded.arguments.items():
-        if narrowed(arguments, 1) is None:
+        if narrowed(arguments) is None:
             raise RegraftError(
                 "Screening heads needs the attention backend sdpa or eager; score all heads "
                 "exactly instead (mode exact)."
             )
         kwargs = along_queries(arguments, partial(_pick_axes, positions=positions))
+        kwargs[cache_argument(layers[index])] = recorded.known[index]
         within = None
-        if index not in cross:
+        if index in cross:
+            kwargs["cross_attention_states"] = None
+        else:
             mask = arguments["attention_mask"]
             rows = _causal(recorded.final) if mask is None else mask
             rows = _pick(rows, positions, -2)  # [B, 1, T, S]
@@ -75,7 +77,7 @@ def window_at(model: nn.Module, recorded: Recorded, positions: Tensor) -> Window
             kwargs["attention_mask"] = rows.scatter(-1, columns, _blocked(rows))
         added = recorded.added.get(index)
         added = None if added is None else _pick(added, positions, -2)
-        calls.append(_Call(index, kwargs, recorded.known[index], within, added))
+        calls.append(_Call(index, kwargs, within, added))
     entering = {i: _pick(hidden, positions, -2) for i, hidden in recorded.entering.items()}
     return Window(entering, _pick(recorded.final, positions, -2), tuple(calls))
 
@@ -83,9 +85,6 @@ def window_at(model: nn.Module, recorded: Recorded, positions: Tensor) -> Window
 @torch.no_grad()
 def most_attended(model: nn.Module, recorded: Recorded, size: int) -> Tensor:
     """The last position and those that it attends to most, over all layers and heads.
-
-    With the identity in place of the values, a head's output for the last query is its attention
-    weights, whatever the family's attention code.
 
     Returns:
         `[B, size]` int64, ascending in each row; all positions if there are fewer.
@@ -95,31 +94,31 @@ def most_attended(model: nn.Module, recorded: Recorded, size: int) -> Tensor:
     cross = set(cross_attention_layers(model))
     layers = decoder_layers(model)
     for index, hidden in recorded.entering.items():
-        kwargs = narrowed(recorded.arguments[index], 1)
+        kwargs = narrowed(recorded.arguments[index])
         if index in cross or kwargs is None:
             continue
-        keys = recorded.known[index].keys  # [B, KV, S, D]
-        identity = torch.eye(length, dtype=keys.dtype, device=keys.device)
-        fixed = _FixedCache(keys, identity.expand(*keys.shape[:2], -1, -1))
-        kwargs[cache_argument(layers[index])] = fixed
-        o_proj: Any = attention_of(layers[index])[1].o_proj
-        (weights,), _ = first_call(o_proj, partial(layers[index], hidden[:, -1:], **kwargs))
+        weights = _attention(layers[index], hidden[:, -1:], recorded.known[index].keys, kwargs)
         total += weights.view(rows, -1, length).sum(dim=1).to(total)
     total[:, -1] = torch.inf
     return total.topk(min(size, length), dim=1).indices.sort(dim=1).values
 
 
-class _FixedCache(NamedTuple):
-    """A stand-in for a cache that always returns the same keys and values."""
+def _attention(layer: nn.Module, last: Tensor, keys: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """A layer's attention weights from its input `last` `[B, 1, d]` to `keys`, `[B, 1, H * S]`.
 
-    keys: Tensor
-    values: Tensor
-
-    def update(self, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.keys, self.values
-
-    def get_seq_length(self, *_args: Any) -> int:
-        return self.keys.shape[2] - 1  # the last position is the query's own
+    With the identity in place of the values, a head's output is its attention weights, whatever the
+    family's attention code.
+    """
+    length = keys.shape[2]  # of [B, KV, S, D]
+    values = torch.eye(length, dtype=keys.dtype, device=keys.device)
+    values = values.expand(*keys.shape[:2], -1, -1)
+    # the last position is the query's own
+    cache = StandIn(lambda *_args, **_kwargs: (keys, values), length - 1)
+    o_proj: Any = attention_of(layer)[1].o_proj
+    run = partial(layer, last, **kwargs, **{cache_argument(layer): cache})
+    (weights,), _ = first_call(o_proj, run)
+    attention: Tensor = weights
+    return attention
 
 
 def _pick_axes(name: str, tensor: Tensor, dim: int, positions: Tensor) -> Tensor:
@@ -156,8 +155,6 @@ def window_replay(model: nn.Module, window: Window) -> Replay:
     and values of the unablated run are not repeated.
     """
     layers, decoder = decoder_layers(model), text_decoder(model)
-    caches = [cache_argument(layer) for layer in layers]
-    cross = set(cross_attention_layers(model))
 
     @torch.no_grad()
     def run(*, start: int, hidden: Tensor, stop: int | None = None) -> Tensor:
@@ -166,9 +163,7 @@ def window_replay(model: nn.Module, window: Window) -> Replay:
         for call in window.calls:
             if call.index < start or (stop is not None and call.index >= stop):
                 continue
-            kwargs = _side_by_side(call, copies, call.index in cross)
-            kwargs[caches[call.index]] = call.known
-            state = state_of(layers[call.index](state, **kwargs))
+            state = state_of(layers[call.index](state, **_side_by_side(call, copies)))
             if call.added is not None:
                 state = state + _repeated(call.added, copies, -2)
         if stop is None:
@@ -179,29 +174,25 @@ def window_replay(model: nn.Module, window: Window) -> Replay:
     return run
 
 
-def _side_by_side(call: _Call, copies: int, cross: bool) -> dict[str, Any]:
+def _side_by_side(call: _Call, copies: int) -> dict[str, Any]:
     """A layer's arguments for `copies` windows laid out along the positions."""
     kwargs = along_queries(call.kwargs, lambda _, tensor, dim: _repeated(tensor, copies, dim))
-    if cross:
-        kwargs["cross_attention_states"] = None
-    else:
-        kwargs["attention_mask"] = _separating_mask(call, copies)
+    if call.within is not None:
+        kwargs["attention_mask"] = _separating_mask(call, call.within, copies)
     return kwargs
 
 
-def _separating_mask(call: _Call, copies: int) -> Tensor:
+def _separating_mask(call: _Call, within: Tensor, copies: int) -> Tensor:
     """The mask `[B, 1, copies * T, S + copies * T]`: the unablated keys, then those of the copies.
 
     A copy attends to the unablated keys outside the window, and to its own keys inside it.
     """
-    outside, within = call.kwargs["attention_mask"], call.within
-    assert within is not None
     size = within.shape[-1]
     blocks = within.new_full((*within.shape[:-2], copies, size, copies, size), _blocked(within))
     for i in range(copies):
         blocks[..., i, :, i, :] = within
     blocks = blocks.flatten(-4, -3).flatten(-2, -1)  # [B, 1, copies * T, copies * T]
-    return torch.cat([_repeated(outside, copies, -2), blocks], dim=-1)
+    return torch.cat([_repeated(call.kwargs["attention_mask"], copies, -2), blocks], dim=-1)
 
 
 def _repeated(tensor: Tensor, copies: int, dim: int) -> Tensor:

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from regraft.disk.files import in_threads, read_at, write_at
 from regraft.errors import RegraftError
-from regraft.models import places
 from regraft.models.architecture import Architecture, LinearArchitecture
 from regraft.models.checkpoint import Checkpoint, TensorRecord
 from regraft.models.checkpoint_copy import Unbounded, write_copy
 from regraft.models.placement import weight_in_memory
-from regraft.models.places import at
+from regraft.models.places import at, of_tensor
 from regraft.patch.format import CHUNK, Patch, Target, TensorPatch, bits, chunks, merge
 from regraft.progress import Advance
 
@@ -58,32 +57,15 @@ class Change:
 
 
 @dataclass(frozen=True)
-class PatchState:
-    """How much of a patch is applied: `on` of the `weights` that it changes in `tensors` tensors.
-
-    These are the `restored` ones and those `removed` (pruned) in exchange.
-    """
-
-    name: str
-    tensors: int
-    restored: int
-    removed: int
-    on: int
-
-    @property
-    def weights(self) -> int:
-        return self.restored + self.removed
-
-
-@dataclass(frozen=True)
 class Plan:
     """The changes that apply or revert patches, without weights that have the wanted value already.
 
-    `states` says how much of each patch is applied before.
+    `applied` is the number of weights of each patch that are applied before.
     """
 
     checkpoint: Checkpoint
-    states: tuple[PatchState, ...]
+    patches: tuple[Patch, ...]
+    applied: tuple[int, ...]
     changes: tuple[Change, ...]
 
     @property
@@ -107,7 +89,6 @@ def make_plan(
     Args:
         checkpoint: The base. Any of `patches` may be applied, wholly or in part, but no others.
         patches: One or several, in any order.
-        operation: Apply or revert them.
         advance: Called with 1 after each tensor.
 
     Raises:
@@ -127,9 +108,15 @@ def make_plan(
     order = sorted(targets, key=lambda name: (checkpoint.tensors[name].shard, name))
     inspected = dict(zip(order, in_threads(inspect, order), strict=True))
     on = {name: is_on for name, (_, is_on) in inspected.items()}
-    states = [_state(patch, targets, on) for patch in patches]
+    applied = [
+        sum(
+            int(on[name][torch.searchsorted(targets[name].positions, tensor.positions)].sum())
+            for name, tensor in patch.tensors.items()
+        )
+        for patch in patches
+    ]
     changes = [change for change, _ in inspected.values() if len(change.positions)]
-    return Plan(checkpoint, tuple(states), tuple(changes))
+    return Plan(checkpoint, tuple(patches), tuple(applied), tuple(changes))
 
 
 def write_plan(
@@ -176,12 +163,11 @@ def patched(model: nn.Module, architecture: Architecture, patch: Patch) -> Itera
         RegraftError: the patch names a tensor that is no prunable weight of this model, or one
             that is offloaded to disk.
     """
-    modules = dict(model.named_modules())
     linears: dict[str, list[LinearArchitecture]] = {}
     for linear in architecture.linears:
         linears.setdefault(linear.tensor, []).append(linear)
     edits = [
-        (_weight(modules, linear), positions, values)
+        (_weight(model, linear), positions, values)
         for name, tensor in patch.tensors.items()
         for linear, positions, values in _by_linear(name, tensor, linears.get(name, []))
     ]
@@ -207,23 +193,23 @@ def _by_linear(
             f"{another} {name} is {list(shape)}, the patch is for {list(tensor.shape)}."
         )
     for linear in linears:
-        here, positions = places.inside(tensor.positions, linear.stored, linear.shape)
+        positions, values = tensor.within(linear)
         if len(positions):
-            parts.append((linear, positions, tensor.values[here]))
+            parts.append((linear, positions, values))
     if sum(len(positions) for _, positions, _ in parts) != len(tensor.positions):
         raise RegraftError(f"{another} it changes parts of {name} that are not prunable here.")
     return parts
 
 
-def _weight(modules: Mapping[str, nn.Module], linear: LinearArchitecture) -> Tensor:
+def _weight(model: nn.Module, linear: LinearArchitecture) -> Tensor:
     """A view of a linear's weight in memory, `[out, in]`."""
-    weight = weight_in_memory(modules[linear.module], linear.parameter)
+    weight = weight_in_memory(model.get_submodule(linear.module), linear.parameter)
     if weight is None:
         raise RegraftError(
             f"{linear.tensor} is offloaded to disk, where it cannot be patched. Write the "
             "checkpoint with `regraft apply` and evaluate that."
         )
-    return places.of_tensor(weight, linear.held, linear.shape)
+    return of_tensor(weight, linear.held, linear.shape)
 
 
 def _put(weight: Tensor, positions: Tensor, values: Tensor) -> None:
@@ -295,19 +281,7 @@ def _inspect(
                 f"{_not_the_base(checkpoint, name)}: the weights of {record.name} differ. "
                 + (_FIX_OF_REVERT if operation == "revert" else f"{_FIX} {_OTHERS}")
             )
-    if changing.all():
-        return Change(record, positions, wanted), on
     return Change(record, positions[changing], wanted[changing]), on
-
-
-def _state(patch: Patch, targets: Mapping[str, Target], on: Mapping[str, Tensor]) -> PatchState:
-    count = 0
-    for name, tensor in patch.tensors.items():
-        own: slice | Tensor = slice(None)
-        if len(targets[name].parts) > 1:
-            own = torch.searchsorted(targets[name].positions, tensor.positions)
-        count += int(on[name][own].sum())
-    return PatchState(patch.name, len(patch.tensors), patch.restored, patch.removed, count)
 
 
 def _read_chunks(

@@ -26,6 +26,7 @@ from torch import Tensor
 from regraft.disk.artifact import read_artifact, require_finite, write_artifact
 from regraft.disk.parsing import EXACT, from_json
 from regraft.errors import RegraftError
+from regraft.models.architecture import LinearArchitecture
 
 FORMAT = "regraft-patch-1"
 _KINDS = ("positions", "values", "minus", "removed", "removed_values")  # tensors of each patched
@@ -62,6 +63,13 @@ class TensorPatch:
     def restored(self) -> int:
         """Number of restored weights."""
         return int(self.values.count_nonzero())
+
+    def within(self, linear: LinearArchitecture) -> tuple[Tensor, Tensor]:
+        """Flat positions in a linear of this tensor and their new values, both `[k]`."""
+        if linear.stored is None:  # the linear is the whole tensor
+            return self.positions, self.values
+        here, positions = linear.stored.inside(self.positions, linear.shape)
+        return positions, self.values[here]
 
     @property
     def zeroed(self) -> Tensor:
@@ -142,8 +150,6 @@ def merge(patches: Sequence[Patch]) -> dict[str, Target]:
 def _merge_tensor(name: str, patches: Sequence[Patch]) -> Target:
     named = tuple((patch.name, patch.tensors[name]) for patch in patches)
     parts = [part for _, part in named]
-    if len(parts) == 1:
-        return Target(named, parts[0].positions, parts[0].values, parts[0].before)
     for one, other in combinations(patches, 2):
         _check_agreement(name, one, other)
     positions, place = torch.cat([part.positions for part in parts]).unique(return_inverse=True)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from regraft.models.load import Source
-from regraft.models.places import inside
 from regraft.patch.format import Patch
 
 _LARGEST = 64  # largest M
@@ -78,7 +77,7 @@ def violated_groups(pruned: Source, patch: Patch, n: int, m: int) -> int:
     for linear in pruned.architecture.linears:
         if (tensor := patch.tensors.get(linear.tensor)) is None:
             continue
-        here, positions = inside(tensor.positions, linear.stored, linear.shape)
+        positions, values = tensor.within(linear)
         if not len(positions):
             continue
         before = pruned.weight(linear)
@@ -86,7 +85,7 @@ def violated_groups(pruned: Source, patch: Patch, n: int, m: int) -> int:
         if grouping is None or (grouping.n, grouping.m) != (n, m):
             continue
         kept = before != 0
-        kept.view(-1)[positions] = tensor.values[here] != 0
+        kept.view(-1)[positions] = values != 0
         violated += int((_kept_in_groups(kept, m) > n).count_nonzero())
     return violated
 

@@ -25,7 +25,6 @@ from regraft.models.checkpoint import FLOATS
 from regraft.models.checkpoint_copy import check_all_weights
 from regraft.models.layout import Tiling
 from regraft.models.load import Source
-from regraft.models.places import inside
 from regraft.patch.format import Patch
 from regraft.patch.groups import Grouping, common_grouping, grouping_of
 from regraft.progress import SILENT, Advance, Progress
@@ -275,6 +274,6 @@ def restored_by_module(
                 name = _NUMBER.sub(".*.", name)
             names[name] = None
             if (tensor := patch.tensors.get(linear.tensor)) is not None:
-                here, _ = inside(tensor.positions, linear.stored, linear.shape)
-                counts[name, layer.index] += int(tensor.values[here].count_nonzero())
+                _, values = tensor.within(linear)
+                counts[name, layer.index] += int(values.count_nonzero())
     return {name: tuple(counts[name, layer.index] for layer in layers) for name in names}

@@ -6,16 +6,7 @@ settings. `regraft.pruning.prune` runs it layer by layer; `regraft.pruning.stati
 statistics, from which restoration computes the same scores.
 
 To add one, put `PLUGIN = MyPruner()` into a file of `regraft/pruning/pruners`, or name the object
-in the entry-point group `regraft.pruners` of another package. A pruner that reads no data:
-
-    class RandomSettings(PruneSettings):
-        method: Literal["random"] = "random"
-
-    class Random(Pruner):
-        name, label, settings_type = "random", "random weights", RandomSettings
-
-        def score(self, weight, statistic):
-            return torch.rand(weight.shape, generator=torch.Generator().manual_seed(0))
+in the entry-point group `regraft.pruners` of another package; docs/extending.md has a sample.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from regraft.disk.artifact import load_unfinished
 from regraft.disk.files import disk_errors
 from regraft.errors import RegraftError
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
-from regraft.models.experts import ExpertLinear, opened
+from regraft.models.experts import ExpertLinear, observed
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
-from regraft.models.replay import Shared, hooked, logits_of
+from regraft.models.replay import Shared, logits_of
 from regraft.progress import Advance
 from regraft.pruning.inputs import overflow, require_same_layers
 
@@ -99,7 +99,6 @@ def layer_gradients(
 
     Args:
         layerwise: The labelled samples, before the first layer.
-        architecture: Architecture of the model.
         scratch: A folder for layer inputs (samples x tokens x layers x hidden size); emptied during
             the backward pass.
         wanted: Which linears to take gradients of.
@@ -120,9 +119,8 @@ def layer_gradients(
     _forward(layerwise, architecture, scratch, advance)
     gradients = _loss_gradients(layerwise, loss)
     of_shared: list[Gradients] = [[None] * len(one.tensors()) for one in layerwise.shared]
-    modules = dict(layerwise.model.network.named_modules())
     for layer in reversed(architecture.layers):
-        linears = {li: modules[li.module] for li in layer.linears if wanted(li)}
+        linears = layerwise.linears(layer, wanted)
         sums: dict[str, Tensor] = {}
         with layerwise.model.layer(layer.index):
             for i, batch in enumerate(layerwise.batches):
@@ -216,13 +214,12 @@ def _loss_gradients(layerwise: LayerwisePass, loss: Loss) -> list[Tensor]:
     return gradients
 
 
-@contextmanager
 def _summing(
     linears: Mapping[LinearArchitecture, nn.Module],
     batch: Batch,
     add: Product,
     sums: dict[str, Tensor],
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Context in which a batch's backward pass adds `add` of each linear to `sums`, by its key."""
     samples = len(batch.ids)
 
@@ -248,11 +245,7 @@ def _summing(
 
         return hook
 
-    with (
-        opened(linears, batch) as modules,
-        hooked(module.register_forward_hook(observe(li)) for li, module in modules.items()),
-    ):
-        yield
+    return observed(linears, batch, lambda li, one: one.register_forward_hook(observe(li)))
 
 
 def by_sample(module: nn.Module, values: Tensor, samples: int) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,7 @@ from regraft import distributed
 from regraft.data.collate import Batch
 from regraft.errors import RegraftError
 from regraft.models.architecture import LinearArchitecture
-from regraft.models.experts import ExpertLinear, opened
-from regraft.models.replay import hooked
+from regraft.models.experts import ExpertLinear, observed
 
 Observing = Callable[[Batch], AbstractContextManager[None]]
 """A batch -> a context in which its forward passes add to the sums."""
@@ -101,8 +100,7 @@ class Sums:
         linears to the modules that own them.
         """
 
-        @contextmanager
-        def around(batch: Batch) -> Iterator[None]:
+        def around(batch: Batch) -> AbstractContextManager[None]:
             response, tiles = batch.response, _attended_tiles(batch)
             last: tuple[Tensor, str] | None = None  # the last input, and the first to read it
 
@@ -120,11 +118,9 @@ class Sums:
 
                 return hook
 
-            with (
-                opened(linears, batch) as modules,
-                hooked(m.register_forward_pre_hook(observe(li)) for li, m in modules.items()),
-            ):
-                yield
+            return observed(
+                linears, batch, lambda li, one: one.register_forward_pre_hook(observe(li))
+            )
 
         return around
 

@@ -77,10 +77,7 @@ def assign_patterns(
 ) -> Patterns:
     """The pattern of every weight matrix that is to be pruned.
 
-    Args:
-        linears: All prunable weights.
-        pattern: The pattern of each of them.
-        ignored: Globs over `LinearArchitecture.key` of weights that stay dense.
+    `ignored` are globs over `LinearArchitecture.key` of weights that stay dense.
 
     Raises:
         RegraftError: a glob matches nothing, M does not divide a row, or nothing is left to prune.

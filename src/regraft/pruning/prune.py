@@ -17,7 +17,7 @@ from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from regraft import distributed
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
@@ -62,7 +62,6 @@ def prune_layers(
         layerwise: The calibration data, encoded by the pruner's `encoders`, before the first layer.
             If the whole model is on the device, its weights are pruned in place.
         patterns: Sparsity or N:M of every weight that is to be pruned.
-        results: Where results are saved.
         advance: Called with the number of samples each time a layer has seen a batch; they add up
             to `passes` times samples times layers.
         note: Called with the pruner's messages for the user.
@@ -91,22 +90,18 @@ class _Pruning:
     def pruner(self) -> Pruner:
         return PRUNERS.get(self.settings.method)
 
-    @cached_property
-    def modules(self) -> dict[str, nn.Module]:
-        return dict(self.layerwise.model.network.named_modules())
-
     def sequential(self) -> None:
         """Calibrate each layer on the outputs of the pruned layers before it."""
         pruner, layerwise = self.pruner, self.layerwise
         assert isinstance(pruner, InputPruner)
         for layer in self.dense.architecture.layers:
-            linears = {li: self.modules[li.module] for li in layer.linears if li in self.patterns}
+            linears = layerwise.linears(layer, self.patterns.__contains__)
             with layerwise.model.layer(layer.index):
                 pruned = self.results.load(layer)
                 if pruned is None:
                     found = Sums()
-                    for i, _ in layerwise.run(layer.index, found.observing(linears, pruner.add)):
-                        self.advance(len(layerwise.batches[i].ids))
+                    observing = found.observing(linears, pruner.add)
+                    layerwise.advance(layer.index, self.advance, observing, keep=False)
                     found.gather()
                     pruned = self.prune(layer, found)
                 else:
@@ -145,11 +140,9 @@ class _Pruning:
 
     def prune(self, layer: LayerArchitecture, found: Sums) -> dict[str, PrunedWeight]:
         """Prune a layer and save the results, updated weights in the checkpoint's dtype."""
-        weights = {
-            li: li.weight(self.modules[li.module]).to(self.layerwise.model.device)
-            for li in layer.linears
-            if li in self.patterns
-        }
+        linears = self.layerwise.linears(layer, self.patterns.__contains__)
+        device = self.layerwise.model.device
+        weights = {li: li.weight(module).to(device) for li, module in linears.items()}
         unseen = {li: weights.pop(li) for li in unreached(weights, found)}
         if unseen:
             self.note(_unseen_experts(layer, unseen))
@@ -203,7 +196,6 @@ def each_layer(
 
     Args:
         layerwise: The labelled samples, before the first layer.
-        architecture: Architecture of the model.
         pruner: A pruner that reads data.
         wanted: Which linears are observed.
         scratch: A folder for layer inputs, used by gradient pruners.
@@ -221,9 +213,8 @@ def each_layer(
             yield layer, Sums.known(values)
         return
     assert isinstance(pruner, InputPruner), f"{pruner.name} reads no data"
-    modules = dict(layerwise.model.network.named_modules())
     for layer in architecture.layers:
-        linears = {li: modules[li.module] for li in layer.linears if wanted(li)}
+        linears = layerwise.linears(layer, wanted)
         found = Sums()
         with layerwise.model.layer(layer.index):
             layerwise.advance(layer.index, advance, found.observing(linears, pruner.add))
