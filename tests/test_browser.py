@@ -273,8 +273,8 @@ def test_the_base_model_of_a_card(model: str, base: str | None) -> None:
 
 def test_a_card_says_that_its_model_was_chosen() -> None:
     first = REPORT.variants[2]
-    other = replace(REPORT.variants[1], name="pruned-2", label="another")
-    more = replace(first, name="pruned-2/x", label="more", base="pruned-2")
+    other = replace(REPORT.variants[1], name="pruned-2")
+    more = replace(first, name="pruned-2/x", base="pruned-2")
     two = replace(REPORT, variants=(*REPORT.variants[:3], other, more))
     told = "It has the lowest ASR of the first realigned models of 2 prunings"
     assert told in render_card(study_of([two]))

@@ -74,7 +74,7 @@ def answers(attacks: Sequence[bool], refusals: Sequence[bool]) -> list[Answer]:
 
 def variant(name: str, attacks: Sequence[bool], refusals: Sequence[bool], **fields: Any) -> Variant:
     result = summarise(", ".join(SUITES), JUDGE, answers(attacks, refusals))
-    return Variant(name, f"{name} (a method)", result, **fields)
+    return Variant(name, result, "a method", **fields)
 
 
 Shares = Mapping[str, tuple[float, float]]
@@ -206,7 +206,7 @@ def test_seeds_are_pooled_by_prompt(pooled: Study) -> None:
 def test_repeats_of_a_random_control_are_one_row(pooled: Study) -> None:
     assert list(rows_of(pooled)) == ["dense", "pruned", "hsr", "random", "worse"]
     row = rows_of(pooled)["random"]
-    assert (row.repeats, row.label) == (2, "random (a method)")
+    assert (row.repeats, row.method, row.label) == (2, "a method", "random (a method)")
     both = [np.array([attacks_of(one, f"random-{i}") for one in RUNS], dtype=int) for i in (1, 2)]
     base, hsr = (
         np.array([attacks_of(one, name) for one in RUNS], dtype=int) for name in ("pruned", "hsr")
@@ -309,11 +309,11 @@ def test_models_that_say_nothing_are_shown_to() -> None:
 
 
 def test_what_seeds_chose_differently_is_not_the_label_of_all() -> None:
-    def relabelled(one: Run, label: str) -> Run:
-        models = [replace(v, label=label) if v.name == "hsr" else v for v in one.variants]
+    def relabelled(one: Run, method: str) -> Run:
+        models = [replace(v, method=method) if v.name == "hsr" else v for v in one.variants]
         return replace(one, variants=tuple(models))
 
-    rows = rows_of(study_of([relabelled(RUNS[0], "hsr (3)"), relabelled(RUNS[1], "hsr (7)")]))
+    rows = rows_of(study_of([relabelled(RUNS[0], "layer 3"), relabelled(RUNS[1], "layer 7")]))
     assert rows["hsr"].label == "hsr"
     assert rows_of(study_of(RUNS))["hsr"].label == "hsr (a method)"
 
@@ -421,7 +421,7 @@ def test_a_pruning_that_is_only_evaluated_has_no_methods_to_test() -> None:
     bare = [
         replace(
             one,
-            variants=(*one.variants, replace(one.variants[1], name="other", label="other")),
+            variants=(*one.variants, replace(one.variants[1], name="other", method="")),
         )
         for one in RUNS
     ]

@@ -45,6 +45,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import AdaShieldSettings, RefusalDirectionSettings
 from regraft.settings.evaluating import EvalSettings
+from regraft.stages.provenance import describe, fingerprints
 from regraft.stages.reading import draw_calibration
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
@@ -326,8 +327,9 @@ def _evaluate(source: Source, data: DataSource, out: Path, defence: Path | None 
 
 def test_answers_under_a_direction(source: Source, data: DataSource, tmp_path: Path) -> None:
     vector = 50 * torch.randn(source.architecture.hidden_size)
+    about = describe("defend", fingerprints(model=source))
     for name, strength in (("none", 0.0), ("much", 1.0)):
-        save_defence(tmp_path / name, Direction(vector, 1, strength, {"stage": name}))
+        save_defence(tmp_path / name, Direction(vector, 1, strength, about))
     plain, none, much = (
         _evaluate(source, data, tmp_path / f"eval-{one}", one and tmp_path / one)
         for one in (None, "none", "much")
@@ -337,9 +339,13 @@ def test_answers_under_a_direction(source: Source, data: DataSource, tmp_path: P
     assert "defence" not in plain.about["inputs"]
     with pytest.raises(RegraftError, match=r"inputs\.defence"):
         _evaluate(source, data, tmp_path / "eval-much", tmp_path / "none")
-    save_defence(tmp_path / "wide", Direction(torch.randn(7), 1, 1.0, {}))
+    save_defence(tmp_path / "wide", Direction(torch.randn(7), 1, 1.0, about))
     with pytest.raises(RegraftError, match="adds 7 features after layer 1; the model has 64"):
         _evaluate(source, data, tmp_path / "eval-wide", tmp_path / "wide")
+    of_another = about | {"inputs": {"model": "0" * 64}}
+    save_defence(tmp_path / "other", Direction(vector, 1, 1.0, of_another))
+    with pytest.raises(RegraftError, match=r"other was made from another model than .*qwen2_vl"):
+        _evaluate(source, data, tmp_path / "eval-other", tmp_path / "other")
 
 
 def test_the_prompt_reaches_the_model(source: Source, data: DataSource, tmp_path: Path) -> None:

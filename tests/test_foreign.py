@@ -22,11 +22,21 @@ from regraft.data.example import Example
 from regraft.disk.files import write_json
 from regraft.errors import RegraftError
 from regraft.evaluation.generate import Answerer
+from regraft.loading import load, load_layerwise
 from regraft.models import chat_template, foreign
 from regraft.models.checkpoint_copy import write_edited
-from regraft.models.load import load_model, load_processor, open_answering, open_source
+from regraft.models.layerwise import LayerwisePass
+from regraft.models.load import (
+    load_model,
+    load_placed,
+    load_processor,
+    open_answering,
+    open_source,
+)
 from regraft.models.loaded import check_besides
 from regraft.models.processor_settings import disagreement
+from regraft.progress import Silent
+from regraft.settings.compute import ComputeSettings
 
 FAMILY = "llama"
 
@@ -155,6 +165,14 @@ def test_files_that_are_not_what_they_are_called(
             "by more than 1,000,000",
         ),
         ("{% for a in range(30000) %}x{% endfor %}", "makes 30,000 characters of one word"),
+        (
+            "{% for a in messages[0].content %}{% for b in range(400) %}{% endfor %}{% endfor %}",
+            "has not",
+        ),
+        (
+            "{% for a in messages[0].content %}{{ messages[0].content[:99] }}{% endfor %}",
+            "makes 2,376,000 characters of a long prompt",
+        ),
         ("Answer the question.", "leaves out the user.s message"),
         ("{{ messages[0].content[:3] }}", "leaves out the user.s message"),
     ],
@@ -169,6 +187,22 @@ def test_chat_templates(
     with pytest.raises(RegraftError, match=message) as error:
         load_processor(source)
     assert str(model) in str(error.value)
+
+
+def test_a_template_that_prints_the_date_is_told(model: Path) -> None:
+    class Told(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    notes: list[str] = []
+    source, template = open_source(model), model / "chat_template.jinja"
+    load(source, ComputeSettings(device="cpu"), Told())
+    assert not notes
+    template.write_text("{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}")
+    load(source, ComputeSettings(device="cpu"), Told())
+    load_layerwise(source, ComputeSettings(device="cpu"), Told())
+    assert len(notes) == 2
+    assert all(f"The chat template of {model} prints today's date" in one for one in notes)
 
 
 def test_digits_in_the_text_of_a_template_are_no_numbers(model: Path) -> None:
@@ -282,9 +316,12 @@ def test_tokens_without_an_embedding_are_named(model: Path, tmp_path: Path) -> N
     (model / "tokenizer.json").write_text(json.dumps(content))
     source, prompts = open_answering(model), pico.write_examples(tmp_path, 1, images=False)
     answerer = Answerer(load_processor(source), prompts, batch_size=1, judge=None)
-    message = r"tokenizer.json gives the prompt .* the token 1,000,000, .* has 473 embeddings"
+    message = r"the token 1,000,000, but the model of .* has 473 embeddings"
     with pytest.raises(RegraftError, match=message):
         answerer.answers(load_model(source), max_new_tokens=1)
+    placed = load_placed(source, dtype="auto", device="cpu", placement="resident")
+    with pytest.raises(RegraftError, match=message):
+        LayerwisePass(placed, [prompt_batch(load_processor(source), prompts)])
 
 
 def test_code_of_a_model_may_look_at_numbers_while_it_is_built(model: Path) -> None:

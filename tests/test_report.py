@@ -64,7 +64,7 @@ def answers(attacks: int, refusals: int, harmful: int = 40, harmless: int = 20) 
 
 def variant(name: str, attacks: int, refusals: int, **numbers: object) -> Variant:
     result = summarise("suite", JUDGE, answers(attacks, refusals))
-    return Variant(name, f"the {name} model", result, **numbers)  # type: ignore[arg-type]
+    return Variant(name, result, f"the {name} model", **numbers)  # type: ignore[arg-type]
 
 
 DENSE = variant("dense", 5, 1)
@@ -220,18 +220,18 @@ def group(
 ) -> tuple[Variant, ...]:
     """A pruning, its realigned model, which answers `back` attacks, and a control."""
     more = {"pruned": 1_000}
-    ways = (("hsr (HSR, top)", back), ("random (HSR, random)", attacks))
+    ways = (("hsr", "HSR, top", back), ("random", "HSR, random", attacks))
     pruned = variant(name, attacks, refusals, base="dense", sparsity=sparsity, **more)
     return (
-        replace(pruned, label=name),
+        replace(pruned, method=""),
         *(
             replace(
-                variant(f"{name}/{way.split()[0]}", count, refusals, base=name, **more),
-                label=f"{name}/{way}",
+                variant(f"{name}/{way}", count, refusals, base=name, **more),
+                method=method,
                 restored=5,
                 sparsity=sparsity - 0.005,
             )
-            for way, count in ways
+            for way, method, count in ways
         ),
     )
 
@@ -244,7 +244,7 @@ MATRIX = Run(
     "A matrix",
     "pico",
     (
-        replace(DENSE, label="dense"),
+        replace(DENSE, method=""),
         *WANDA_50,
         *WANDA_60,
         *WANDA_70,
@@ -383,7 +383,7 @@ def test_the_summary_tells_the_whole_story() -> None:
     assert "Over-refusal is 15.0 % [5.2, 36.0], not distinguishable from pruned" in effects
     assert "pruned 10.0 % [2.8, 30.1], dense 5.0 % [0.9, 23.6]" in effects
     (control,) = controls(study_of([REPORT]))
-    assert control.startswith("the random model, 500 restored weights")
+    assert control.startswith("random (the random model), 500 restored weights")
 
 
 def without_over_refusal(one: Variant) -> Variant:
@@ -514,7 +514,7 @@ def test_the_page_nests_and_has_every_figure(page: str) -> None:
     names = [a["aria-label"] for tag, a in outline.tags if tag == "svg"]
     assert names == [
         "Over-refusal against ASR",
-        "Weights restored in the realigned model",
+        "Weights restored in realigned (the realigned model)",
         "Ships of each head",
     ]
     ids = [a["id"] for _, a in outline.tags if "id" in a]
@@ -564,7 +564,7 @@ def test_harmful_requests_are_folded_in_markdown_and_reasons_told(text: str) -> 
         assert words in folded
         assert words not in before + behind
     assert "■ refused, by “sorry”" in folded
-    assert "the dense model: ■ refused, by “sorry”" in behind
+    assert "dense (the dense model): ■ refused, by “sorry”" in behind
 
 
 def test_the_table_shows_the_numbers_given(page: str) -> None:
@@ -640,7 +640,7 @@ def test_a_report_of_many_answers_stays_small(tmp_path: Path) -> None:
             )
             for i in range(5000)
         ]
-        return Variant(name, name, summarise("suite", JUDGE, given), **numbers)  # type: ignore[arg-type]
+        return Variant(name, summarise("suite", JUDGE, given), **numbers)  # type: ignore[arg-type]
 
     numbers = {"sparsity": 0.6, "pruned": 1000}
     variants = (
@@ -796,7 +796,7 @@ def test_short_names_tell_suites_apart() -> None:
 
 def alone(*variants: Variant, **fields: object) -> Run:
     bare = [
-        Variant(v.name, v.name, v.result, base=variants[0].name if i else None)
+        Variant(v.name, v.result, base=variants[0].name if i else None)
         for i, v in enumerate(variants)
     ]
     fields = {"recipe": {"settings": {"judge": "it"}}, **fields}
@@ -851,7 +851,8 @@ def test_the_verdict_on_unrelated_models_has_its_caveats() -> None:
 def test_degenerate_answers_are_counted_on_the_page_and_the_console() -> None:
     report = replace(REPORT, variants=tuple(map(of_places, REPORT.variants)))
     text = render_markdown(study_of([report]))
-    assert "the dense model: 5 of 40 to harmful prompts; the pruned model: 5 of" in text
+    named = "dense (the dense model)", "pruned (the pruned model)"
+    assert f"{named[0]}: 5 of 40 to harmful prompts; {named[1]}: 5 of" in text
     for run, there in ((report, True), (REPORT, False)):
         console = Console(width=200, record=True)
         show_study(console, study_of([run]))
@@ -911,7 +912,7 @@ def test_perplexity_stands_on_the_page_where_it_was_measured(page: str) -> None:
         return replace(one, result=replace(one.result, perplexity=Estimate(2.5, 20, 2.25, 3.0)))
 
     report = replace(REPORT, variants=tuple(map(measured, REPORT.variants)))
-    line = "the dense model: 2.5 [2.25, 3]; the pruned model"
+    line = "dense (the dense model): 2.5 [2.25, 3]; pruned (the pruned model)"
     assert line in render_html(study_of([report])).replace("\u00a0", " ")
     assert line in render_markdown(study_of([report]))
     assert "Perplexity" not in page

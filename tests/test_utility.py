@@ -280,7 +280,7 @@ def test_refused_questions_are_no_over_refusal() -> None:
 def test_refused_questions_enter_no_test_and_no_comparison() -> None:
     def model(name: str, moss: str, mm: str, base: str | None) -> Variant:
         answers = _mixed(*[("moss", moss)] * 6, *[("mm", mm)] * 9, *[("moss", "Yes.")] * 2)
-        return Variant(name, name, summarise("s", REGRAFT_2, answers), base=base)
+        return Variant(name, summarise("s", REGRAFT_2, answers), base=base)
 
     dense, pruned = model("dense", "Yes.", "A", None), model("pruned", SORRY, SORRY, "dense")
     realigned = model("realigned", "Yes.", SORRY, "pruned")
@@ -321,7 +321,7 @@ def test_utility_on_several_scales_is_the_mean_over_suites() -> None:
     )
     assert result.utility.low == pytest.approx(sum(means) / 3 - below)
     assert result.utility.high == pytest.approx(sum(means) / 3 + above)
-    model = Variant("dense", "dense", result)
+    model = Variant("dense", result)
     models = (model, replace(model, name="pruned", base="dense"))
     row = study_of([Run("t", "m", models)]).tables[0].rows[1]
     assert row.utility is not None

@@ -33,8 +33,8 @@ from regraft.disk.artifact import read_artifact, require_finite, write_artifact
 from regraft.disk.parsing import EXACT, from_json
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
-from regraft.models.architecture import Architecture, decoder_layers, text_decoder
-from regraft.models.load import placed
+from regraft.models.architecture import decoder_layers, text_decoder
+from regraft.models.load import Source, placed
 from regraft.models.replay import hooked, state_of, text_inputs
 from regraft.progress import Advance
 from regraft.pruning.pruners.safety_potential import with_safety_prompt
@@ -225,13 +225,18 @@ def acting(defence: Defence | None, model: nn.Module) -> AbstractContextManager[
     return nullcontext()
 
 
-def check_fits(defence: Direction, architecture: Architecture, path: Path) -> None:
-    """Check that a direction can be added to a model.
+def check_fits(defence: Direction, model: Source, path: Path) -> None:
+    """Check that a direction was made from a model and can be added to it.
 
     Raises:
-        RegraftError: the model has another hidden size or no such layer.
+        RegraftError: it was made from another model, has another hidden size or no such layer.
     """
-    width, layers = architecture.hidden_size, len(architecture.layers)
+    if defence.about["inputs"].get("model") != model.checkpoint.fingerprint:
+        raise RegraftError(
+            f"{path} was made from another model than {model.folder}. Make one for this model with "
+            "`regraft analyse defence`."
+        )
+    width, layers = model.architecture.hidden_size, len(model.architecture.layers)
     if len(defence.vector) != width or defence.layer >= layers:
         raise RegraftError(
             f"{path} adds {len(defence.vector)} features after layer {defence.layer}; the model "

@@ -12,6 +12,7 @@ from regraft.data.collate import Batch, batches
 from regraft.data.example import Example
 from regraft.data.images import length_class
 from regraft.errors import RegraftError
+from regraft.models.chat_template import tells_the_date
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import (
     Source,
@@ -34,7 +35,7 @@ def load(
     """Load a whole model, on one device or split over several, and its processor."""
     split = compute.placement != "resident"
     with progress.task(f"Loading {source.folder}", 1) as done:
-        processor = load_processor(with_processor(source, processor_from))
+        processor = _processor(with_processor(source, processor_from), progress)
         model = load_model(
             source, dtype=compute.dtype, device=compute.device, split=split, note=progress.note
         )
@@ -56,13 +57,23 @@ def load_layerwise(
 ) -> tuple[PlacedModel, Any]:
     """Load a model that is run layer by layer, and its processor."""
     with progress.task(f"Loading {source.folder}", 1) as done:
-        processor = load_processor(processor_from or source)
+        processor = _processor(processor_from or source, progress)
         model = load_placed(
             source, dtype=compute.dtype, device=compute.device, placement=compute.placement
         )
         done(1)
     progress.loaded(model.network)
     return model, processor
+
+
+def _processor(source: Source, progress: Progress) -> Any:
+    processor = load_processor(source)
+    if tells_the_date(processor):
+        progress.note(
+            f"The chat template of {source.folder} prints today's date, so that answers may differ "
+            "from day to day. To repeat them exactly, write a fixed date in place of strftime_now."
+        )
+    return processor
 
 
 def hidden_state_bytes(source: Source, layerwise: LayerwisePass) -> int:

@@ -78,18 +78,6 @@ def check_batch(config: Any, batch: Batch, max_new_tokens: int) -> None:
             )
 
 
-def _check_tokens(config: Any, batch: Batch) -> None:
-    """Raise where a token has no embedding; only for failed batches, as some tokens need none."""
-    embeddings = getattr(config.get_text_config(decoder=True), "vocab_size", 2**63 - 1)
-    ids = batch.inputs["input_ids"]
-    for row, position in (ids >= embeddings).nonzero().tolist()[:1]:
-        raise RegraftError(
-            f"tokenizer.json gives the prompt {batch.ids[row]!r} the token "
-            f"{int(ids[row, position]):,}, but the model{location(config)} has {embeddings:,} "
-            "embeddings. Use the tokenizer of the base model."
-        )
-
-
 def _tokens(processor: Any, example: Example) -> int:
     ids = prompt_batch(processor, [replace(example, image=None)]).inputs["input_ids"]
     return int(ids.shape[1])
@@ -208,11 +196,7 @@ class Answerer:
         def answers(batch: Batch) -> list[str]:
             check_batch(model.config, batch, max_new_tokens)
             inputs = placed(batch, model).inputs
-            try:
-                return answer(model, self._processor, inputs, max_new_tokens, chunk.judge)
-            except IndexError:
-                _check_tokens(model.config, batch)
-                raise
+            return answer(model, self._processor, inputs, max_new_tokens, chunk.judge)
 
         if (kept := self._kept.get(chunk)) is not None:
             with replayed(model, kept.vision):

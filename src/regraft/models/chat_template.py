@@ -13,14 +13,17 @@ from jinja2 import nodes
 from regraft.data.collate import lent_template, message
 from regraft.errors import RegraftError
 
-_MOST_RENDERED = 20_000  # characters of a chat of one word
+_PROBES = {  # what the user says, and the most characters that a template may make of it
+    "one word": ("Hello", 20_000),
+    "a long prompt": ("Hello " * 4_000, 200_000),
+}
 _MOST_NUMBER = 10**6  # in a template
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag that transformers adds
 _PATIENCE = 10.0  # seconds for rendering
 
 
 def check_template(folder: Path, processor: Any) -> None:
-    """Render a chat of one word as a test of the template, for a few seconds at most.
+    """Render a short and a long prompt as a test of the template, for a few seconds at most.
 
     Other faults of a template are reported when a prompt is rendered.
 
@@ -31,30 +34,37 @@ def check_template(folder: Path, processor: Any) -> None:
     if any(_largest_number(one) > _MOST_NUMBER for one in _templates(processor)):
         why = f"holds a power, or multiplies by more than {_MOST_NUMBER:,}."
         raise _template_error(folder, why)
-    chat = [message(processor, "user", "Hello")]
-    rendered: list[str] = []
+    rendered: dict[str, str] = {}
     errors: list[str] = []
 
     def render() -> None:
-        try:
-            lent = lent_template(processor)
-            text = processor.apply_chat_template(chat, chat_template=lent, tokenize=False)
-            rendered.append(str(text))
-        except Exception as error:
-            if type(error).__name__ == "TemplateSyntaxError":  # others may want an image
-                errors.append(str(error))
+        for name, (given, _) in _PROBES.items():
+            chat = [message(processor, "user", given)]
+            try:
+                lent = lent_template(processor)
+                text = processor.apply_chat_template(chat, chat_template=lent, tokenize=False)
+                rendered[name] = str(text)
+            except Exception as error:
+                if type(error).__name__ == "TemplateSyntaxError":  # others may want an image
+                    errors.append(str(error))
 
     thread = threading.Thread(target=render, daemon=True)
     thread.start()
     thread.join(_PATIENCE)
     if thread.is_alive():
-        raise _template_error(folder, f"has not rendered one word in {_PATIENCE:.0f} seconds.")
+        raise _template_error(folder, f"has not rendered a prompt in {_PATIENCE:.0f} seconds.")
     if errors:
         raise _template_error(folder, f"is not a valid template: {errors[0]}")
-    if rendered and len(rendered[0]) > _MOST_RENDERED:
-        raise _template_error(folder, f"makes {len(rendered[0]):,} characters of one word.")
-    if rendered and "Hello" not in rendered[0]:
-        raise _template_error(folder, "leaves out the user's message.")
+    for name, text in rendered.items():
+        if len(text) > _PROBES[name][1]:
+            raise _template_error(folder, f"makes {len(text):,} characters of {name}.")
+        if "Hello" not in text:
+            raise _template_error(folder, "leaves out the user's message.")
+
+
+def tells_the_date(processor: Any) -> bool:
+    """Whether a chat template asks for today's date, so that prompts differ from day to day."""
+    return any("strftime_now" in one for one in _templates(processor))
 
 
 def _largest_number(template: str) -> int:

@@ -1,7 +1,6 @@
 """Load a model from a folder or hub id: its weights, its processor and its architecture.
 
-To answer prompts, a model only has to load. Its architecture, which pruning, restoring and head
-scores need, is read on first access.
+To answer prompts, a model only has to load. Its architecture is read on first access.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from regraft.models.loaded import (
     describe_unused,
     enough_memory,
     parameter_tensors,
+    refuse_tokens_without_embedding,
 )
 from regraft.models.placement import PlacedModel
 from regraft.models.resolve import (
@@ -209,8 +209,7 @@ def load_model(
         note: Called with a warning if the files have weights that the model does not use.
 
     Raises:
-        RegraftError: the loaded weights are not the checkpoint's (`check_loading`,
-            `check_weights`), memory is too small, or accelerate is needed for `split` and missing.
+        RegraftError: these are not the checkpoint's, memory is too small, or accelerate is missing.
     """
     target = pick_device(device)
     split = split and target.type != "cpu"
@@ -268,6 +267,7 @@ def _load_weights(
         note(unused)
     if (architecture := source.readable_architecture) is not None:
         check_weights(network, source.checkpoint, architecture)
+    refuse_tokens_without_embedding(network, source.folder)
     return network.requires_grad_(False).eval()
 
 

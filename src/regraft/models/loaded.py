@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regraft.disk.artifact import require_finite
 from regraft.errors import RegraftError, is_host_memory
@@ -122,6 +122,30 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint, architecture: Archit
                 f"{linear.parameter} of {linear.module} in memory; this key layout is not "
                 "supported."
             )
+
+
+def refuse_tokens_without_embedding(model: nn.Module, folder: Path) -> None:
+    """Make a model raise `RegraftError` at such a token: on a GPU it would end the process.
+
+    Only what reaches the embeddings is checked: tokens of images, which need none, do not.
+    """
+    try:
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        return
+    if not isinstance(embeddings, nn.Embedding):
+        return
+    rows = sum(one.shape[:1].numel() for one in embeddings.parameters())  # Idefics has two tables
+
+    def check(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        for ids in inputs:
+            if (ids >= rows).any():
+                raise RegraftError(
+                    f"The tokenizer gives a prompt the token {int(ids.max()):,}, but the model of "
+                    f"{folder} has {rows:,} embeddings. Use the tokenizer of the base model."
+                )
+
+    embeddings.register_forward_pre_hook(check)
 
 
 def _one_of_each(architecture: Architecture) -> list[LinearArchitecture]:

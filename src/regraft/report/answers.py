@@ -37,7 +37,7 @@ class RowModels:
     """The models of one row: the same number for every seed."""
 
     name: str
-    label: str
+    method: str
     role: Role
     members: tuple[tuple[Variant, ...], ...]
     drawn: bool = False
@@ -89,10 +89,10 @@ def _method(
 ) -> RowModels:
     by_name = [{v.name_in_group: v for v in group[1:]} for group in groups]
     found = tuple(tuple(of_seed[one] for one in names) for of_seed in by_name)
-    labels = {of_seed[0].label_in_group for of_seed in found}
-    # A label may name what each seed has chosen, such as a direction's layer; then drop it.
-    label = labels.pop().replace(names[0], name, 1) if len(labels) == 1 else name
-    return RowModels(name, label, "method", found, drawn)
+    methods = {of_seed[0].method for of_seed in found}
+    # It may say what each seed has chosen, such as a direction's layer; then drop it.
+    method = methods.pop() if len(methods) == 1 else ""
+    return RowModels(name, method, "method", found, drawn)
 
 
 def _clustered(events: Events) -> Estimate | None:

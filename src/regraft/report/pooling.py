@@ -122,16 +122,16 @@ def _rows_of(models: Sequence[Sequence[Run]], against: Sequence[str]) -> tuple[s
 
 def _tables(runs: Sequence[Run], against: Sequence[str]) -> Iterable[Table]:
     first = runs[0]
-    dense = RowModels("dense", first.dense.label, "dense", tuple((run.dense,) for run in runs))
+    dense = RowModels("dense", first.dense.method, "dense", tuple((run.dense,) for run in runs))
     if first.unrelated:
-        models = [RowModels(v.name, v.label, "other", ((v,),)) for v in first.variants]
+        models = [RowModels(v.name, v.method, "other", ((v,),)) for v in first.variants]
         yield _table(runs, models, ())
         return
     if not first.groups:
         yield _table(runs, [dense], ())
     for groups in zip(*(run.groups for run in runs), strict=True):
         pruned = RowModels(
-            groups[0][0].name, groups[0][0].label, "pruned", tuple((g[0],) for g in groups)
+            groups[0][0].name, groups[0][0].method, "pruned", tuple((g[0],) for g in groups)
         )
         yield _table(runs, [dense, pruned, *rows_of_methods(groups, first.recipe)], against)
 
@@ -166,8 +166,7 @@ def _table_tests(answers: Sequence[RowAnswers], against: Sequence[str]) -> tuple
     against = [name for name in against if name in methods]
     if not any(one.models.role == "pruned" for one in answers):
         every = [(name, first) for name in others]
-        titles = {first: answers[0].models.label}
-        return _tests([every], attacks, titles), _tests([every], refusals, titles)
+        return _tests([every], attacks, {}), _tests([every], refusals, {})
     pruning, titles = others[0], {first: "dense", others[0]: "pruned"}
     damage = [(pruning, first)]
     restored = [(name, pruning) for name in methods]

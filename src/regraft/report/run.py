@@ -21,6 +21,7 @@ class Variant:
     """One evaluated model: dense, pruned, realigned or a control.
 
     Attributes:
+        method: How it was made, such as "top 16 heads"; empty if its name says so.
         base: Name of the model that it was made from and is compared with: the dense model for a
             pruned one, the pruned model for a realigned one; None for the dense model.
         sparsity: Fraction of zeros among the prunable weights.
@@ -39,8 +40,8 @@ class Variant:
     """
 
     name: str
-    label: str
     result: EvalResult
+    method: str = ""
     base: str | None = None
     sparsity: float = 0.0
     restored: int = 0
@@ -59,20 +60,24 @@ class Variant:
     patch: str = ""
 
     @property
+    def label(self) -> str:
+        """The name with the method: "hsr (top 16 heads)"."""
+        return labelled(self.name, self.method)
+
+    @property
     def name_in_group(self) -> str:
         """The name without the pruning's, as in the recipe."""
         return self.name.removeprefix(f"{self.base}/")
-
-    @property
-    def label_in_group(self) -> str:
-        """The label without the pruning's name."""
-        return self.label.removeprefix(f"{self.base}/")
 
     @property
     def per_ten_thousand(self) -> float | None:
         """Restored weights per 10,000 pruned or changed ones; None if either is unknown."""
         known = self.restored and self.pruned
         return per_ten_thousand(self.restored, self.pruned) if known else None
+
+
+def labelled(name: str, method: str) -> str:
+    return f"{name} ({method})" if method else name
 
 
 @dataclass(frozen=True)

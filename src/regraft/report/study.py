@@ -18,7 +18,7 @@ from regraft.evaluation.metrics import Recovery
 from regraft.evaluation.results import Estimate, TextResult
 from regraft.evaluation.tradeoff import Searched
 from regraft.report.published import Beside, Published, PublishedRow
-from regraft.report.run import Run, SharedPath, Variant
+from regraft.report.run import Run, SharedPath, Variant, labelled
 from regraft.restoration.methods.gain.path import path_to_json
 
 SIGNIFICANCE = 0.05
@@ -124,7 +124,7 @@ class Row(Measured):
     """
 
     name: str
-    label: str
+    method: str
     role: Role
     members: tuple[tuple[Variant, ...], ...]
     drawn: bool = False
@@ -146,6 +146,11 @@ class Row(Measured):
     utility_from_dense: Estimate | None = None
     text: TextResult | None = None
     published: Beside | None = None
+
+    @property
+    def label(self) -> str:
+        """The name with the method, as of a `Variant`."""
+        return labelled(self.name, self.method)
 
     @property
     def first(self) -> Variant:

@@ -90,10 +90,7 @@ def look_of(row: Row, number: int) -> str:
 
 
 def _heading(row: Row, number: int) -> Cell:
-    about = "" if row.label == row.name else row.label
-    if about.startswith(f"{row.name} ("):  # "hsr (top 16 heads)"
-        about = about[len(row.name) + 2 : -1]
-    return Cell(name_of(row), note=about, kind=look_of(row, number), number=number)
+    return Cell(name_of(row), note=row.method, kind=look_of(row, number), number=number)
 
 
 def _columns(study: Study) -> Iterator[Column]:

@@ -214,5 +214,5 @@ def _run(run: Any, results: Mapping[str, EvalResult], folder: str) -> Run:
         name, base = one["name"], one["base"]
         inside = name if several or base in (None, "dense") else f"{base}/{name}"
         result = results[f"{folder}/{inside}"]
-        variants.append(Variant(name, one["label"], result, base, pruned=one["pruned"]))
+        variants.append(Variant(name, result, base=base, pruned=one["pruned"]))
     return Run("", "", tuple(variants), recipe=run["recipe"], seed=run["seed"], name=run["name"])

@@ -120,7 +120,6 @@ def _variants(
     for name, one in found.items():
         yield Variant(
             name,
-            name,
             results[name],
             base=None if name == first else first if name == pruned else pruned,
             sparsity=one.about.get("zeros", 0) / one.about.get("prunable", 1),

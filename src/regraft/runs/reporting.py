@@ -203,7 +203,7 @@ class _Artifacts:
             yield _variant(
                 name,
                 self.evaluations[f"{pruning.name}/{defence.name}"],
-                label=f"{name} ({how}, at inference)",
+                method=f"{how}, at inference",
                 base=pruning.name,
                 inference_time=True,
                 passes=self.passes.of_defence(name, by_prompt=by_prompt),
@@ -224,7 +224,7 @@ class _Artifacts:
         return _variant(
             name,
             self.evaluations[f"{pruning.name}/{one.name}"],
-            label=name if how == one.name else f"{name} ({how})",
+            method="" if how == one.name else how,
             base=pruning.name,
             patch=str(run_dir.patch(pruning.name, one.name).relative_to(run_dir.path)),
             restored=patch.restored,
@@ -262,8 +262,7 @@ class _Artifacts:
 
 def _variant(name: str, evaluation: Evaluation, **fields: Any) -> Variant:
     sparsity = float(evaluation.about["zeros"] / evaluation.about["prunable"])
-    label = fields.pop("label", name)
-    return Variant(name, label, evaluation.result, sparsity=sparsity, **fields)
+    return Variant(name, evaluation.result, sparsity=sparsity, **fields)
 
 
 def _defence_label(file: Path) -> str:

@@ -157,7 +157,7 @@ class Target(AnyTarget):
             found["patch"] = file_digest(self.patch)
         if self.defence and self.loaded_defence:
             if isinstance(self.loaded_defence, Direction):  # a prompt fits quantised models too
-                check_fits(self.loaded_defence, self.model.architecture, self.defence)
+                check_fits(self.loaded_defence, self.model, self.defence)
             found["defence"] = file_digest(self.defence)
         return found | (self.text.digests() if self.text else {})
 
