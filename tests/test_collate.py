@@ -104,6 +104,23 @@ def test_padding_is_left_whatever_the_tokenizer_says(family, tmp_path):
     assert tokenizer_of(processor).padding_side == "right", "the caller's tokenizer was changed"
 
 
+def test_a_processor_that_pads_on_the_right_is_refused(tmp_path, monkeypatch):
+    processor = pico.processor("qwen2_5_vl")
+    template = processor.apply_chat_template
+
+    def stubborn(*args, processor_kwargs, **kwargs):
+        return template(
+            *args, processor_kwargs=processor_kwargs | {"padding_side": "right"}, **kwargs
+        )
+
+    monkeypatch.setattr(processor, "apply_chat_template", stubborn)
+    short, long = examples_for("qwen2_5_vl", tmp_path, 2)
+    long = replace(long, instruction=long.instruction * 3)
+    with pytest.raises(RegraftError, match="pads prompts on the right"):
+        prompt_batch(processor, [short, long])
+    assert prompt_batch(processor, [short]).inputs["attention_mask"].all()
+
+
 def test_prompts_end_with_the_generation_prompt(family, tmp_path):
     processor = pico.processor(family)
     examples = examples_for(family, tmp_path)

@@ -194,6 +194,12 @@ def _encode(
             f"The {encoder} cannot encode {failed}: {type(error).__name__}: {reason}.{hint}"
             f"{_origin(processor)}"
         ) from error
+    mask = encoded.get("attention_mask")
+    if mask is not None and not mask[:, -1].all():
+        raise RegraftError(
+            "The processor pads prompts on the right although it is asked for the left, and the "
+            f"last token of a prompt would be padding. Use batch size 1.{_origin(processor)}"
+        )
     if mixed and "cross_attention_mask" in encoded:
         # Mllama skips its cross-attention layers only if no row of the batch has an image.
         raise RegraftError(
