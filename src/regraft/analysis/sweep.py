@@ -130,7 +130,7 @@ def _name(setting: str, value: float) -> str:
 def _figure(sweep: Sweep) -> str:
     """Plot ASR, over-refusal and utility by value, with intervals; references as lines."""
 
-    def draw(_: Any, axes: Any) -> None:
+    def draw(axes: Any) -> None:
         for panel, (field, label), look in zip(axes, _RATES, LOOKS, strict=False):
             panel.set_ylabel(f"{label}, %")
             panel.grid(axis="y")

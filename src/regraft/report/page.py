@@ -104,7 +104,6 @@ def render_markdown(study: Study) -> str:
 
 
 def render(template: str, **context: Any) -> str:
-    """Render a Markdown template."""
     text = _environment().get_template(template).render(context)
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 

@@ -77,10 +77,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class HeadMap:
-    """Scores of attention heads, `values[layer][head]`; None is a head that was not scored.
-
-    Layers may have different numbers of heads.
-    """
+    """Scores of attention heads, `values[layer][head]`; None is a head that was not scored."""
 
     name: str
     unit: str
