@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from regraft.data.storage import MODEL_ID
 from regraft.disk.artifact import artifact_header
 from regraft.disk.descriptions import described
-from regraft.disk.files import atomic_folder, file_digest
+from regraft.disk.files import atomic_folder
 from regraft.errors import RegraftError
 from regraft.patch.format import FORMAT, Patch, load_patch
-from regraft.report.cards import PatchFile, render_patch_card
+from regraft.report.cards import render_patch_card
 from regraft.report.pooling import study_of
 from regraft.runs.comparing import run_of_evaluations
 from regraft.stages.patching import PATCH_FILE
@@ -51,12 +51,8 @@ def render(
             raise RegraftError(
                 f"{named!r} is no name on the hub; expected OWNER/NAME, such as Qwen/Qwen2.5-VL-7B."
             )
-    found, size = load_patch(patch), patch.stat().st_size
-    of = PatchFile(
-        found, repository, PATCH_FILE, size, file_digest(patch), dense=dense, pruned=pruned
-    )
     study = study_of([run_of_evaluations(evaluated)]) if evaluated else None
-    return render_patch_card(of, study)
+    return render_patch_card(patch, repository, PATCH_FILE, dense, pruned, study)
 
 
 def write(patch: Path, card: str, folder: Path) -> None:
