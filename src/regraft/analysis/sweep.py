@@ -105,8 +105,8 @@ def _variants(recipe: Recipe, setting: str, values: dict[str, float]) -> dict[st
     for name, value in values.items():
         number = int(value) if value == int(value) else value  # some settings are integers
         variants.append(parse_variant(base | {field: number, "name": name}))
-    pruning = recipe.prune[0].model_dump() | {"realign": True}
-    return {"prune": [parse_pruning(pruning)], "realign": variants}
+    pruning = recipe.prune[0].model_copy(update={"realign": True})
+    return {"prune": [pruning], "realign": variants}
 
 
 def _read(run: Run, setting: str, values: Sequence[float]) -> Sweep:

@@ -101,7 +101,8 @@ def path_figure(panels: Sequence[tuple[str, Sequence[GainPath]]]) -> str:
         Line2D([], [], color=_GRADIENT, marker="s", ls="--", lw=0.9, ms=3.5, label="gradient"),
         Line2D([], [], color=_TRY, marker="o", ls="", ms=3, alpha=0.5, label="tried, held out"),
     ]
-    counts = [count for _, paths in drawn for path in paths for count, _ in every_point(path)]
+    every = [path for _, paths in drawn for path in paths]
+    counts = [n for one in every for n, _ in (*held_out_points(one), *tried_points(one))]
     least, most = min((count for count in counts if count), default=1), max(1, *counts)
 
     def panel(paths: Sequence[GainPath], axes: Axes) -> None:
@@ -152,11 +153,6 @@ def tried_points(path: GainPath) -> Points:
         for count, step in zip(before, path.steps, strict=False)
         for one in step.tries
     )
-
-
-def every_point(path: GainPath) -> Points:
-    """All points of a path."""
-    return (*held_out_points(path), *gradient_points(path), *tried_points(path))
 
 
 def _draw_path(axes: Axes, path: GainPath) -> None:

@@ -55,7 +55,6 @@ class Bundle:
 
     title: str
     version: str
-    texts: bool
     digest: str
     files: int
     evaluations: Mapping[str, EvalResult]
@@ -95,7 +94,6 @@ def read_bundle(path: Path) -> Bundle:
     return Bundle(
         title=manifest["title"],
         version=manifest["regraft"],
-        texts=manifest["texts"],
         digest=digest(content[MANIFEST]),
         files=len(content),
         evaluations=results,
