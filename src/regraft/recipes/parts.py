@@ -51,7 +51,8 @@ def _parsed(
     return parsed
 
 
-def _name_but(*taken: str) -> AfterValidator:
+def _name(*taken: str) -> AfterValidator:
+    """Validator of a name that is part of paths, other than the names `taken`."""
     return AfterValidator(lambda name: checked_name(name, *taken))
 
 
@@ -70,7 +71,7 @@ class ModelSettings(Settings):
     """One of several models of a run; its folder or hub id alone is enough."""
 
     model: str = Field(min_length=1, description="A folder, a hub id, or 'demo'.")
-    name: Annotated[str, _name_but()] = Field(
+    name: Annotated[str, _name()] = Field(
         "",
         description="Name in tables and folders; by default the last part of `model`.",
     )
@@ -92,7 +93,7 @@ class ModelSettings(Settings):
 class PruningSettings(PruneSettings):
     """One pruned model of a run; made by `parse_pruning`, with the fields of its pruner."""
 
-    name: Annotated[str, _name_but("dense")] = Field(
+    name: Annotated[str, _name("dense")] = Field(
         "",
         description="Name in tables and folders; by default `pruned`, or with several prunings "
         "method and sparsity, such as wanda-60 or wanda-2-4.",
@@ -119,7 +120,7 @@ def parse_pruning(given: Any) -> PruningSettings:
 class Way(Settings):
     """A way to make pruned models safer: base class of the items of `realign` and `defend`."""
 
-    name: Annotated[str, _name_but("dense", "pruned")] = Field(
+    name: Annotated[str, _name("dense", "pruned")] = Field(
         "",
         description="Name in tables and folders; by default the method's.",
     )
