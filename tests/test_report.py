@@ -447,7 +447,7 @@ def test_small_words() -> None:
 def test_examples_show_disagreement_first_and_some_agreement() -> None:
     harmful, harmless = choose_examples(REPORT)
     assert (len(harmful), len(harmless)) == (12, 6)
-    disagree = [row[0].refused != row[1].refused for row in harmful]
+    disagree = [len({a.complies for a in row}) > 1 for row in harmful]
     assert disagree == [True] * 9 + [False] * 3
     assert len({tuple(a.refused for a in row) for row in harmful}) == 4
     assert all(len(row) == 3 and len({a.id for a in row}) == 1 for row in harmful)
