@@ -9,7 +9,7 @@ from regraft import stages
 from regraft.models.load import Source
 from regraft.patch.format import Patch
 from regraft.progress import Progress, Silent
-from regraft.recipes.parts import VariantSettings, variant
+from regraft.recipes.parts import VariantSettings, parse_variant
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings
 
@@ -21,7 +21,7 @@ def method(method: str = "hsr", **given: Any) -> MethodSettings:
 
 def a_variant(method: str = "hsr", **given: Any) -> VariantSettings:
     """One realigned model of a recipe."""
-    return variant(method=method, **given)
+    return parse_variant({"method": method, **given})
 
 
 def restored(

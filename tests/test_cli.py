@@ -40,7 +40,7 @@ from regraft.models.load import load_processor, open_source
 from regraft.pruning.base import prune_settings
 from regraft.pruning.pruners.wanda import Wanda
 from regraft.recipes.file import read_recipe
-from regraft.recipes.parts import pruning_settings
+from regraft.recipes.parts import parse_pruning
 from regraft.restoration.base import METHODS, needs_of
 from regraft.runs import pipeline
 from regraft.runs.run_dir import RunDir
@@ -1006,7 +1006,7 @@ def test_run_folder_is_taken(world: World, refused: Refused) -> None:
 def test_run_folder_of_another_recipe(world: World, refused: Refused) -> None:
     run_ok("run", world.recipe(), "--out", "run")
     message = refused("run", world.recipe(prune={"sparsity": 0.7}), "--out", "run")
-    has(message, "run holds a run of another recipe", "prune.sparsity: 0.5 there, 0.7 now")
+    has(message, "run holds a run of another recipe", "prune.pruned.sparsity: 0.5 there, 0.7 now")
     grown = world.recipe(realign=[HSR, {"method": "random", "count": 4}])
     run_ok("run", grown, "--out", "run")
     has((world.root / "run" / "report" / "report.md").read_text(), "random")
@@ -1204,7 +1204,7 @@ def test_what_needs_no_backward_pass_needs_no_space_for_one(world: World) -> Non
     def needed(**fields: Any) -> int:
         """Beside the checkpoints, and what pruning keeps of finished layers."""
         steps = pipeline.plan_run(read_recipe(world.recipe(**fields)), place.path).steps
-        pruner = pruning_settings(**fields.get("prune", {}))
+        pruner = parse_pruning(fields.get("prune", {}))
         spilled = stages.spilled_bytes(open_source(world.model), pruner)
         return max(
             step.temporary_bytes() - spilled * (step.stage == "prune")

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 import pico
@@ -44,6 +45,7 @@ from regraft.restoration.base import METHODS, settings_in
 from regraft.runs import comparing, recipe_runs
 from regraft.runs.bundle import write_bundle
 from regraft.runs.bundle_check import read_bundle
+from regraft.runs.reporting import read_run
 from truth import mcnemar, paired_rsr
 
 JUDGE = REGRAFT_1
@@ -626,6 +628,16 @@ def test_a_study_is_a_run_a_seed_and_their_comparison(world: Path) -> None:
     assert (run / "seed-3" / "report" / "report.html").exists()
 
 
+def test_images_of_a_run_that_changed_since_are_not_shown(world: Path) -> None:
+    shown = read_run(world / "run" / "seed-0").images
+    name, image = next(iter(shown.items()))
+    content = image.read_bytes()
+    Image.new("RGB", (8, 8), "blue").save(image)
+    now = read_run(world / "run" / "seed-0").images
+    image.write_bytes(content)
+    assert now == {other: path for other, path in shown.items() if other != name} != {}
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_the_dense_model_answers_once(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Path] = []
@@ -643,8 +655,13 @@ def test_the_dense_model_answers_once(world: Path, monkeypatch: pytest.MonkeyPat
     shutil.copytree(world / "run", world / "half")
     shutil.rmtree(world / "half" / "seed-3")
     shutil.rmtree(world / "half" / "report")
-    with pytest.raises(RegraftError, match="not finished: seed-3 has not been run"):
-        recipe_runs.report_recipe(world / "half")
+    for work in (
+        recipe_runs.report_recipe,
+        lambda half: comparing.compare_runs([half], world / "comparison"),
+        lambda half: write_bundle(half, world / "half.zip"),
+    ):
+        with pytest.raises(RegraftError, match="not finished: seed-3 has not been run"):
+            work(world / "half")
     assert recipe_runs.run_recipe(recipe, world / "half").tables == again.tables
     assert len(done) == 2 * (1 + 3)
     other = recipe.model_copy(update={"against": ("hsr",)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from regraft.report.published import (
     PublishedRow,
     attack_rates,
     mean_attack_rate,
-    published_rsr_interval,
     read_published,
     rsr_interval,
 )
@@ -143,24 +143,32 @@ def test_an_rsr_without_answers_has_the_interval_of_independent_rates() -> None:
         for c in counts.values()
     )
     wanted = np.quantile((cut - back) / (cut - full), [0.025, 0.975])
-    rates = [[wilson(c[0], 500), wilson(c[1], 468)] for c in counts.values()]
-    assert rsr_interval(*rates) == pytest.approx(wanted, abs=0.03)
     published = read_published(LI)
-    row = published.of("qwen2.5-vl", "wanda-50", "hsr")
-    assert row is not None
-    assert published_rsr_interval(published, row) == rsr_interval(*rates)
+    names = {"dense": ("", ""), "pruned": ("wanda-50", ""), "restored": ("wanda-50", "hsr")}
+    for name, (pruning, method) in names.items():
+        row = published.of("qwen2.5-vl", pruning, method)
+        assert row is not None
+        rates = attack_rates(row, published.prompts).values()
+        assert tuple((one.count, one.n) for one in rates) == tuple(
+            zip(counts[name], (500, 468), strict=True)
+        )
+    assert rsr_interval(published, row) == pytest.approx(wanted, abs=0.03)
 
 
 def test_an_rsr_of_no_loss_or_of_means_alone_has_no_interval() -> None:
-    same = [wilson(10, 100)]
-    assert rsr_interval(same, same, same) is None
-    rows = (
-        PublishedRow(model="m", mean_asr=10),
-        PublishedRow(model="m", pruning="p", mean_asr=30),
-        PublishedRow(model="m", pruning="p", method="hsr", mean_asr=20, rsr=50),
-    )
-    published = Published(source="x", prompts={"a": 100}, rows=rows)
-    assert published_rsr_interval(published, rows[2]) is None
+
+    def found(dense: Any, pruned: Any, restored: Any) -> tuple[float, float] | None:
+        rows = (
+            PublishedRow(model="m", **dense),
+            PublishedRow(model="m", pruning="p", **pruned),
+            PublishedRow(model="m", pruning="p", method="hsr", rsr=50, **restored),
+        )
+        return rsr_interval(Published(source="x", prompts={"a": 100}, rows=rows), rows[2])
+
+    rates = [{"asr": {"a": percent}} for percent in (10, 60, 30)]
+    assert found(*rates) is not None
+    assert found(*rates[:1] * 3) is None
+    assert found({"mean_asr": 10}, {"mean_asr": 60}, {"mean_asr": 30}) is None
 
 
 @pytest.mark.parametrize(

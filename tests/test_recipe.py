@@ -21,11 +21,10 @@ from regraft.pruning.pruners.wanda import WandaSettings
 from regraft.recipes import file as recipe_file
 from regraft.recipes.file import explained_recipe, read_recipe, write_recipe
 from regraft.recipes.parts import (
-    PRUNING,
     ModelSettings,
     VariantSettings,
-    pruning_settings,
-    variant,
+    parse_pruning,
+    parse_variant,
 )
 from regraft.recipes.recipe import Recipe
 from regraft.restoration.base import METHODS, own_settings
@@ -49,11 +48,11 @@ FULL = Recipe(
 
 MATRIX = Recipe(
     prune=(
-        pruning_settings(sparsity=0.3),
-        pruning_settings(sparsity=0.625),
-        pruning_settings(n_m="2:4"),
-        pruning_settings(method="sparsegpt"),
-        pruning_settings(order="one-shot", name="mine"),
+        parse_pruning({"sparsity": 0.3}),
+        parse_pruning({"sparsity": 0.625}),
+        parse_pruning({"n_m": "2:4"}),
+        parse_pruning({"method": "sparsegpt"}),
+        parse_pruning({"order": "one-shot", "name": "mine"}),
     ),
     realign=(),
 )
@@ -127,10 +126,10 @@ def test_n_m_needs_no_quotes(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("text", ["{sparsity: 0.6}", "[{sparsity: 0.6}]"])
 def test_one_pruning_is_called_pruned(tmp_path: Path, text: str) -> None:
     recipe = _read(tmp_path, f"prune: {text}")
-    assert recipe.prune == (pruning_settings(sparsity=0.6, name="pruned"),)
+    assert recipe.prune == (parse_pruning({"sparsity": 0.6, "name": "pruned"}),)
     assert recipe == _read(tmp_path, "prune: {sparsity: 0.6, name: pruned}")
     assert recipe == Recipe.model_validate({"prune": prune_settings(sparsity=0.6)})
-    assert yaml.safe_load(write_recipe(recipe))["prune"]["sparsity"] == 0.6
+    assert yaml.safe_load(write_recipe(recipe))["prune"][0]["sparsity"] == 0.6
 
 
 def test_several_prunings_are_called_by_method_and_sparsity() -> None:
@@ -140,7 +139,7 @@ def test_several_prunings_are_called_by_method_and_sparsity() -> None:
 
 
 def test_pruning_gives_its_criterion_alone() -> None:
-    one = pruning_settings(name="x", sparsity=0.3)
+    one = parse_pruning({"name": "x", "sparsity": 0.3})
     assert one.only() == prune_settings(sparsity=0.3)
     assert type(one.only()) is WandaSettings
 
@@ -241,7 +240,7 @@ def test_what_is_done_to_which_pruning(tmp_path: Path) -> None:
     ],
 )
 def test_a_method_with_a_budget_has_one(given: dict[str, Any], budget: float | None) -> None:
-    found: Any = variant(**given)
+    found: Any = parse_variant(given)
     assert found.budget == budget
     assert method(**own_settings(found).model_dump()).budget == budget
 
@@ -349,7 +348,7 @@ def test_errors_name_the_field(tmp_path: Path, text: str, parts: list[str]) -> N
 )
 def test_variants_that_ask_for_what_does_nothing(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        variant(**fields)
+        parse_variant(fields)
 
 
 def test_flags_are_named_as_flags() -> None:
@@ -373,7 +372,7 @@ def test_settings_are_frozen(field: str) -> None:
 
 
 def test_written_recipe_is_plain_yaml() -> None:
-    assert yaml.safe_load(write_recipe(FULL))["prune"]["n_m"] == "2:4"
+    assert yaml.safe_load(write_recipe(FULL))["prune"][0]["n_m"] == "2:4"
 
 
 def test_an_explained_recipe_is_the_default_one(tmp_path: Path) -> None:
@@ -396,7 +395,7 @@ def test_blocks_that_are_there_as_comments_are_valid(settings: Settings) -> None
 def test_every_setting_is_explained() -> None:
     text = explained_recipe()
     blocks = (
-        *map(PRUNING.block, all_settings()),
+        *(type(parse_pruning({"method": name})) for name in all_settings()),
         *(METHODS.get(name).settings_type for name in METHODS.names()),
         VariantSettings,
         *DEFENCES.values(),

@@ -77,7 +77,7 @@ REALIGNED = variant(
     sparsity=0.5995,
     restored=500,
     pruned=1_000_000,
-    restored_by_module={"self_attn.q_proj": (300, 0, 17), "mlp.up_proj": (100, 83)},
+    restored_by_module={"self_attn.q_proj": (300, 0, 17), "mlp.up_proj": (100, 83, 0)},
     heads=((0, 1), (1, 0)),
     patch="patches/the realigned.safetensors",
 )
@@ -91,7 +91,7 @@ REPORT = Run(
     "A title & more",
     "pico <model>",
     (DENSE, PRUNED, REALIGNED, RANDOM),
-    (HeadMap("Ships", "degrees", ((1.0, None), (2.0, 3.0, 0.5))),),
+    (HeadMap("Ships", "degrees", ((1.0, None, None), (2.0, 3.0, 0.5))),),
     (DataAccount("calibration", "VLGuard", 2000, 128, {"not drawn": 1872}),),
     {"prune": {"method": "wanda", "sparsity": 0.6}, "heads": (1, 2), "out": Path("some/out")},
     {"regraft": "0.1.0"},
@@ -447,7 +447,7 @@ def test_small_words() -> None:
 def test_examples_show_disagreement_first_and_some_agreement() -> None:
     harmful, harmless = choose_examples(REPORT)
     assert (len(harmful), len(harmless)) == (12, 6)
-    disagree = [row[0].refused != row[1].refused for row in harmful]
+    disagree = [len({a.complies for a in row}) > 1 for row in harmful]
     assert disagree == [True] * 9 + [False] * 3
     assert len({tuple(a.refused for a in row) for row in harmful}) == 4
     assert all(len(row) == 3 and len({a.id for a in row}) == 1 for row in harmful)
@@ -486,9 +486,9 @@ def svg_texts(svg: str) -> list[str]:
     return [(e.text or "").strip() for e in ET.fromstring(svg).iter() if e.tag.endswith("}text")]
 
 
-def test_figures_show_the_names_and_counts_given() -> None:
+def test_figures_show_the_names_given() -> None:
     restored = svg_texts(restored_figure(REALIGNED))
-    assert {"self_attn.q_proj", "mlp.up_proj", "300", "100", "17", "83"} <= set(restored)
+    assert {"self_attn.q_proj", "mlp.up_proj"} <= set(restored)
     odd = replace(REPORT, variants=(DENSE, replace(PRUNED, name="a <b> & $x_1$ costs $5")))
     study = study_of([odd])
     table = study.tables[0]
@@ -502,7 +502,7 @@ def test_figures_with_nothing_to_show_are_empty() -> None:
     assert trade_off_figure(bare) == ""
     assert restored_figure(PRUNED) == ""
     assert head_map_figure(HeadMap("Ships", "degrees", ())) == ""
-    assert head_map_figure(HeadMap("Ships", "degrees", ((None,), ()))) == ""
+    assert head_map_figure(HeadMap("Ships", "degrees", ((None, None),))) == ""
 
 
 # Pages

@@ -116,7 +116,7 @@ def by_chance(share: float) -> float:
 def _figure(found: Mapping[float, Sequence[LayerOverlap]]) -> str:
     """Plot Jaccard's index by layer, a line per share, with chance dotted in the same colour."""
 
-    def draw(_: Any, axes: Any) -> None:
+    def draw(axes: Any) -> None:
         for (share, layers), (colour, marker, line) in zip(found.items(), LOOKS, strict=False):
             x, y = [one.layer for one in layers], [one.jaccard for one in layers]
             style = {"color": colour, "marker": marker, "ls": line, "ms": 3.5, "lw": 1.2}

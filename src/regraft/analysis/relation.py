@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import permutations
 from pathlib import Path
 
@@ -44,15 +44,6 @@ class ModelPoint:
     estimated: int = 0
 
 
-@dataclass(frozen=True)
-class Spearman:
-    """A rank correlation, and its two-sided p value if all points are independent."""
-
-    rho: float
-    p: float | None
-    n: int
-
-
 def relate_runs(folders: Sequence[Path], out: Path) -> Correlation:
     """Correlate total Ships with the rise in ASR over the pruned models of runs with head scores.
 
@@ -68,7 +59,7 @@ def relate_runs(folders: Sequence[Path], out: Path) -> Correlation:
         raise RegraftError(
             f"A rank correlation needs {FEWEST} pruned models or more; the runs have {len(points)}."
         )
-    found = in_report(points)
+    found = correlate(points)
     numbers = {"rho": found.rho, "p": found.p, "n": len(points)}
     content = {
         "points": [asdict(point) for point in points],
@@ -79,12 +70,19 @@ def relate_runs(folders: Sequence[Path], out: Path) -> Correlation:
     return found
 
 
-def in_report(points: Sequence[ModelPoint], pruning: str = "") -> Correlation:
-    """The rank correlation in the form of reports; `pruning` names how the models were pruned."""
-    found = correlation(points)
-    rho, p = (None, None) if found is None else (found.rho, found.p)
+def correlate(points: Sequence[ModelPoint], pruning: str = "") -> Correlation:
+    """Correlate total Ships with the rise in ASR; `pruning` names how the models were pruned.
+
+    Without p if points share a dense model: prunings of one model share its Ships, so not all
+    orders are equally likely.
+
+    Raises:
+        ValueError: see `spearman`.
+    """
+    rho, p = spearman([one.ships for one in points], [one.degradation for one in points])
+    independent = len({one.model for one in points}) == len(points)
     models = tuple((one.name, one.ships, one.degradation) for one in points)
-    return Correlation(pruning, models, rho, p, _estimates(points))
+    return Correlation(pruning, models, rho, p if independent else None, _estimates(points))
 
 
 def _rises(folder: Path) -> dict[str, float]:
@@ -133,23 +131,11 @@ def _estimates(points: Sequence[ModelPoint]) -> str | None:
     )
 
 
-def correlation(points: Sequence[ModelPoint]) -> Spearman | None:
-    """Correlate total Ships with the rise in ASR; without p if points share a dense model.
+def spearman(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """Spearman's rho (1904), with mean ranks for ties, and its two-sided p.
 
-    Prunings of one model share its Ships, so not all orders are equally likely.
-
-    Raises:
-        ValueError: see `spearman`.
-    """
-    found = spearman([p.ships for p in points], [p.degradation for p in points])
-    independent = len({point.model for point in points}) == len(points)
-    return found if found is None or independent else replace(found, p=None)
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> Spearman | None:
-    """Spearman's rho (1904), with mean ranks for ties; None if all values of x or of y are equal.
-
-    p is exact, over all orders, for up to 8 points, and by Student's t beyond.
+    Both are None if all values of x or of y are equal. p is exact, over all orders, for up to 8
+    points, and by Student's t beyond.
 
     Raises:
         ValueError: the lengths differ, or there are fewer than 3.
@@ -159,11 +145,11 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Spearman | None:
     if len(x) != len(y) or len(x) < FEWEST:
         raise ValueError(f"A rank correlation needs 3 pairs or more; got {len(x)} and {len(y)}.")
     if len(set(x)) == 1 or len(set(y)) == 1:
-        return None
+        return None, None
     rho, p = map(float, spearmanr(x, y))
     if len(x) <= _EXACT:
         # Reordering does not change the variance of ranks, so comparing covariances suffices.
         first, second = (rankdata(values) - (len(x) + 1) / 2 for values in (x, y))
         covariances = np.abs(np.array(list(permutations(second))) @ first)
         p = float((covariances >= abs(first @ second) - 1e-9).mean())
-    return Spearman(rho, p, len(x))
+    return rho, p

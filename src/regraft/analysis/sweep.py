@@ -11,7 +11,7 @@ from regraft.analysis import write_analysis
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Estimate
 from regraft.progress import Progress
-from regraft.recipes.parts import pruning_settings, variant
+from regraft.recipes.parts import parse_pruning, parse_variant
 from regraft.recipes.recipe import Recipe
 from regraft.report.drawing import INK, LOOKS, ceiling, to_svg
 from regraft.report.run import Run, Variant
@@ -83,8 +83,7 @@ def _sparsities(recipe: Recipe, _: str, values: dict[str, float]) -> dict[str, A
         raise RegraftError("The recipe names a pruned checkpoint, so its sparsity is fixed.")
     base = recipe.prune[0].model_dump() | {"n_m": None}
     prunings = [
-        pruning_settings(**base | {"sparsity": value, "name": name})
-        for name, value in values.items()
+        parse_pruning(base | {"sparsity": value, "name": name}) for name, value in values.items()
     ]
     return {"prune": prunings, "realign": ()}
 
@@ -105,13 +104,12 @@ def _variants(recipe: Recipe, setting: str, values: dict[str, float]) -> dict[st
     variants = []
     for name, value in values.items():
         number = int(value) if value == int(value) else value  # some settings are integers
-        variants.append(variant(**base | {field: number, "name": name}))
-    pruning = recipe.prune[0].model_dump() | {"realign": True}
-    return {"prune": [pruning_settings(**pruning)], "realign": variants}
+        variants.append(parse_variant(base | {field: number, "name": name}))
+    pruning = recipe.prune[0].model_copy(update={"realign": True})
+    return {"prune": [pruning], "realign": variants}
 
 
 def _read(run: Run, setting: str, values: Sequence[float]) -> Sweep:
-    """Read the points of a finished sweep."""
     by_name = {variant.name.rpartition("/")[2]: variant for variant in run.variants}
     points = tuple(_point(by_name[_name(setting, value)], value) for value in sorted(values))
     references = {"dense": _point(run.dense, 0)}
@@ -132,7 +130,7 @@ def _name(setting: str, value: float) -> str:
 def _figure(sweep: Sweep) -> str:
     """Plot ASR, over-refusal and utility by value, with intervals; references as lines."""
 
-    def draw(_: Any, axes: Any) -> None:
+    def draw(axes: Any) -> None:
         for panel, (field, label), look in zip(axes, _RATES, LOOKS, strict=False):
             panel.set_ylabel(f"{label}, %")
             panel.grid(axis="y")

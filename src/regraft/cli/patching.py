@@ -132,8 +132,7 @@ def push(
     public
         Make a new repository public instead of private.
     replace
-        Upload even to a repository that holds a patch for another checkpoint or other files, which
-        is refused otherwise.
+        Upload even to a repository that holds files: replace the patch and card in it.
     dry_run
         New folder to write the files to instead of uploading them.
     """

@@ -49,13 +49,14 @@ def run(
             "Name a recipe and, with --out, a folder; --template prints a recipe to start from."
         )
     from regraft.runs import pipeline, recipe_runs
+    from regraft.runs.run_dir import runs_of
     from regraft.stages.evaluation_cache import EvaluationCache
 
     read = read_recipe(recipe)
     progress = live_progress()
     if dry_run:
         cache = EvaluationCache()
-        for folder, one in recipe_runs.runs_of(read, out).items():
+        for folder, one in runs_of(read, out).items():
             planned = pipeline.plan_run(one, folder, cache, progress)
             show_preview(progress.console, folder, planned)
     else:

@@ -19,8 +19,9 @@ from regraft.disk.paths import at_home
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import NOTE, Point, Tried, Tuned
 from regraft.pruning.base import PruneSettings, all_settings, described
-from regraft.recipes.parts import ModelSettings, variant
+from regraft.recipes.parts import ModelSettings, parse_variant
 from regraft.recipes.recipe import Recipe
+from regraft.report.formatting import rate
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.base import Settings, explain
 from regraft.settings.data import CalibrationSettings
@@ -103,14 +104,11 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
         if isinstance(value, Settings):
             yield f"{pad}{name}:"
             yield from _block(value, f"{pad}  ")
-        elif isinstance(written, dict):  # a list of one block, which is written without the list
-            yield f"{pad}{name}:"
-            yield from _block(value[0], f"{pad}  ")
-            if isinstance(value[0], PruneSettings):
-                yield from _other_pruners(value[0], f"{pad}  ")
         elif written and isinstance(written, list) and isinstance(value[0], Settings):
             yield f"{pad}{name}:"
             yield from _items(value, pad)
+            if isinstance(value[-1], PruneSettings):
+                yield from _other_pruners(value[-1], f"{pad}    ")
         else:
             yield from _entry(name, written, pad)
         if name == "search" and value is None:
@@ -203,7 +201,7 @@ def recipe_item(
     if whole is not None and best.point.restored < whole:
         content |= {"budget": None, "count": best.point.restored}
     content = {name: value for name, value in content.items() if value is not None}
-    variant(**content)  # raises if the item is not valid
+    parse_variant(content)  # raises if the item is not valid
     r_max = best.settings.get("r_max")
     lines = [
         f"Trial {best.number}, the best of {len(tuned.trials)}: an item of a recipe's `realign`.",
@@ -219,7 +217,5 @@ def recipe_item(
 def _rates(point: Point) -> str:
     rates = {"ASR": point.asr, "over-refusal": point.over_refusal, "utility": point.utility}
     return ", ".join(
-        f"{name} {100 * one.value:.1f} % [{100 * one.low:.1f}, {100 * one.high:.1f}] (n {one.n})"
-        for name, one in rates.items()
-        if one is not None
+        f"{name} {rate(one)} (n {one.n})" for name, one in rates.items() if one is not None
     )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Generic, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import BeforeValidator, Field, create_model, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
 
 from regraft.data.sources import DataSource
 from regraft.pruning.base import PRUNERS, PruneSettings
@@ -18,48 +17,43 @@ from regraft.settings.defending import AnyDefenceSettings, DefenceSettings, defe
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.searching import SearchSettings
 
-Named = TypeVar("Named", bound=Settings)
+Item = TypeVar("Item", bound=Settings)
 
 
 @cache
-def _combined(settings: type[Settings], named: type[Named]) -> type[Named]:
-    bases: Any = (settings, named)
+def _combined(settings: type[Settings], item: type[Item]) -> type[Item]:
+    bases: Any = (settings, item)
     made: Any = create_model(settings.__name__, __base__=bases)
-    return cast("type[Named]", made)
+    return cast("type[Item]", made)
 
 
-@dataclass(frozen=True)
-class Choice(Generic[Named]):
-    """A kind of recipe block whose fields depend on the `method` that it names.
+def _parsed(
+    given: Any, item: type[Item], find: Callable[[str], type[Settings]], default: str
+) -> Item:
+    """Validate an item of a recipe, or convert the settings of a method to one.
+
+    Its class combines the settings of the method that it names, whose validators run first, with
+    the fields that such items have for any method.
 
     Args:
+        given: An item, settings of a method, or values by name.
+        item: Class with the fields that do not depend on the method.
         find: Returns a method's settings class. Raises RegraftError if there is no such method.
-        named: Class with the fields that blocks of this kind have for any method.
-        default: The method of a block that names none.
+        default: The method of an item that names none.
+
+    Raises:
+        ValidationError: see `by_method`.
     """
+    if isinstance(given, item):
+        return given
+    content = given.model_dump() if isinstance(given, Settings) else given
+    parsed: Item = by_method(content, lambda method: _combined(find(method), item), default)
+    return parsed
 
-    find: Callable[[str], type[Settings]]
-    named: type[Named]
-    default: str
 
-    def block(self, method: str) -> type[Named]:
-        """The class of a method's blocks: its settings, whose validators run first, and `named`.
-
-        Raises:
-            RegraftError: there is no such method.
-        """
-        return _combined(self.find(method), self.named)
-
-    def parse(self, given: Any) -> Named:
-        """Validate a block of a recipe, or convert settings of a method to one.
-
-        Raises:
-            ValidationError: see `by_method`.
-        """
-        if isinstance(given, self.named):
-            return given
-        content = given.model_dump() if isinstance(given, Settings) else given
-        return by_method(content, self.block, self.default)
+def _name(*taken: str) -> AfterValidator:
+    """Validator of a name that is part of paths, other than the names `taken`."""
+    return AfterValidator(lambda name: checked_name(name, *taken))
 
 
 def one_or_more(parse: Callable[[Any], Any] = lambda given: given) -> BeforeValidator:
@@ -77,7 +71,7 @@ class ModelSettings(Settings):
     """One of several models of a run; its folder or hub id alone is enough."""
 
     model: str = Field(min_length=1, description="A folder, a hub id, or 'demo'.")
-    name: str = Field(
+    name: Annotated[str, _name()] = Field(
         "",
         description="Name in tables and folders; by default the last part of `model`.",
     )
@@ -95,16 +89,11 @@ class ModelSettings(Settings):
             return given
         return {**given, "name": PurePath(model.partition("@")[0]).name}
 
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        return checked_name(name)
-
 
 class PruningSettings(PruneSettings):
-    """One pruned model of a run; made by `pruning_settings`, with the fields of its pruner."""
+    """One pruned model of a run; made by `parse_pruning`, with the fields of its pruner."""
 
-    name: str = Field(
+    name: Annotated[str, _name("dense")] = Field(
         "",
         description="Name in tables and folders; by default `pruned`, or with several prunings "
         "method and sparsity, such as wanda-60 or wanda-2-4.",
@@ -112,11 +101,6 @@ class PruningSettings(PruneSettings):
     realign: bool = Field(
         True, description="Realign and defend it too; if not, it is only evaluated."
     )
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        return checked_name(name, "dense")
 
     def only(self) -> PruneSettings:
         """These settings without the name."""
@@ -128,18 +112,15 @@ class PruningSettings(PruneSettings):
         return f"{self.method}-{amount}"
 
 
-PRUNING = Choice(lambda name: PRUNERS.get(name).settings_type, PruningSettings, "wanda")
-
-
-def pruning_settings(**given: Any) -> PruningSettings:
+def parse_pruning(given: Any) -> PruningSettings:
     """One pruned model of a run, by the pruner that `method` names."""
-    return PRUNING.parse(given)
+    return _parsed(given, PruningSettings, lambda name: PRUNERS.get(name).settings_type, "wanda")
 
 
 class Way(Settings):
     """A way to make pruned models safer: base class of the items of `realign` and `defend`."""
 
-    name: str = Field(
+    name: Annotated[str, _name("dense", "pruned")] = Field(
         "",
         description="Name in tables and folders; by default the method's.",
     )
@@ -155,16 +136,11 @@ class Way(Settings):
         method = given.get("method", cls.model_fields["method"].default)
         return {"name": method, **given} if isinstance(method, str) else given
 
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        return checked_name(name, "dense", "pruned")
-
 
 class VariantSettings(Way, MethodSettings):
     """One realigned model of a run.
 
-    Every method has its own subclass, with these fields and the method's; see `variant`.
+    Every method has its own subclass, with these fields and the method's; see `parse_variant`.
     """
 
     search: SearchSettings | None = Field(
@@ -208,23 +184,22 @@ class VariantSettings(Way, MethodSettings):
         )
 
 
-VARIANT = Choice(lambda name: METHODS.get(name).settings_type, VariantSettings, DEFAULT)
-
-
-def variant(**given: Any) -> VariantSettings:
+def parse_variant(given: Any) -> VariantSettings:
     """One realigned model of a run, by the method that it names."""
-    return VARIANT.parse(given)
+    return _parsed(given, VariantSettings, lambda name: METHODS.get(name).settings_type, DEFAULT)
 
 
 class NamedDefenceSettings(Way, DefenceSettings):
-    """One defended model of a run; every method has its own subclass, see `DEFENCE`."""
+    """One defended model of a run; every method has its own subclass, see `parse_defence`."""
 
     def only(self) -> AnyDefenceSettings:
         """These settings without the name."""
         return cast("AnyDefenceSettings", self.narrowed(defence_type(self.method)))
 
 
-DEFENCE = Choice(defence_type, NamedDefenceSettings, "adashield")
+def parse_defence(given: Any) -> NamedDefenceSettings:
+    """One defended model of a run, by the method that it names."""
+    return _parsed(given, NamedDefenceSettings, defence_type, "adashield")
 
 
 class EvaluateSettings(EvalSettings):

@@ -13,7 +13,6 @@ from pydantic import (
     Field,
     SerializeAsAny,
     ValidationInfo,
-    field_serializer,
     field_validator,
     model_validator,
 )
@@ -22,9 +21,6 @@ from regraft.disk.files import digest
 from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings
 from regraft.recipes.parts import (
-    DEFENCE,
-    PRUNING,
-    VARIANT,
     EvaluateSettings,
     ModelSettings,
     NamedDefenceSettings,
@@ -32,8 +28,9 @@ from regraft.recipes.parts import (
     VariantSettings,
     Way,
     one_or_more,
-    pruning_settings,
-    variant,
+    parse_defence,
+    parse_pruning,
+    parse_variant,
 )
 from regraft.restoration.base import needs_of, own_settings
 from regraft.settings.base import Settings
@@ -97,24 +94,24 @@ class Recipe(Settings):
         "method against, besides the pruned model.",
     )
     prune: Annotated[
-        tuple[Annotated[PruningSettings, BeforeValidator(PRUNING.parse)], ...],
-        one_or_more(PRUNING.parse),
+        tuple[Annotated[SerializeAsAny[PruningSettings], BeforeValidator(parse_pruning)], ...],
+        one_or_more(parse_pruning),
         AfterValidator(_name_prunings),
     ] = Field(
-        default_factory=lambda: (pruning_settings(name="pruned"),),
+        default_factory=lambda: (parse_pruning({"name": "pruned"}),),
         description="One pruning, or a list of them, each evaluated and realigned.",
     )
     heads: HeadSettings = HeadSettings()
     realign: Annotated[
-        tuple[Annotated[SerializeAsAny[VariantSettings], BeforeValidator(VARIANT.parse)], ...],
-        one_or_more(VARIANT.parse),
+        tuple[Annotated[SerializeAsAny[VariantSettings], BeforeValidator(parse_variant)], ...],
+        one_or_more(parse_variant),
     ] = Field(
-        (variant(),),
+        (parse_variant({}),),
         description="One way of realigning, or a list of them; gain if no `method` is named.",
     )
     defend: Annotated[
-        tuple[Annotated[SerializeAsAny[NamedDefenceSettings], BeforeValidator(DEFENCE.parse)], ...],
-        one_or_more(DEFENCE.parse),
+        tuple[Annotated[SerializeAsAny[NamedDefenceSettings], BeforeValidator(parse_defence)], ...],
+        one_or_more(parse_defence),
     ] = Field((), description="Defences at inference, evaluated on the pruned models.")
     evaluate: EvaluateSettings = EvaluateSettings()
     compute: ComputeSettings = ComputeSettings()
@@ -140,7 +137,6 @@ class Recipe(Settings):
     def _add_validation(
         cls, defend: tuple[NamedDefenceSettings, ...], info: ValidationInfo
     ) -> tuple[NamedDefenceSettings, ...]:
-        """Give defences their validation prompts."""
         return tuple(
             _choosing(cast("Any", one), one.name, info) if one.searches else one for one in defend
         )
@@ -264,11 +260,9 @@ class Recipe(Settings):
         return Recipe.model_validate(content)
 
     def variants_of(self, pruning: PruningSettings) -> tuple[VariantSettings, ...]:
-        """The items of `realign` that apply to a pruning."""
         return tuple(one for one in self.realign if _is_for(pruning, one.prunings))
 
     def defences_of(self, pruning: PruningSettings) -> tuple[NamedDefenceSettings, ...]:
-        """The items of `defend` that apply to a pruning."""
         return tuple(one for one in self.defend if _is_for(pruning, one.prunings))
 
     def ranking_name(self, variant: VariantSettings) -> str:
@@ -287,11 +281,6 @@ class Recipe(Settings):
         Weights of these that are offloaded to disk cannot be patched in memory.
         """
         return variant.checkpoint or self.compute.placement == "streamed"
-
-    @field_serializer("prune")
-    def _one_or_many(self, prune: tuple[PruningSettings, ...]) -> Any:
-        written = [one.model_dump(mode="json") for one in prune]
-        return written if len(written) > 1 else written[0]
 
 
 def _choosing(settings: Choosing, name: str, info: ValidationInfo) -> Choosing:

@@ -140,7 +140,6 @@ class RowAnswers:
 
     @property
     def name(self) -> str:
-        """The name of the row."""
         return self.models.name
 
     @property

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from regraft.data.storage import MODEL_ID
+from regraft.disk.files import file_digest
 from regraft.evaluation.metrics import per_ten_thousand
-from regraft.patch.format import Patch
+from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import is_changed
 from regraft.report import tables
 from regraft.report.examples import shown_group
@@ -115,65 +115,61 @@ def _card_results(chosen: Variant, suites: str) -> list[dict[str, Any]]:
     ]
 
 
-@dataclass(frozen=True)
-class PatchFile:
-    """A patch with its repository and file name on the hub.
-
-    `dense` and `pruned` are the hub ids of the models that it was made from, if known; `size`
-    (bytes) and `digest` (SHA-256) are those of the file.
-    """
-
-    patch: Patch
-    repository: str
-    file: str
-    size: int
-    digest: str
-    dense: str | None = None
-    pruned: str | None = None
-
-
-def render_patch_card(of: PatchFile, study: Study | None = None) -> str:
+def render_patch_card(
+    path: Path,
+    repository: str,
+    file: str,
+    dense: str | None,
+    pruned: str | None,
+    study: Study | None,
+) -> str:
     """Render the card of a patch: what it is for, how it was made and how to apply it.
 
-    It has metadata for the hub and, if there is a `study`, a table of rates.
+    Args:
+        path: The patch.
+        repository: OWNER/NAME on the hub.
+        file: The patch's name there.
+        dense: Hub id of the dense model that the patch was made from, if known.
+        pruned: Hub id of the pruned one, if known.
+        study: Rates for a table.
     """
+    patch = load_patch(path)
     metadata = {
         "library_name": "regraft",
-        **({"base_model": of.dense} if of.dense else {}),
+        **({"base_model": dense} if dense else {}),
         "tags": ["regraft", "pruning", "safety"],
     }
+    models = {"Dense model": dense, "Compressed checkpoint": pruned}
+    named = f"{file}, {path.stat().st_size:,} bytes, SHA-256 {file_digest(path)}"
+    facts = [*((role, one) for role, one in models.items() if one), *_facts(patch, named)]
     return _rendered(
         "patch_card.md.j2",
         metadata,
         study,
-        title=of.repository.partition("/")[2],
-        repository=of.repository,
-        patch=of.patch,
-        changed=is_changed(of.patch),
-        dense=of.dense or "the dense model",
-        pruned=of.pruned,
-        versions=of.patch.about.get("versions", {}),
-        facts=Grid.of("", ("", ""), _facts(of)),
+        title=repository.partition("/")[2],
+        repository=repository,
+        patch=patch,
+        changed=is_changed(patch),
+        dense=dense or "the dense model",
+        pruned=pruned,
+        versions=patch.about.get("versions", {}),
+        facts=Grid.of("", ("", ""), facts),
     )
 
 
-def _facts(of: PatchFile) -> Iterator[tuple[str, str]]:
-    about: Mapping[str, Any] = of.patch.about
+def _facts(patch: Patch, file: str) -> Iterator[tuple[str, str]]:
+    about: Mapping[str, Any] = patch.about
     settings: dict[str, Any] = dict(about.get("settings", {}))
-    if of.dense:
-        yield "Dense model", of.dense
-    if of.pruned:
-        yield "Compressed checkpoint", of.pruned
     if method := settings.pop("method", None):
         given = ", ".join(f"{key} {one}" for key, one in settings.items() if one is not None)
         yield "Method", f"{method}: {given}" if given else str(method)
-    restored, pruned = of.patch.restored, about.get("pruned")
+    restored, pruned = patch.restored, about.get("pruned")
     share = ""
     if isinstance(pruned, int) and pruned:
-        kind = "changed" if is_changed(of.patch) else "pruned"
+        kind = "changed" if is_changed(patch) else "pruned"
         share = f" of {pruned:,} {kind} ones, {per_ten_thousand(restored, pruned):.2g} per 10,000"
-    yield "Restored weights", f"{restored:,}{share}, in {len(of.patch.tensors)} tensors"
-    yield "File", f"{of.file}, {of.size:,} bytes, SHA-256 {of.digest}"
+    yield "Restored weights", f"{restored:,}{share}, in {len(patch.tensors)} tensors"
+    yield "File", file
     for role, digest in about.get("inputs", {}).items():
         yield f"Digest of the {role}", str(digest)
     if versions := about.get("versions"):

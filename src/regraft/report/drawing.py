@@ -70,15 +70,15 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def to_svg(height: float, title: str, draw: Callable[[Figure, Any], None], panels: int = 1) -> str:
+def to_svg(height: float, title: str, draw: Callable[[Any], None], panels: int = 1) -> str:
     """Draw a figure `height` inches high; the same drawing always gives the same text.
 
-    `draw` gets the figure and its axes, or an array of axes if there are several panels.
+    `draw` gets the axes, or an array of axes if there are several panels.
     """
     buffer = io.StringIO()
     with style.context(["default", _STYLE]):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        draw(figure, figure.subplots(panels, sharex=True))
+        draw(figure.subplots(panels, sharex=True))
         figure.savefig(
             buffer,
             format="svg",
@@ -126,7 +126,7 @@ def panels_svg(
     columns = 2 if narrow else 1
     height = _PANEL * len(panels) + 0.4 + _LINE * math.ceil(len(handles) / columns)
 
-    def draw(figure: Figure, planes: Any) -> None:
+    def draw(planes: Any) -> None:
         for axes, (name, draw_panel) in zip(np.atleast_1d(planes), panels, strict=True):
             draw_panel(axes)
             axes.tick_params(labelbottom=True)
@@ -134,6 +134,6 @@ def panels_svg(
             if name:
                 axes.set_title(name, loc="left", size=9.5)
         axes.set_xlabel(across)
-        figure.legend(handles=list(handles), loc="outside lower left", ncols=columns)
+        axes.figure.legend(handles=list(handles), loc="outside lower left", ncols=columns)
 
     return to_svg(height, title, draw, len(panels))

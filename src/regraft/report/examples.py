@@ -47,25 +47,22 @@ def shown_variants(run: Run) -> tuple[Variant, ...]:
 def choose_examples(run: Run) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     """Choose example rows (harmful, harmless), with one answer per shown variant.
 
-    The choice is deterministic. About three quarters are prompts that the dense and the pruned
-    model, or any two unrelated models, answer differently, as long as there are enough of both
-    kinds; among each kind the patterns of refusals take turns.
+    The choice is deterministic. About three quarters are prompts on which the models differ, as
+    long as there are enough of both kinds; among each kind the patterns of refusals take turns.
     """
     rows = paired_answers(shown_variants(run))
-    compared = len(run.variants) if run.unrelated else 2
     harmful = [row for row in rows if row[0].harmful]
     harmless = [row for row in rows if not row[0].harmful]
-    return _choose(harmful, HARMFUL, compared), _choose(harmless, HARMLESS, compared)
+    return _choose(harmful, HARMFUL), _choose(harmless, HARMLESS)
 
 
-def _choose(rows: Sequence[Row], count: int, compared: int) -> tuple[Row, ...]:
-    changed, unchanged = (
-        _by_turns([r for r in rows if (len({a.complies for a in r[:compared]}) > 1) == differ])
+def _choose(rows: Sequence[Row], count: int) -> tuple[Row, ...]:
+    differing, alike = (
+        _by_turns([row for row in rows if (len({one.complies for one in row}) > 1) == differ])
         for differ in (True, False)
     )
-    most_changed = max(count * 3 // 4, count - len(unchanged))
-    chosen = changed[:most_changed]
-    return tuple(chosen + unchanged[: count - len(chosen)])
+    chosen = differing[: max(count * 3 // 4, count - len(alike))]
+    return tuple(chosen + alike[: count - len(chosen)])
 
 
 def _by_turns(rows: Sequence[Row]) -> list[Row]:

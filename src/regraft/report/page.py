@@ -104,7 +104,6 @@ def render_markdown(study: Study) -> str:
 
 
 def render(template: str, **context: Any) -> str:
-    """Render a Markdown template."""
     text = _environment().get_template(template).render(context)
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
@@ -247,8 +246,8 @@ def escape_cell(text: str) -> str:
     return escape_markdown(f"|{text}").removeprefix("\\|")
 
 
-def fenced(text: str, language: str = "text") -> str:
+def fenced(text: str) -> str:
     """A code block whose fence is longer than any run of backticks inside."""
     longest = max(map(len, re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+    return f"{fence}text\n{text.rstrip()}\n{fence}"

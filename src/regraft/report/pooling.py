@@ -6,7 +6,7 @@ prompt form a cluster in tests and intervals, however many seeds and draws there
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -47,14 +47,14 @@ def study_of(
     """
     if not runs:
         raise RegraftError("There is no run to compare. Name at least one folder of `regraft run`.")
-    by_model: dict[str, list[Run]] = {}
+    by_model: dict[str, list[Run]] = {run.name: [] for run in runs}
     for run in sorted(runs, key=lambda run: run.seed):
-        by_model.setdefault(run.name, []).append(run)
-    by_model = {name: by_model[name] for name in dict.fromkeys(run.name for run in runs)}
+        by_model[run.name].append(run)
     for same in by_model.values():
         _check_seeds(same)
-    against = _rows_of(list(by_model.values()), against)
-    tables = tuple(table for same in by_model.values() for table in _tables(same, against))
+    layouts = [(same, models) for same in by_model.values() for models in _layouts(same)]
+    against = _rows_of([models for _, models in layouts], against)
+    tables = tuple(_table(same, models, against) for same, models in layouts)
     tables = tuple(_with_published(table, published) for table in tables) if published else tables
     shown = {row.published.row.key for table in tables for row in table.rows if row.published}
     every = tuple(run for same in by_model.values() for run in same)
@@ -100,18 +100,14 @@ def _check_seeds(runs: Sequence[Run]) -> None:
             )
 
 
-def _rows_of(models: Sequence[Sequence[Run]], against: Sequence[str]) -> tuple[str, ...]:
+def _rows_of(layouts: Sequence[Sequence[RowModels]], against: Sequence[str]) -> tuple[str, ...]:
     """The rows of the methods `against`; a draw of a random control stands for its row.
 
     A method need not be in every table, since a pruning may have no realigned models.
     """
-    if not against:
-        return ()
     row_of: dict[str, str] = {}
-    for runs in models:
-        for groups in zip(*(run.groups for run in runs), strict=True):
-            for one in rows_of_methods(groups, runs[0].recipe):
-                row_of |= dict.fromkeys((*one.draws, one.name), one.name)
+    for one in (one for models in layouts for one in models if one.role == "method"):
+        row_of |= dict.fromkeys((*one.draws, one.name), one.name)
     if unknown := [name for name in against if name not in row_of]:
         known = ", ".join(dict.fromkeys(row_of.values()))
         raise RegraftError(
@@ -120,20 +116,19 @@ def _rows_of(models: Sequence[Sequence[Run]], against: Sequence[str]) -> tuple[s
     return tuple(dict.fromkeys(row_of[name] for name in against))
 
 
-def _tables(runs: Sequence[Run], against: Sequence[str]) -> Iterable[Table]:
+def _layouts(runs: Sequence[Run]) -> Iterator[list[RowModels]]:
+    """The models of each table: one table per pruning, or one without a pruning."""
     first = runs[0]
     dense = RowModels("dense", first.dense.method, "dense", tuple((run.dense,) for run in runs))
     if first.unrelated:
-        models = [RowModels(v.name, v.method, "other", ((v,),)) for v in first.variants]
-        yield _table(runs, models, ())
-        return
-    if not first.groups:
-        yield _table(runs, [dense], ())
+        yield [RowModels(v.name, v.method, "other", ((v,),)) for v in first.variants]
+    elif not first.groups:
+        yield [dense]
     for groups in zip(*(run.groups for run in runs), strict=True):
         pruned = RowModels(
             groups[0][0].name, groups[0][0].method, "pruned", tuple((g[0],) for g in groups)
         )
-        yield _table(runs, [dense, pruned, *rows_of_methods(groups, first.recipe)], against)
+        yield [dense, pruned, *rows_of_methods(groups, first.recipe)]
 
 
 def _table(runs: Sequence[Run], models: Sequence[RowModels], against: Sequence[str]) -> Table:

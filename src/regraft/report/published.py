@@ -6,7 +6,7 @@ can be computed; wherever they are shown, they are marked as computed here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -97,7 +97,7 @@ def beside(published: Published, model: str, pruning: str, method: str) -> Besid
         row,
         mean_attack_rate(row, published.prompts),
         attack_rates(row, published.prompts),
-        published_rsr_interval(published, row),
+        rsr_interval(published, row),
     )
 
 
@@ -131,39 +131,14 @@ def mean_attack_rate(row: PublishedRow, prompts: Mapping[str, int]) -> Estimate 
     return replace(wilson(round(row.mean_asr * n), n), value=row.mean_asr, count=None)
 
 
-def rsr_interval(
-    dense: Sequence[Estimate], pruned: Sequence[Estimate], restored: Sequence[Estimate]
-) -> tuple[float, float] | None:
-    """A 95 % interval of the RSR of mean rates that were published without the answers.
+def rsr_interval(published: Published, row: PublishedRow) -> tuple[float, float] | None:
+    """A 95 % interval of a row's RSR; None unless the rates of all three models are published.
 
     Each rate is drawn 10,000 times from the Beta distribution of Jeffreys' interval (Brown et al.
     2001) of its count. The draws are independent, since paired answers are not published; pairing
     would narrow the interval. Draws in which pruning did not raise the mean have no RSR; None if
     they are more than 5 %.
-
-    Args:
-        dense: Rates with counts, one per data set.
-        pruned: Rates of the same data sets in the same order.
-        restored: Rates of the same data sets in the same order.
     """
-    generator = np.random.default_rng(SEED)
-
-    def drawn(rates: Sequence[Estimate]) -> NDArray[np.float64]:
-        counts = np.array([[rate.count or 0, rate.n] for rate in rates], dtype=np.float64)
-        successes, n = counts[:, :1] + 0.5, counts[:, 1:] + 1
-        found = generator.beta(successes, n - successes, (len(rates), RESAMPLES))
-        return np.asarray(found.mean(axis=0), dtype=np.float64)
-
-    full, cut, back = drawn(dense), drawn(pruned), drawn(restored)
-    lost = cut - full
-    if (lost > 0).mean() < 0.95:
-        return None
-    low, high = np.quantile((cut - back)[lost > 0] / lost[lost > 0], (0.025, 0.975))
-    return float(low), float(high)
-
-
-def published_rsr_interval(published: Published, row: PublishedRow) -> tuple[float, float] | None:
-    """The interval of a row's RSR; None unless the rates of all three models are published."""
     dense = published.of(row.model, "", "")
     pruned = published.of(row.model, row.pruning, "")
     if row.rsr is None or dense is None or pruned is None:
@@ -172,8 +147,20 @@ def published_rsr_interval(published: Published, row: PublishedRow) -> tuple[flo
     names = list(rates[0])
     if not names or any(list(one) != names for one in rates):
         return None
-    full, cut, back = ([one[name] for name in names] for one in rates)
-    return rsr_interval(full, cut, back)
+    generator = np.random.default_rng(SEED)
+
+    def drawn(of_suites: Mapping[str, Estimate]) -> NDArray[np.float64]:
+        counts = np.array([[one.count or 0, one.n] for one in of_suites.values()], dtype=np.float64)
+        successes, n = counts[:, :1] + 0.5, counts[:, 1:] + 1
+        found = generator.beta(successes, n - successes, (len(names), RESAMPLES))
+        return np.asarray(found.mean(axis=0), dtype=np.float64)
+
+    full, cut, back = map(drawn, rates)
+    lost = cut - full
+    if (lost > 0).mean() < 0.95:
+        return None
+    low, high = np.quantile((cut - back)[lost > 0] / lost[lost > 0], (0.025, 0.975))
+    return float(low), float(high)
 
 
 def read_published(path: Path) -> Published:

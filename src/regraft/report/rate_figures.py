@@ -184,7 +184,7 @@ def relation_figure(points: Sequence[tuple[str, float, float]]) -> str:
         points: (name, total Ships in radians, rise in ASR as a fraction) of each model.
     """
 
-    def draw(_figure: Any, axes: Any) -> None:
+    def draw(axes: Any) -> None:
         width = max(ships for _, ships, _ in points) * 1.15 or 1
         rises = [100 * rise for _, _, rise in points]
         low, high = min(0.0, min(rises) * 1.2), max(5.0, max(rises) * 1.2)

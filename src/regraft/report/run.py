@@ -82,10 +82,7 @@ def labelled(name: str, method: str) -> str:
 
 @dataclass(frozen=True)
 class HeadMap:
-    """Scores of attention heads, `values[layer][head]`; None is a head that was not scored.
-
-    Layers may have different numbers of heads.
-    """
+    """Scores of attention heads, `values[layer][head]`; None is a head that was not scored."""
 
     name: str
     unit: str

@@ -25,7 +25,6 @@ from regraft.report.run import Run, SharedPath
 from regraft.report.study import Correlation, Measured, Row, Study
 from regraft.restoration.methods.gain.path import LIMITS, REASONS
 
-CellOf = Callable[[Row], Cell]
 Interval = tuple[float, float]
 
 
@@ -34,7 +33,7 @@ class Column:
     """A column of a table with one row per model; `brief` columns are shown on the console too."""
 
     heading: str
-    cell: CellOf
+    cell: Callable[[Row], Cell]
     brief: bool = False
 
 

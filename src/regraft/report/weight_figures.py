@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -29,17 +28,17 @@ def head_map_figure(head_map: HeadMap, marked: Sequence[tuple[int, int]] = ()) -
 
     Empty text if no head was scored.
     """
-    values = _table(head_map.values)
+    values = np.array(head_map.values, dtype=np.float64)
     if not np.isfinite(values).any():
         return ""
     layers, heads = values.shape
     cell = min(0.85 * WIDTH / heads, 3.8 / layers)
 
-    def draw(figure: Figure, axes: Axes) -> None:
-        _tiles(figure, axes, values, f"{head_map.name} ({head_map.unit})")
+    def draw(axes: Axes) -> None:
+        _tiles(axes, values, f"{head_map.name} ({head_map.unit})")
         axes.set_aspect("equal")
         axes.set(xlabel="head", ylabel="layer")
-        rings = [(h, n) for n, h in marked if n < layers and h < heads]
+        rings = [(head, layer) for layer, head in marked]
         for width, colour in ((2.4, "black"), (1.1, "white")):
             axes.scatter(
                 *_columns(rings), s=(40 * cell) ** 2, facecolor="none", edgecolor=colour, lw=width
@@ -49,36 +48,26 @@ def head_map_figure(head_map: HeadMap, marked: Sequence[tuple[int, int]] = ()) -
 
 
 def restored_figure(variant: Variant) -> str:
-    """Restored weights by layer (across) and module (down), with the counts if they fit.
+    """Restored weights by layer (across) and module (down).
 
     Empty text if nothing was restored.
     """
     modules = variant.restored_by_module
-    values = _table(list(modules.values()))
+    values = np.array(list(modules.values()), dtype=np.float64)
     values[values == 0] = np.nan
     if not np.isfinite(values).any():
         return ""
 
-    def draw(figure: Figure, axes: Axes) -> None:
-        _tiles(figure, axes, values, "restored weights")
+    def draw(axes: Axes) -> None:
+        _tiles(axes, values, "restored weights")
         axes.set_aspect("auto")
         axes.set_xlabel("layer")
         axes.set_yticks(range(len(modules)), list(modules))
-        if values.shape[1] <= 12:
-            _write_counts(axes, values)
 
     return to_svg(1.1 + 0.26 * len(modules), f"Weights restored in {variant.label}", draw)
 
 
-def _table(rows: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
-    """Rows of unequal length as one table, with NaN for missing values."""
-    table = np.full((max(len(rows), 1), max(map(len, rows), default=0) or 1), np.nan)
-    for i, row in enumerate(rows):
-        table[i, : len(row)] = [np.nan if value is None else value for value in row]
-    return table
-
-
-def _tiles(figure: Figure, axes: Axes, values: NDArray[np.float64], label: str) -> None:
+def _tiles(axes: Axes, values: NDArray[np.float64], label: str) -> None:
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     image = axes.imshow(
         values, cmap="viridis", vmin=min(low, 0), vmax=high or 1, interpolation="none"
@@ -87,17 +76,10 @@ def _tiles(figure: Figure, axes: Axes, values: NDArray[np.float64], label: str) 
     axes.tick_params(length=0)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 4, 5, 8, 10]))
-    bar = figure.colorbar(image, ax=axes, location="bottom", label=label, aspect=40, pad=0.04)
+    bar = axes.figure.colorbar(image, ax=axes, location="bottom", label=label, aspect=40, pad=0.04)
     bar.outline.set_visible(False)
     if bar.solids:
         bar.solids.set_rasterized(True)
-
-
-def _write_counts(axes: Axes, values: NDArray[np.float64]) -> None:
-    for (row, layer), count in np.ndenumerate(values):
-        if np.isfinite(count):
-            shade = "white" if count < 0.6 * np.nanmax(values) else "black"
-            axes.text(layer, row, f"{count:.0f}", color=shade, ha="center", va="center", size=7.5)
 
 
 def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
@@ -119,7 +101,8 @@ def path_figure(panels: Sequence[tuple[str, Sequence[GainPath]]]) -> str:
         Line2D([], [], color=_GRADIENT, marker="s", ls="--", lw=0.9, ms=3.5, label="gradient"),
         Line2D([], [], color=_TRY, marker="o", ls="", ms=3, alpha=0.5, label="tried, held out"),
     ]
-    counts = [count for _, paths in drawn for path in paths for count, _ in every_point(path)]
+    every = [path for _, paths in drawn for path in paths]
+    counts = [n for one in every for n, _ in (*held_out_points(one), *tried_points(one))]
     least, most = min((count for count in counts if count), default=1), max(1, *counts)
 
     def panel(paths: Sequence[GainPath], axes: Axes) -> None:
@@ -170,11 +153,6 @@ def tried_points(path: GainPath) -> Points:
         for count, step in zip(before, path.steps, strict=False)
         for one in step.tries
     )
-
-
-def every_point(path: GainPath) -> Points:
-    """All points of a path."""
-    return (*held_out_points(path), *gradient_points(path), *tried_points(path))
 
 
 def _draw_path(axes: Axes, path: GainPath) -> None:

@@ -24,10 +24,9 @@ from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.evaluation.results import result_to_json
 from regraft.patch.format import load_patch
-from regraft.recipes.file import read_recipe
 from regraft.recipes.recipe import Recipe
-from regraft.runs.reporting import evaluation_folders, open_run, read_run
-from regraft.runs.run_dir import RunDir, folder_of_model, study_runs
+from regraft.runs.reporting import evaluation_folders, open_run, read_run, run_folders
+from regraft.runs.run_dir import RunDir
 
 FORMAT = "regraft-bundle-1"
 MANIFEST = "manifest.json"
@@ -80,7 +79,7 @@ def write_bundle(folder: Path, out: Path, *, texts: bool = False) -> None:
         raise RegraftError(f"A bundle is a .zip file; {out} is none. Name it {out.stem}.zip.")
     if out.exists():
         raise RegraftError(f"{out} exists already; a bundle is a new file.")
-    recipe = read_recipe(RunDir(folder).recipe)
+    _, recipe = open_run(folder)
     files = dict(_files(folder, recipe, texts))
     with_texts = "with prompts and answers" if texts else "without the texts of prompts and answers"
     readme = _README.format(version=regraft.__version__, title=recipe.title, texts=with_texts)
@@ -107,15 +106,14 @@ def _entry(name: str) -> zipfile.ZipInfo:
 
 def _files(folder: Path, recipe: Recipe, texts: bool) -> Iterator[tuple[str, bytes]]:
     """(name, content) of everything but the manifest."""
-    runs = {one.name: folder_of_model(folder, one.name) for one in recipe.models}
-    runs |= {one.name: one for one in study_runs(folder)}
-    folders = _folders(recipe)
-    for page in _PAGES:
-        if runs and (file := RunDir(folder).report / page).is_file():
-            yield page, _text(file, folders)
-    if runs:
+    if recipe.seeds or recipe.models:
+        folders = _folders(recipe)
+        for page in _PAGES:
+            if (file := RunDir(folder).report / page).is_file():
+                yield page, _text(file, folders)
         yield "recipe.yaml", _recipe(recipe, folders)
-    for name, run in (runs or {"run": folder}).items():
+    for run in run_folders(folder):
+        name = "run" if run == folder else run.name.removeprefix("model-")
         for inside, content in _run_files(run, texts):
             yield f"runs/{name}/{inside}", content
 

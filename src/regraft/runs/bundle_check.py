@@ -55,7 +55,6 @@ class Bundle:
 
     title: str
     version: str
-    texts: bool
     digest: str
     files: int
     evaluations: Mapping[str, EvalResult]
@@ -91,16 +90,14 @@ def read_bundle(path: Path) -> Bundle:
             _check_page(f"{path}: {name}", page, results, name.rpartition("/")[0])
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             raise RegraftError(f"{path}: {name} is no report of regraft ({error!r}).") from error
-    cards: list[str] = [name for name in ("report.md",) if name in content]
-    cards += sorted(name for name in content if name.endswith("/card.md"))
+    pages = sorted(name for name in content if name == "report.md" or name.endswith("/card.md"))
     return Bundle(
         title=manifest["title"],
         version=manifest["regraft"],
-        texts=manifest["texts"],
         digest=digest(content[MANIFEST]),
         files=len(content),
         evaluations=results,
-        page=content[cards[0]].decode(errors="replace") if cards else "",
+        page=content[pages[0]].decode(errors="replace") if pages else "",
     )
 
 

@@ -8,27 +8,21 @@ from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from regraft import stages
-from regraft.data.sources import DataSource, join_suites
-from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
 from regraft.evaluation.chat_server import ENDPOINT
 from regraft.evaluation.pairing import on_the_same
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.served import explained
 from regraft.report.pooling import study_of
-from regraft.report.run import DataAccount, Opinion, Run, Variant
+from regraft.report.run import Opinion, Run, Variant
 from regraft.report.study import Study
 from regraft.report.write import check_report_folder, write_report
 from regraft.restoration.base import settings_in
-from regraft.runs.reporting import read_run
-from regraft.runs.run_dir import study_runs
+from regraft.runs.reporting import accounts_of, images_of, read_run, run_folders, suites_of
 from regraft.stages import Evaluation
 from regraft.stages.provenance import but_for_rounding, difference, differing
 
-_COUNTS = ("source", "read", "used", "skipped")
 _CONDITIONS = ("settings", "compute", "versions")  # under which models are evaluated
 _SERVER = {"device": "a server's"}  # all that is known of how an endpoint ran
 
@@ -80,23 +74,22 @@ def run_of_evaluations(folders: Sequence[Path], pair: Pair | None = None) -> Run
         name: on_the_same(first, found[first].result, name, found[name].result) for name in names
     }
     about = found[first].about
-    account = about["data"]["suite"]
     return Run(
         title=f"Evaluation{'s' if names else ''}: {', '.join(found)}",
         model="",
         variants=tuple(_variants(found, results, related=pair is not None)),
-        data=(DataAccount("evaluation", *(account[one] for one in _COUNTS)),),
+        data=tuple(accounts_of([about])),
         recipe={
             "evaluations": {
                 name: {"folder": str(folder), **one.about["inputs"]}
                 for folder, (name, one) in zip(folders, found.items(), strict=True)
             },
-            "suites": _suites(found[first].result),
+            "suites": suites_of(found[first].result),
             **{way: about[way] for way in ("settings", "compute") if way in about},
         },
         versions=about["versions"] | {"device": about.get("compute", _SERVER)["device"]},
         notes=(*_differences(found), *_replies(found)),
-        images=_images(found[first]),
+        images=images_of(found[first]),
         opinions=tuple(
             Opinion(name, *one)
             for folder, name in zip(folders, found, strict=True)
@@ -142,8 +135,18 @@ def _check_pair(found: Mapping[str, Evaluation]) -> None:
             f"{dense} and {pruned} are evaluations of the same model "
             f"({_model(about[dense]['inputs'])}). Name the pruned model's by --pruned."
         )
-    if "prunable" in about[dense] and "prunable" in about[pruned]:
-        _check_sizes((dense, about[dense]), (pruned, about[pruned]))
+    ours, theirs = about[dense], about[pruned]
+    if "prunable" in ours and "prunable" in theirs:
+        if theirs["prunable"] != ours["prunable"]:
+            raise RegraftError(
+                f"{pruned} has {theirs['prunable']:,} prunable weights and {dense} "
+                f"{ours['prunable']:,}: one was not made from the other."
+            )
+        if theirs["zeros"] < ours["zeros"]:  # equal if weights were changed, not pruned
+            raise RegraftError(
+                f"The model of {pruned} has {theirs['zeros']:,} zero weights and that of {dense} "
+                f"{ours['zeros']:,}: it was not pruned from it. Are --dense and --pruned swapped?"
+            )
     for name in others:
         inputs = about[name]["inputs"]
         changed = inputs.keys() & {"patch", "defence"}
@@ -153,23 +156,6 @@ def _check_pair(found: Mapping[str, Evaluation]) -> None:
                 f"({_model(inputs)}), not of {pruned}'s. Leave it out, or name its pruned "
                 "model's evaluation by --pruned."
             )
-
-
-def _check_sizes(
-    dense: tuple[str, Mapping[str, Any]], pruned: tuple[str, Mapping[str, Any]]
-) -> None:
-    """Raise RegraftError unless the second can have been pruned from the first, by its zeros."""
-    (first, ours), (second, theirs) = dense, pruned
-    if theirs["prunable"] != ours["prunable"]:
-        raise RegraftError(
-            f"{second} has {theirs['prunable']:,} prunable weights and {first} "
-            f"{ours['prunable']:,}: one was not made from the other."
-        )
-    if theirs["zeros"] < ours["zeros"]:  # equal if weights were changed, not pruned
-        raise RegraftError(
-            f"The model of {second} has {theirs['zeros']:,} zero weights and that of {first} "
-            f"{ours['zeros']:,}: it was not pruned from it. Are --dense and --pruned swapped?"
-        )
 
 
 def _model(inputs: Mapping[str, str]) -> str:
@@ -210,27 +196,6 @@ def _replies(found: Mapping[str, Evaluation]) -> Iterator[str]:
             yield f"{name}: {sentence}"
 
 
-def _suites(result: EvalResult) -> list[str]:
-    return list(dict.fromkeys(filter(None, (one.suite for one in result.answers)))) or [
-        result.suite
-    ]
-
-
-def _images(evaluation: Evaluation) -> dict[str, Path]:
-    """Images by prompt id, if their files are still those that were shown to the model."""
-    try:
-        sources = [DataSource.model_validate(suite) for suite in _suites(evaluation.result)]
-        examples = join_suites(sources, evaluation.about["settings"].get("limit")).examples
-    except (RegraftError, ValidationError):
-        return {}
-    shown = {answer.id: answer.image_digest for answer in evaluation.result.answers}
-    return {
-        one.id: one.image
-        for one in examples
-        if one.image and one.image.is_file() and shown.get(one.id) == file_digest(one.image)
-    }
-
-
 def compare_runs(folders: Sequence[Path], out: Path, against: Sequence[str] = ()) -> Study:
     """Compare the methods of finished runs; write report.json, .md, .html and figures.
 
@@ -244,7 +209,7 @@ def compare_runs(folders: Sequence[Path], out: Path, against: Sequence[str] = ()
         RegraftError: a run is not finished, or they cannot be compared.
     """
     check_report_folder(out)
-    run_dirs = [run for folder in folders for run in study_runs(folder) or (folder,)]
+    run_dirs = [run for folder in folders for run in run_folders(folder)]
     runs = {run_dir: read_run(run_dir) for run_dir in run_dirs}
     _check_same_recipe(runs)
     study = study_of(list(runs.values()), against)
@@ -271,6 +236,7 @@ def _without_seed(recipe: Mapping[str, Any]) -> dict[str, Any]:
         }
         for one in recipe["realign"]
     }
-    rest = {**recipe, "calibration": calibration, "realign": realign}
+    prune = {one["name"]: one for one in recipe["prune"]}
+    rest = {**recipe, "calibration": calibration, "prune": prune, "realign": realign}
     comparable: dict[str, Any] = but_for_rounding(rest)
     return comparable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from regraft import distributed
 from regraft.costs import CalibrationPass, Cost
 from regraft.data.collate import prompt_batch
 from regraft.disk.descriptions import about_of
-from regraft.disk.files import write_json
+from regraft.disk.files import digest, write_json
 from regraft.models.load import load_processor
 from regraft.recipes.parts import PruningSettings, VariantSettings
 from regraft.recipes.recipe import Recipe
@@ -107,12 +107,12 @@ class MethodPasses:
         yield _Need("rank", self._names(pruning, same_ranking), needs.answers)
         if (search := variant.search) is not None:
             # The recorded cost does not say on which of several sets of prompts it was spent.
-            one_set = len({_prompts(one.search) for one in variants if one.search}) == 1
+            one_set = len({prompts_name(one.search) for one in variants if one.search}) == 1
             yield _Need(SEARCH_REFERENCES, (pruning.name,) if one_set else ())
             sharing = [
                 one
                 for one in same_ranking
-                if one.search and _prompts(one.search) == _prompts(search)
+                if one.search and prompts_name(one.search) == prompts_name(search)
             ]
             yield _Need("search", self._names(pruning, sharing))
 
@@ -134,6 +134,6 @@ class MethodPasses:
         return None if need.runs_network and not total else total
 
 
-def _prompts(search: SearchSettings) -> Hashable:
-    """What searches along one ranking must have in common to share their points."""
-    return search.validation, search.validation_limit
+def prompts_name(search: SearchSettings) -> str:
+    """A name for the validation prompts: searches on the same prompts share evaluated points."""
+    return digest(search.model_dump_json(include={"validation", "validation_limit"}))[:8]

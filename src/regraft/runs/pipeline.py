@@ -196,14 +196,15 @@ def claim(folder: Path, recipe: Recipe) -> None:
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:
-    """The part of a recipe that must not change while its run grows.
+    """The part of a recipe that must not change while its run grows; its items by their names.
 
     Left out are comparisons of finished models, and settings that only change rounding.
     """
     content: dict[str, Any] = but_for_rounding(
         recipe.model_dump(mode="json", exclude={"against", "published"})
     )
-    return content
+    named = ("models", "prune", "realign", "defend")
+    return content | {kind: {one["name"]: one for one in content[kind]} for kind in named}
 
 
 def _without_additions(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,14 +212,12 @@ def _without_additions(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> d
 
     It may grow by methods, defences, seeds and models, and by prunings if each has its own folder.
     """
-    known = dict(wanted)
-    several = isinstance(found["prune"], list) and isinstance(wanted["prune"], list)
     growing = ["realign", "defend"]
-    growing += ["prune"] if several else []
+    growing += ["prune"] if len(found["prune"]) > 1 and len(wanted["prune"]) > 1 else []
     growing += ["models"] if found["models"] else []
+    known = dict(wanted)
     for kind in growing:
-        named = {one["name"]: one for one in wanted[kind]}
-        known[kind] = [named[one["name"]] for one in found[kind] if one["name"] in named]
+        known[kind] = {name: one for name, one in wanted[kind].items() if name in found[kind]}
     if found["seeds"]:
         known["seeds"] = [seed for seed in found["seeds"] if seed in wanted["seeds"]]
     return known

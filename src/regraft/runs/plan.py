@@ -9,7 +9,6 @@ from pathlib import Path
 
 from regraft import stages
 from regraft.data.example import Reading
-from regraft.disk.files import digest
 from regraft.evaluation.perplexity import read_documents
 from regraft.models.load import Source, check_split
 from regraft.pruning.base import PRUNERS
@@ -17,7 +16,7 @@ from regraft.pruning.prune import passes
 from regraft.recipes.parts import NamedDefenceSettings, PruningSettings, VariantSettings
 from regraft.recipes.recipe import Recipe
 from regraft.restoration.base import needs_of
-from regraft.runs.passes import SEARCH_REFERENCES
+from regraft.runs.passes import SEARCH_REFERENCES, prompts_name
 from regraft.runs.run_dir import RunDir
 from regraft.settings.defending import RefusalDirectionSettings
 from regraft.settings.searching import SearchSettings
@@ -140,7 +139,7 @@ class Planner:
             positions = run_dir.ranking(pruning, recipe.ranking_name(source))
             paths = replace(paths, given=stages.Inputs(positions=positions))
         if (search := settings.search) is not None:
-            prompts = _prompts_name(search)
+            prompts = prompts_name(search)
             references = run_dir.points(pruning, prompts)
             points = run_dir.points(pruning, f"{paths.ranking.stem}-{prompts}")
             paths = replace(paths, references=references, points=points)
@@ -206,8 +205,3 @@ def _titled(what: str, steps: Iterator[Step]) -> Iterator[Step]:
     first, *others = steps
     yield replace(first, title=f"{what}: {others[-1].of}")
     yield from others
-
-
-def _prompts_name(search: SearchSettings) -> str:
-    """A name for the validation prompts: searches on the same prompts share evaluated points."""
-    return digest(search.model_dump_json(include={"validation", "validation_limit"}))[:8]

@@ -8,11 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from regraft import distributed
-from regraft.analysis.relation import FEWEST, ModelPoint, in_report, model_points
+from regraft.analysis.relation import FEWEST, ModelPoint, correlate, model_points
 from regraft.disk.files import atomic_folder, require_space
-from regraft.errors import RegraftError
 from regraft.progress import SILENT, Progress
-from regraft.recipes.file import read_recipe
 from regraft.recipes.recipe import Recipe
 from regraft.report.pooling import study_of
 from regraft.report.published import read_published
@@ -20,17 +18,8 @@ from regraft.report.study import Study
 from regraft.report.write import write_report
 from regraft.runs import pipeline, reporting
 from regraft.runs.comparing import compare_runs
-from regraft.runs.run_dir import RunDir, folder_of_model, seed_folder
+from regraft.runs.run_dir import RunDir, folder_of_model, runs_of
 from regraft.stages import EvaluationCache
-
-
-def runs_of(recipe: Recipe, folder: Path) -> dict[Path, Recipe]:
-    """The runs of a recipe by their folders; a single run is in `folder` itself."""
-    if recipe.seeds:
-        return {seed_folder(folder, seed): recipe.for_seed(seed) for seed in recipe.seeds}
-    if recipe.models:
-        return {folder_of_model(folder, one.name): recipe.for_model(one) for one in recipe.models}
-    return {folder: recipe}
 
 
 def run_recipe(recipe: Recipe, folder: Path, progress: Progress = SILENT) -> Study:
@@ -75,22 +64,14 @@ def report_recipe(folder: Path) -> Study:
         RegraftError: the folder holds no run, a run is not finished, or the published figures
             cannot be read.
     """
-    run_dir = RunDir(folder)
-    recipe = read_recipe(run_dir.recipe) if run_dir.recipe.exists() else Recipe()
-    runs = runs_of(recipe, folder)
-    if folder in runs:
+    runs = reporting.run_folders(folder)
+    if runs == [folder]:
         return reporting.report_run(folder)
-    for run_folder in runs:
-        if not RunDir(run_folder).recipe.exists():
-            raise RegraftError(
-                f"The run in {folder} is not finished: {run_folder.name} has not been run. "
-                f"Continue it with `regraft run {run_dir.recipe} --out {folder}`."
-            )
+    run_dir, recipe = reporting.open_run(folder)
     if recipe.seeds:
-        return compare_runs(list(runs), run_dir.report, recipe.against)
+        return compare_runs(runs, run_dir.report, recipe.against)
     study = _over_models(recipe, folder)
-    if distributed.first():
-        write_report(study, run_dir.report)
+    write_report(study, run_dir.report)
     return study
 
 
@@ -111,7 +92,7 @@ def _over_models(recipe: Recipe, folder: Path) -> Study:
     points = list(_points(folders, study, pruning))
     if len(points) < FEWEST:
         return study
-    return replace(study, correlation=in_report(points, pruning))
+    return replace(study, correlation=correlate(points, pruning))
 
 
 def _points(folders: Mapping[str, Path], study: Study, pruning: str) -> Iterator[ModelPoint]:

@@ -9,14 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from regraft import stages
-from regraft.costs import CalibrationPass, Cost, read_costs, read_pass
+from regraft.costs import read_costs, read_pass
 from regraft.data.demo import CAVEAT, is_demo
-from regraft.data.sources import join_suites
+from regraft.data.sources import DataSource, join_suites
 from regraft.defence import DEFENCE_PROMPT, Direction, load_defence
 from regraft.disk.descriptions import about_of, described
+from regraft.disk.files import file_digest
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
+from regraft.evaluation.results import EvalResult
 from regraft.evaluation.tradeoff import read_curve
 from regraft.heads.score import HeadScores, load_heads
 from regraft.models.architecture import Architecture, LayerArchitecture
@@ -35,7 +39,7 @@ from regraft.restoration.methods.fine_tune import TRAINED_VALUES, is_trained
 from regraft.restoration.methods.gain.path import read_path
 from regraft.restoration.ranking import load_ranking
 from regraft.runs.passes import MethodPasses
-from regraft.runs.run_dir import RECIPE_FILE, RunDir
+from regraft.runs.run_dir import RECIPE_FILE, RunDir, runs_of
 from regraft.settings.defending import RefusalDirectionSettings
 from regraft.stages import Evaluation
 
@@ -68,6 +72,22 @@ def open_run(folder: Path) -> tuple[RunDir, Recipe]:
     return RunDir(folder, several=len(recipe.prune) > 1), recipe
 
 
+def run_folders(folder: Path) -> list[Path]:
+    """The folders of a recipe's runs: one per seed or model, or `folder` itself.
+
+    Raises:
+        RegraftError: the folder holds no run, or one of the runs was not started.
+    """
+    run_dir, recipe = open_run(folder)
+    runs = list(runs_of(recipe, folder))
+    if missing := [run.name for run in runs if not RunDir(run).recipe.exists()]:
+        raise RegraftError(
+            f"The run in {folder} is not finished: {missing[0]} has not been run. "
+            f"Continue it with `regraft run {run_dir.recipe} --out {folder}`."
+        )
+    return runs
+
+
 def evaluation_folders(run_dir: RunDir, recipe: Recipe) -> dict[str, Path]:
     """The evaluation folder of every model: "dense", "wanda-50", "wanda-50/hsr" ..."""
     found = {"dense": run_dir.dense_evaluation}
@@ -86,8 +106,7 @@ def read_run(folder: Path, name: str = "") -> Run:
         RegraftError: the folder holds no run, or one that is not finished.
     """
     run_dir, recipe = open_run(folder)
-    costs, one_pass = tuple(read_costs(run_dir.costs)), read_pass(run_dir.calibration_pass)
-    return _Artifacts(run_dir, recipe, costs, one_pass).run(name)
+    return _Artifacts(run_dir, recipe).run(name)
 
 
 @dataclass(frozen=True)
@@ -96,11 +115,8 @@ class _Artifacts:
 
     run_dir: RunDir
     recipe: Recipe
-    costs: tuple[Cost, ...]
-    one_pass: CalibrationPass | None
 
     def run(self, name: str) -> Run:
-        """Read the whole run."""
         recipe, heads = self.recipe, self.heads
         variants = [_variant("dense", self.evaluations["dense"])]
         for pruning in recipe.prune:
@@ -111,12 +127,12 @@ class _Artifacts:
             model=recipe.model,
             variants=tuple(variants),
             head_maps=() if heads is None else _head_maps(heads),
-            data=tuple(_accounts(abouts)),
+            data=tuple(accounts_of(abouts)),
             recipe=recipe.model_dump(mode="json"),
-            costs=self.costs,
-            images=_images(recipe),
+            costs=tuple(self.passes.costs),
+            images=images_of(self.evaluations["dense"]),
             paths=tuple(self.paths()),
-            one_pass=self.one_pass,
+            one_pass=self.passes.unit,
             versions=abouts[0]["versions"] | {"device": abouts[0]["compute"]["device"]},
             notes=tuple(f"{one.label}: {TRAINED_VALUES}" for one in variants if one.trained),
             caveat=CAVEAT if is_demo(recipe.model) else "",
@@ -124,14 +140,14 @@ class _Artifacts:
             name=name,
         )
 
-    @property
+    @cached_property
     def passes(self) -> MethodPasses:
         """The compute of choosing the weights of methods."""
-        return MethodPasses(self.recipe, self.run_dir, self.costs, self.one_pass)
+        costs, one_pass = read_costs(self.run_dir.costs), read_pass(self.run_dir.calibration_pass)
+        return MethodPasses(self.recipe, self.run_dir, costs, one_pass)
 
     @cached_property
     def evaluations(self) -> dict[str, Evaluation]:
-        """The evaluation of every model of the run."""
         folders = evaluation_folders(self.run_dir, self.recipe)
         for name, folder in folders.items():
             if not folder.exists():
@@ -216,7 +232,6 @@ class _Artifacts:
         patch: Patch,
         layers: Sequence[LayerArchitecture],
     ) -> Variant:
-        """One realigned variant."""
         run_dir = self.run_dir
         name, curve = run_dir.name(pruning.name, one.name), run_dir.curve(pruning.name, one.name)
         heads = tuple((layer, head) for layer, head in patch.about["heads"])
@@ -286,7 +301,8 @@ def _head_maps(scores: HeadScores) -> tuple[HeadMap, ...]:
     )
 
 
-def _accounts(abouts: list[Mapping[str, Any]]) -> Iterator[DataAccount]:
+def accounts_of(abouts: Sequence[Mapping[str, Any]]) -> Iterator[DataAccount]:
+    """The rows of every source that artifacts used, without repeats."""
     names = {
         "suite": "evaluation",
         "safety": "calibration D^s",
@@ -304,10 +320,23 @@ def _accounts(abouts: list[Mapping[str, Any]]) -> Iterator[DataAccount]:
         yield DataAccount(names[role], source, data["read"], used, data["skipped"])
 
 
-def _images(recipe: Recipe) -> dict[str, Path]:
-    """Images of the suite by example id; empty if the data set cannot be read any more."""
+def suites_of(result: EvalResult) -> list[str]:
+    """The data sets of the answers, or the evaluation's name for all if they do not tell."""
+    return list(dict.fromkeys(filter(None, (one.suite for one in result.answers)))) or [
+        result.suite
+    ]
+
+
+def images_of(evaluation: Evaluation) -> dict[str, Path]:
+    """Images by prompt id, if their files are still those that were shown to the model."""
     try:
-        examples = join_suites(recipe.evaluate.suite, recipe.evaluate.limit).examples
-    except RegraftError:
+        sources = [DataSource.model_validate(suite) for suite in suites_of(evaluation.result)]
+        examples = join_suites(sources, evaluation.about["settings"].get("limit")).examples
+    except (RegraftError, ValidationError):
         return {}
-    return {example.id: example.image for example in examples if example.image}
+    shown = {answer.id: answer.image_digest for answer in evaluation.result.answers}
+    return {
+        one.id: one.image
+        for one in examples
+        if one.image and one.image.is_file() and shown.get(one.id) == file_digest(one.image)
+    }

@@ -1,10 +1,10 @@
-"""The paths of a run's artifacts."""
+"""The folders of a recipe's runs, and the paths of a run's artifacts."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from regraft.recipes.recipe import Recipe
 from regraft.stages.setup import ArtifactPaths
 
 RECIPE_FILE = "recipe.yaml"
@@ -33,11 +33,9 @@ class RunDir:
         return self._of("pruned", pruning)
 
     def patch(self, pruning: str, variant: str) -> Path:
-        """The patch of one realigned variant of a pruning."""
         return self._of("patches", pruning) / f"{variant}.safetensors"
 
     def realigned(self, pruning: str, variant: str) -> Path:
-        """The checkpoint of one realigned variant of a pruning."""
         return self._of("realigned", pruning) / variant
 
     def defence(self, pruning: str, defence: str) -> Path:
@@ -45,7 +43,6 @@ class RunDir:
         return self._of("defences", pruning) / f"{defence}.safetensors"
 
     def evaluation(self, pruning: str, variant: str = "pruned") -> Path:
-        """Answers and results of a pruning, or of one realigned variant of it."""
         return self._of("evaluation", pruning) / variant
 
     def ranking(self, pruning: str, name: str) -> Path:
@@ -61,7 +58,6 @@ class RunDir:
         return self._of("curves", pruning) / f"points-{name}"
 
     def of(self, pruning: str, variant: str, ranking: str) -> ArtifactPaths:
-        """The paths of the artifacts of one realigned variant."""
         return ArtifactPaths(
             heads=self.heads,
             statistics=self.statistics,
@@ -80,18 +76,15 @@ class RunDir:
         return folder / pruning if self._several else folder
 
 
-def seed_folder(study: Path, seed: int) -> Path:
-    """The folder of the run of one calibration seed in a study."""
-    return study / f"seed-{seed}"
-
-
 def folder_of_model(several: Path, name: str) -> Path:
     """The folder of the run of one model in a run of several models."""
     return several / f"model-{name}"
 
 
-def study_runs(folder: Path) -> tuple[Path, ...]:
-    """The folders of a study's runs, sorted by seed; empty if `folder` is not a study."""
-    found = [(re.fullmatch("seed-(-?[0-9]+)", path.name), path) for path in folder.glob("seed-*")]
-    seeds = {int(match[1]): path for match, path in found if match and path.is_dir()}
-    return tuple(seeds[seed] for seed in sorted(seeds))
+def runs_of(recipe: Recipe, folder: Path) -> dict[Path, Recipe]:
+    """The runs of a recipe by their folders; a single run is in `folder` itself."""
+    if recipe.seeds:
+        return {folder / f"seed-{seed}": recipe.for_seed(seed) for seed in recipe.seeds}
+    if recipe.models:
+        return {folder_of_model(folder, one.name): recipe.for_model(one) for one in recipe.models}
+    return {folder: recipe}
