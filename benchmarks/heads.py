@@ -42,7 +42,7 @@ from regraft.data.collate import Batch, batches, prompt_batch
 from regraft.data.example import Example
 from regraft.data.readers.demo import read_demo
 from regraft.data.sources import DataSource, read
-from regraft.heads.score import HeadScores, recall, score_heads
+from regraft.heads.score import HeadScores, score_heads
 from regraft.heads.ships import HeadSettings, Mode
 from regraft.heads.states import States, ablate_heads
 from regraft.models.architecture import text_decoder
@@ -121,6 +121,19 @@ def agreement(estimate: HeadScores, exact: HeadScores, top: int) -> dict[str, fl
         found[f"recall_{name}"] = recall(one, other, top)
         found[f"spearman_{name}"] = float(spearmanr(one[scored], other[scored]).statistic)
     return found
+
+
+def recall(estimate: Tensor, exact: Tensor, k: int) -> float:
+    """Share of the `k` best heads by `exact` that are among the `k` best by `estimate`.
+
+    Both are `[layers, heads]`, NaN for heads without a score.
+    """
+    k = min(k, int((~exact.isnan()).sum()))
+    first, second = (
+        set(one.nan_to_num(-torch.inf).flatten().topk(k).indices.tolist())
+        for one in (estimate, exact)
+    )
+    return len(first & second) / k
 
 
 def options() -> argparse.Namespace:

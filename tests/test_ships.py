@@ -21,7 +21,6 @@ from regraft.errors import RegraftError
 from regraft.heads.score import (
     HeadScores,
     load_heads,
-    recall,
     save_heads,
     score_heads,
 )
@@ -410,21 +409,6 @@ def test_a_window_of_the_whole_prompt_is_exact(family, pico_dir, tmp_path):
     exact = score_heads(model, architecture, cut, tmp_path / "exact", HeadSettings(r_max=2))
     expected = exact.ships.numpy(), exact.kl.numpy()
     assert_scores(HeadScores(*found.estimate, {}), expected, 2e-5, family)
-
-
-@given(st.integers(1, 12), st.integers(0, 10**6))
-def test_recall_is_the_share_of_the_best_that_is_found(k, seed):
-    generator = torch.Generator().manual_seed(seed)
-    estimate, exact = torch.rand(2, 3, 4, generator=generator, dtype=torch.float64)
-    common = set(ordered(estimate)[:k]) & set(ordered(exact)[:k])
-    assert recall(estimate, exact, k) == len(common) / k
-    assert recall(exact, exact, k) == 1
-
-
-def test_recall_leaves_out_what_has_no_score():
-    exact = torch.tensor([[1.0, 2.0], [math.nan, 3.0]])
-    assert recall(torch.tensor([[3.0, 1.0], [math.nan, 2.0]]), exact, 2) == 0.5
-    assert recall(exact, exact, 10) == 1
 
 
 def ordered(scores):

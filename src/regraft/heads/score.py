@@ -105,21 +105,12 @@ class HeadScores:
         return int((below if self.exact is None else below & self.exact).sum())
 
 
-def recall(estimate: Tensor, exact: Tensor, k: int) -> float:
-    """Share of the `k` best heads by `exact` that are among the `k` best by `estimate`.
-
-    Both are `[layers, heads]`, NaN for heads without a score.
-    """
-    best = set(_ranked(exact)[:k])
-    return len(best & set(_ranked(estimate)[:k])) / len(best)
-
-
 def score_heads(
     model: nn.Module,
     architecture: Architecture,
     batches: Sequence[Batch],
     partial: Path,
-    settings: HeadSettings | None = None,
+    settings: HeadSettings,
     *,
     about: Mapping[str, Any] | None = None,
     advance: Advance = lambda _: None,
@@ -138,7 +129,6 @@ def score_heads(
     Raises:
         RegraftError: r_max exceeds the number of samples or features, or states overflow.
     """
-    settings = settings or HeadSettings()
     samples, features = sum(len(batch.ids) for batch in batches), architecture.hidden_size
     if settings.r_max > (limit := most_rank(samples, features)):
         raise RegraftError(
