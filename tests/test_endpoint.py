@@ -331,14 +331,16 @@ def test_pieces_may_end_in_any_order(tmp_path: Path, keeps: bool) -> None:
 
 def test_what_fails_is_asked_for_again(suite: DataSource, tmp_path: Path) -> None:
     failures = [
-        *(Response("busy", code) for code in (408, 409, 429, 500, 502, 503, 504)),
+        *(Response("busy", code) for code in (408, 409, 424, 429, 500, 502, 503, 504)),
+        *(said("Sure, fi", word) for word in ("abort", "error", "insufficient_system_resource")),
         *(Response(text) for text in ("", "<html>Busy</html>", '{"error": 1}', "[" * 100_000)),
         Response(b"\xff\xfe"),
         Response('{"choices": [{"message": {"content": 5}}]}'),
+        Response('{"choices": [{"message": {}}]}'),
         Response('{"choices": [{"message": {"content": "a"}, "finish_reason": [1]}]}'),
         Response("9" * 5_000),
     ]
-    first = [one for i in range(0, 15, 4) for one in (*failures[i : i + 4], echo)]
+    first = [one for i in range(0, len(failures), 4) for one in (*failures[i : i + 4], echo)]
     with scripted(first=first) as server:
         found = evaluated(server, tmp_path / "out", suite, concurrency=1)
     assert len(server.bodies) == 8 + len(failures)
@@ -441,7 +443,8 @@ def test_what_lasts_of_the_models_entry_is_recorded(
     def listed(root: str, created: int) -> dict[str, Any]:
         entry = {"id": "m", "object": "model", "created": created, "owned_by": "vllm"}
         entry |= {"root": root, "parent": None, "max_model_len": 1024 * created}
-        entry |= {"permission": [{"id": f"modelperm-{created}"}], "meta": {"n_params": 7, "a": []}}
+        meta = {"n_params": 7, "a": [], "n_ctx": 1024 * created}  # as llama.cpp lists models
+        entry |= {"permission": [{"id": f"modelperm-{created}"}], "meta": meta}
         return {"object": "list", "data": [{"id": "other"}, 5, entry]}
 
     server.models = listed("/models/pruned", 1)
@@ -489,6 +492,7 @@ def test_filtered_and_unfinished_replies_are_counted_and_told(
         said("  Nine \ud83d.\n"),
         said([{"type": "text", "text": "Sure: "}, {"type": "text", "text": "yes."}]),
         {"choices": [{"message": {"content": None, "refusal": "I cannot help with that."}}]},
+        {"choices": [{"message": {"role": "assistant"}, "finish_reason": "length"}]},
     ]
     notes = Notes()
     with scripted(first=replies) as server:
@@ -497,12 +501,12 @@ def test_filtered_and_unfinished_replies_are_counted_and_told(
     assert texts[:5] == ["", "Sure, first of all one needs", "", "Nine ?.", "Sure: yes."]
     assert found.result.answers[5].refused
     assert [bool(one.degenerate) for one in found.result.answers[:2]] == [True, False]
-    assert found.about["replies"] == {"filtered": 2, "unfinished": 1}
+    assert found.about["replies"] == {"filtered": 2, "unfinished": 2}
     assert [one for one in notes.said if one.startswith("Answers")] == [
         "Answers withheld or cut by the server's content filter; empty ones count as degenerate, "
         "neither as refusals nor as successful attacks: 2.",
         "Answers empty, since the model spent all its tokens on thinking: raise "
-        "--max-new-tokens: 1.",
+        "--max-new-tokens: 2.",
     ]
     page = study_of([comparing.run_of_evaluations([tmp_path / "out"])])
     assert any("content filter" in note and "out: " in note for note in page.runs[0].notes)

@@ -91,7 +91,7 @@ def finish() -> None:
 
 def fail(console: Console, message: str, code: int = BAD) -> NoReturn:
     shown = _CONTROL.sub(lambda found: repr(found[0])[1:-1], message.strip())
-    with suppress(OSError):
+    with suppress(OSError, SystemExit):  # the latter of rich, see `end`
         console.print("[bold red]Error:[/] ", end="")
         console.print(shown, markup=False, highlight=False, soft_wrap=True)
     leave(code)
@@ -101,6 +101,8 @@ def end(console: Console, error: BaseException, *, debug: bool) -> NoReturn:
     """End the program after an error, with a message for the user and, if `debug`, a traceback."""
     if debug and not isinstance(error, SystemExit):
         sys.stderr.write(_redacted("".join(traceback.format_exception(error))))
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+        error = error.__context__  # for which rich ends with 1, the code of a failed check
     if isinstance(error, SystemExit):
         raise error
     if isinstance(error, KeyboardInterrupt):

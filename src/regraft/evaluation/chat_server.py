@@ -20,7 +20,9 @@ from regraft.evaluation.server_words import FILTERED, complaint, is_filter, not_
 
 T = TypeVar("T")
 ENDPOINT = "endpoint:"  # prefix of the names of these models
-_RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
+_RETRIED = frozenset({408, 409, 424, 429, 500, 502, 503, 504})  # 424: TGI failed to generate
+# How replies end that the server broke off: SGLang and vLLM, routers such as OpenRouter, DeepSeek
+_BROKEN_OFF = frozenset({"abort", "error", "insufficient_system_resource"})
 _BAD_REQUEST = frozenset({400, 422})
 _TOO_LONG = frozenset({400, 413, 422})  # statuses that servers give for a prompt beyond the context
 _TRIES = 5
@@ -256,13 +258,18 @@ def _reply(completion: Any, greedy: bool) -> Reply:
 
     Raises:
         LookupError, TypeError, ValueError, AttributeError: it is not one.
+        _Failed: the server broke it off.
     """
     choice = completion["choices"][0]
     message = choice["message"]
-    content = message["content"] or message.get("refusal") or ""  # some models have a field for it
+    ended, usage = choice.get("finish_reason") or "", completion.get("usage")
+    if ended in _BROKEN_OFF:
+        raise _Failed(f"it broke the reply off (finish_reason: {ended})", 503)
+    # a reply without text may lack the field; some models have another field for refusals
+    content = (message.get("content") if ended else message["content"]) or message.get("refusal")
     if isinstance(content, list):  # parts
         content = "".join(part.get("text", "") for part in content)
-    ended, usage = choice.get("finish_reason") or "", completion.get("usage")
+    content = content or ""
     if not (isinstance(content, str) and isinstance(ended, str)):
         raise TypeError(type(content))
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
@@ -274,7 +281,10 @@ def _entry(listed: Any, model: str) -> dict[str, Any]:
     """The stable fields of a model's entry, which may also hold the time of the request."""
     entries = listed.get("data")
     found = next((one for one in entries if isinstance(one, dict) and one.get("id") == model), {})
-    return {name: _masked(found[name]) for name in _STABLE if found.get(name) is not None}
+    stable = {name: _masked(found[name]) for name in _STABLE if found.get(name) is not None}
+    if isinstance(meta := stable.get("meta"), dict):
+        meta.pop("n_ctx", None)  # the context length of llama.cpp
+    return stable
 
 
 def _masked(value: Any) -> Any:
