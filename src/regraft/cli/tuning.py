@@ -26,7 +26,7 @@ from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.searching import SearchSettings, TuneSettings
+from regraft.settings.searching import SearchSettings, TuneSettings, with_held_out
 
 Trials = Annotated[TuneSettings, Parameter(name="*", group=Group("Trials", sort_key=0))]
 _ABOUT_TUNING = (
@@ -61,8 +61,10 @@ def tune(
     calibration = calibration.with_responses()
     with live_progress() as progress:
         check_tuning(settings, tuning, choice, scoring, compute.device)
+        source = open_source(dense, trust_remote_code=compute.trust_remote_code)
+        choice, calibration = with_held_out(choice, source.folder, calibration, progress.note)
         restoration = stages.Restoration(
-            open_source(dense, trust_remote_code=compute.trust_remote_code),
+            source,
             calibration,
             compute,
             progress,
