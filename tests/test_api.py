@@ -15,10 +15,13 @@ import regraft
 from disk import write_data
 from regraft.cli import main
 from regraft.data.demo import demo_model
+from regraft.data.sources import DataSource
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
 from regraft.restoration.ranking import load_ranking
+from regraft.settings.data import CalibrationSettings
+from regraft.settings.searching import SearchSettings, with_held_out
 from truth import pruned_at_random
 
 QUICK = {"device": "cpu", "samples": 4}
@@ -82,6 +85,15 @@ def test_a_search_without_prompts_holds_a_quarter_out(root: Path, tmp_path: Path
     chosen_on = read_json(tmp_path / "a.curve.json")["about"]["data"]["validation"]
     assert 0 < chosen_on["used"] <= 32 // 4
     assert chosen_on["used"] + chosen_on["skipped"]["not held-out"] == 32
+
+
+def test_what_is_held_out_is_of_the_file_of_the_seed() -> None:
+    data = DataSource(name="jsonl", path=Path("prompts-{seed}.jsonl"))
+    given, notes = CalibrationSettings(data=data, seed=3), list[str]()
+    choice, rest = with_held_out(SearchSettings(), "model", given, notes.append)
+    assert choice.validation is not None
+    assert choice.validation.path == rest.source.path == Path("prompts-3.jsonl")
+    assert "a quarter of the calibration prompts is held out" in notes[0]
 
 
 def test_bad_settings_are_named(root: Path, tmp_path: Path) -> None:

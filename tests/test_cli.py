@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from disk import rewrite, shards, tree, write_data
 from methods import method, restored
 from regraft import stages
 from regraft.cli import COMMANDS, GROUPS, app, application, main
+from regraft.console import show_preview
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
 from regraft.data.example import KINDS
@@ -48,6 +50,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.gathering import check_heads
 from regraft.stages.reading import _made_from_demo
+from regraft.stages.steps import Step
 
 FAMILY = "qwen2_5_vl"
 WIDTHS = "rows of 64"
@@ -195,6 +198,7 @@ def test_hub_model_without_network(refused: Refused) -> None:
         refused("analyse", "model", "nobody/nothing"),
         "nobody/nothing",
         "could not be downloaded from the hub",
+        ". Without a network give the path",
     )
 
 
@@ -459,6 +463,8 @@ def test_validation_prompts_must_be_named_for_another_model(world: World, refuse
     missing = "No validation prompts are named to choose on"
     too_few = "none of its 4 prompts are in this part"  # of so few, that are then held out
     has(refused(*words, "--data", world.data), too_few, "--validation")
+    tune = ["tune", "hsr", world.model, world.pruned, "--count", 4, "--out", "out"]
+    has(refused(*tune, "--data", world.data), too_few, "--validation")
     words += ["--validation", "vlguard#unsafe", "gone"]
     has(refused(*words, "--data", world.data), "vlguard:gone#unsafe: gone does not exist")
     defend = ["analyse", "defence", "refusal-direction", world.pruned, "--out", "out"]
@@ -1197,6 +1203,13 @@ def test_the_estimate_of_a_run_counts_what_each_stage_takes(
     assert ours == pytest.approx(2 * 30), "both kinds"
 
 
+def test_a_finished_run_has_nothing_to_estimate(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    done = SimpleNamespace(steps=[Step("prune", "", tmp_path, lambda: None)])
+    show_preview(Console(file=shown, width=100), tmp_path, cast(Any, done))
+    assert "All 1 steps are done. Nothing was written." in shown.getvalue()
+
+
 def test_what_needs_no_backward_pass_needs_no_space_for_one(world: World) -> None:
     """Nor what is done, and of a data set only the kinds that are learnt from."""
     place = RunDir(world.root / "run")
@@ -1493,6 +1506,26 @@ def test_a_command_says_of_itself_what_the_list_says(name: str) -> None:
     own = inspect.getdoc(found) if inspect.isfunction(found) else found.help
     first = " ".join((own or "").split("\n\n")[0].split())
     assert first == listed
+
+
+def test_help_shows_defaults_as_they_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    run_ok("check", "--help")
+    run_ok("judge", "bench", "--help")
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    has(
+        shown,
+        "[default: auto]",
+        "[default: 5.0]",
+        "[default: True]",
+        "regraft-keywords-2, vlguard-1",
+    )
+    assert not re.search(r"default: (False|None|\()", shown)
+
+
+def test_commands_of_a_command_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:
+    run_ok("realign", "--help")
+    shown = capsys.readouterr().out
+    assert "Commands" in shown and "─ Options" not in shown
 
 
 def test_commands_are_listed_in_a_few_groups() -> None:

@@ -122,6 +122,15 @@ def test_the_file_format_page_has_every_field_of_an_answer() -> None:
     assert named == {field.name for field in fields(Answer)}
 
 
+def test_samples_of_plug_ins_are_those_that_tests_run() -> None:
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    tests = (ROOT / "tests").glob("test_*plugin*.py")
+    run = "".join(one.read_text(encoding="utf-8") for one in tests)
+    samples = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(samples) == 4
+    assert all(sample in run for sample in samples)
+
+
 def test_readme_is_short() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 130

@@ -164,11 +164,13 @@ def test_methods_that_cannot_be_used_say_why_and_leave_others_alone(tmp_path: Pa
     (site / "other-1.0.dist-info").mkdir(parents=True)
     needy = METHOD.replace("Field(2, ge=1", "Field(ge=1")
     (site / "needy.py").write_text(needy.replace("top-magnitude", "needy"))
+    (site / "half.py").write_text(METHOD.replace('Literal["top-magnitude"]', 'Literal["half"]'))
     (site / "other-1.0.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: other\nVersion: 1.0\n"
     )
     (site / "other-1.0.dist-info" / "entry_points.txt").write_text(
         "[regraft.methods]\nneedy = needy:TOP_MAGNITUDE\nmissing = nowhere:METHOD\n"
+        "half = half:TOP_MAGNITUDE\ntop-magnitude = half:TOP_MAGNITUDE\n"
     )
 
     def ran(*words: str) -> tuple[int, str]:
@@ -183,6 +185,11 @@ def test_methods_that_cannot_be_used_say_why_and_leave_others_alone(tmp_path: Pa
 
     code, shown = ran("hsr", "--help")
     assert code == 0 and "--top-heads" in shown
-    for name, why in (("needy", "each needs one"), ("missing", "cannot be imported")):
+    for name, why in (
+        ("needy", "needs settings with valid defaults: top_heads: Field required"),
+        ("missing", "cannot be imported"),
+        ("half", "has another name of its own, 'top-magnitude'"),
+        ("top-magnitude", "needs settings with valid defaults: method: Input should be 'half'"),
+    ):
         code, shown = ran(name, "dense", "pruned", "--out", "patch")
         assert code == 2 and f"'{name}'" in shown and why in shown and "Traceback" not in shown

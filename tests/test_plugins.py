@@ -162,6 +162,13 @@ def test_what_is_registered_and_is_none(installed: Path) -> None:
         EvalSettings(judge="qwen3guard:x")
 
 
+def test_a_judge_has_one_name(installed: Path) -> None:
+    entries = installed / "toy-1.dist-info" / "entry_points.txt"
+    entries.write_text("[regraft.judges]\neven-2 = toy_judge:PLUGIN\n")
+    with pytest.raises(RegraftError, match=r"'even-2' .* another name of its own, 'even-1'"):
+        find("even-2")
+
+
 def test_a_built_in_name_cannot_be_taken(installed: Path) -> None:
     registry = Registry("data set", "regraft.data.readers", "regraft.datasets", object)
     assert len(set(registry.names())) == len(registry.names())

@@ -25,13 +25,21 @@ from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.verdicts import Agreement, Judged
 from regraft.report.cards import render_card
 from regraft.report.examples import choose_examples, shown_variants
-from regraft.report.formatting import clip, p_value, pattern, share, short_names, unbroken
+from regraft.report.formatting import (
+    clip,
+    p_value,
+    pattern,
+    rsr_cell,
+    share,
+    short_names,
+    unbroken,
+)
 from regraft.report.page import escape_cell, escape_markdown, fenced, render_html, render_markdown
 from regraft.report.pooling import study_of
 from regraft.report.rate_figures import trade_off_figure
 from regraft.report.run import DataAccount, HeadMap, Opinion, Run, Variant, paired_answers
-from regraft.report.study import Outcome, Row, Table
-from regraft.report.summary import controls, summary
+from regraft.report.study import Outcome, Recovered, Row, Table
+from regraft.report.summary import _method, controls, summary
 from regraft.report.weight_figures import head_map_figure, restored_figure
 from regraft.report.write import report_to_json, write_report
 from truth import mcnemar, paired_rsr
@@ -429,6 +437,14 @@ def test_the_verdict_says_when_rsr_is_undefined() -> None:
     said = " ".join(summary(study_of([report])))
     assert "lowered ASR" in said
     assert "RSR is undefined: pruning did not raise ASR" in said
+
+
+def test_rsr_of_several_seeds_without_value_or_interval() -> None:
+    rise = rsr(0.0, 0.5, 0.25)
+    row = replace(study_of([REPORT]).tables[0].methods[0], rsr=Recovered(rise, None, (0.5, 0.5)))
+    assert "RSR 50.0 % (by seed 50.0, 50.0)." in _method(row)
+    nothing = Recovered(rsr(0.5, 0.5, 0.5), None, (None, None))
+    assert rsr_cell(nothing).text == "undefined, pruning did not raise ASR"
 
 
 def test_small_words() -> None:

@@ -136,10 +136,7 @@ def realign(
     before, after = compute.opened(dense), compute.opened(pruned)
     calibration = data.with_responses()
     if choice is not None:
-        choice, calibration = with_held_out(choice, before.folder, calibration)
-        if calibration.data != data.data:
-            held_out = "a quarter of the calibration prompts is held out for the search"
-            progress.note(f"No validation prompts were given: {held_out}.")
+        choice, calibration = with_held_out(choice, before.folder, calibration, progress.note)
     restoration = stages.Restoration(
         before, calibration, compute, progress, scoring=scoring, evaluation=answers
     )

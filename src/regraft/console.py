@@ -191,6 +191,9 @@ def show_preview(console: Console, folder: Path, run: PlannedRun) -> None:
         title=str(folder),
     )
     missing = sum(not step.done for step in run.steps)
+    if not missing:
+        say(console, f"All {len(run.steps)} steps are done. Nothing was written.")
+        return
     say(
         console,
         f"{missing} of {len(run.steps)} steps are left: about "

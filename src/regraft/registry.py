@@ -53,7 +53,7 @@ class Registry(Generic[Plugin]):
 
         Raises:
             RegraftError: the name is unknown (the message lists the known ones), or the plug-in of
-                an installed package cannot be imported or is of the wrong class.
+                an installed package cannot be imported, is of the wrong class or has another name.
         """
         if module := _built_in(self.package).get(name):
             return cast(Plugin, import_module(module).PLUGIN)
@@ -77,6 +77,11 @@ class Registry(Generic[Plugin]):
             raise RegraftError(
                 f"The {self.what} {name!r} ({entry.value}) has no {missing[0]!r}, which every "
                 f"{self.what} has. Correct the package that registers it under {self.group}."
+            )
+        if (own := getattr(found, "name", name)) != name:
+            raise RegraftError(
+                f"The {self.what} {name!r} ({entry.value}) has another name of its own, {own!r}. "
+                f"Correct the package that registers it under {self.group}: both must be the same."
             )
         return found
 

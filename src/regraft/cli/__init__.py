@@ -85,6 +85,14 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 # The same objects for all applications of a process, since they share the Apps of some commands.
 _GROUPS = tuple(Group(title, sort_key=place) for place, title in enumerate(GROUPS))
+_OPTIONS = Group("Options", sort_key=len(GROUPS))
+
+
+def shown_default(default: object) -> str | None:
+    """A default as help shows it; None for one that only means "not given"."""
+    if isinstance(default, tuple):
+        default = ", ".join(map(str, default)) or None
+    return None if default is None or default is False else str(default)
 
 
 def application(*, listed: bool) -> App:
@@ -92,8 +100,7 @@ def application(*, listed: bool) -> App:
     built = App(
         name="regraft",
         version=regraft.__version__,
-        group_commands=Group("Options", sort_key=len(GROUPS)),
-        default_parameter=Parameter(negative=()),
+        default_parameter=Parameter(negative=(), show_default=shown_default),
         help=(
             "Check whether compression removed a vision-language model's refusals, and restore "
             "them.\n\n"
@@ -102,6 +109,8 @@ def application(*, listed: bool) -> App:
             "model. With --debug, errors come with a traceback."
         ),
     )
+    for flag in ("--help", "--version"):
+        built[flag].group = _OPTIONS
     for group, names in zip(_GROUPS, GROUPS.values(), strict=True):
         for index, name in enumerate(names):
             where, text = COMMANDS[name]

@@ -102,8 +102,8 @@ def sweep(
 ) -> None:
     """Run a recipe at several values of one setting: ASR, over-refusal and utility by value.
 
-    Shows how much pruning is too much (sparsity), or how many neurons (q), heads (top-heads) or
-    weights (budget) are needed. Resumes after a kill.
+    Shows how much pruning is too much (sparsity), or how large a share by importance (q), how many
+    heads (top-heads) or weights (budget) are needed. Resumes after a kill.
 
     Example: regraft analyse sweep recipe.yaml sparsity --values 0.3 0.4 0.5 0.6 --out sweep
 

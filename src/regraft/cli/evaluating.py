@@ -25,7 +25,6 @@ Prompts = Annotated[
         help="Prompts to evaluate models on: demo:test, a .jsonl file or NAME PATH, as in "
         "`regraft eval --help`; repeat the flag for several.",
         negative="",
-        show_default=False,
     ),
 ]
 Side = Annotated[str, Parameter(help="Model, endpoint:URL#MODEL or evaluation folder.")]

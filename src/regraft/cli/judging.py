@@ -27,7 +27,8 @@ Judges = Annotated[
     tuple[str, ...],
     Parameter(
         help="A keyword judge by name; llama-guard:MODEL, qwen3guard:MODEL or harmbench:MODEL with "
-        "a folder or hub id; endpoint:URL#MODEL, a model behind an OpenAI-compatible server.",
+        "a folder or hub id; endpoint:URL#MODEL, a model behind an OpenAI-compatible server; or a "
+        "judge of an installed package.",
     ),
 ]
 

@@ -15,7 +15,7 @@ from regraft.patch.apply import Operation, Plan
 
 Tool = Annotated[
     Literal["peft", "vllm"],
-    Parameter(help="peft: a SHiRA adapter; vllm: weight patches that a running server can load."),
+    Parameter(help="peft: a SHiRA adapter; vllm: weight patches for a running Python engine."),
 ]
 Evaluations = Annotated[tuple[Path, ...], Parameter(consume_multiple=True)]
 

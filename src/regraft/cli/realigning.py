@@ -19,7 +19,7 @@ from regraft.patch.pair import is_changed
 from regraft.restoration.base import METHODS, Budgeted, MethodSettings
 from regraft.restoration.methods.fine_tune import TRAINED_VALUES, is_trained
 from regraft.restoration.methods.gain.path import read_path, short_of
-from regraft.settings.base import EXPERT
+from regraft.settings.base import EXPERT, explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.searching import SearchSettings
@@ -31,10 +31,7 @@ Pruned = Annotated[str, Parameter(help="The same model, pruned or dequantised.")
 Prompts = Annotated[PromptSettings, _DATA]
 Choice = Annotated[SearchSettings, Parameter(name="*", group=_SEARCH)]
 AnswerLength = Annotated[int, Parameter(help="Maximum length of an answer.", group=_SEARCH)]
-Search = Annotated[
-    bool,
-    Parameter(help="Choose it on validation prompts.", group=_SEARCH, show_default=False),
-]
+Search = Annotated[bool, Parameter(help="Choose it on validation prompts.", group=_SEARCH)]
 HeadsFile = Annotated[Path | None, Parameter(help="Scores from regraft analyse heads."), EXPERT]
 StatisticsFile = Annotated[
     Path | None, Parameter(help="Statistics from regraft analyse statistics."), EXPERT
@@ -61,7 +58,7 @@ def for_method(
     return as_command(run, name, method.settings_type, text, unread, special)
 
 
-def realign(
+def run_method(
     name: str,
     dense: Dense,
     pruned: Pruned,
@@ -107,7 +104,7 @@ def _broken(name: str, error: Exception) -> Callable[..., None]:
     if isinstance(error, RegraftError):
         why = str(error)
     elif isinstance(error, ValidationError):
-        why = f"The method {name!r} has settings without a default, and each needs one: {error}"
+        why = f"The method {name!r} needs settings with valid defaults:\n{explain(error)}"
 
     def command(*_words: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
         raise RegraftError(why)
@@ -157,6 +154,6 @@ for _name in METHODS.names():
         _settings = METHODS.get(_name).settings_type
         _unread = () if issubclass(_settings, Budgeted) else ("search", "choice", "max_new_tokens")
         _text = (_settings.__doc__ or "").strip()
-        app.command(for_method(realign, _name, _text, _unread), name=_name)
+        app.command(for_method(run_method, _name, _text, _unread), name=_name)
     except Exception as _error:  # another package's method must not break the others
         app.command(_broken(_name, _error), name=_name)

@@ -25,7 +25,7 @@ from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.searching import SearchSettings, TuneSettings
+from regraft.settings.searching import SearchSettings, TuneSettings, with_held_out
 
 Trials = Annotated[TuneSettings, Parameter(name="*", group=Group("Trials", sort_key=0))]
 _ABOUT_TUNING = (
@@ -60,8 +60,10 @@ def tune(
     calibration = calibration.with_responses()
     progress = live_progress()
     check_tuning(settings, choice, scoring)
+    source = compute.opened(dense)
+    choice, calibration = with_held_out(choice, source.folder, calibration, progress.note)
     restoration = stages.Restoration(
-        compute.opened(dense),
+        source,
         calibration,
         compute,
         progress,

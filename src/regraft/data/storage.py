@@ -103,9 +103,9 @@ def from_hub(
             "`hf auth login`."
         ) from error
     except (HFValidationError, HfHubHTTPError, OSError) as error:  # a missing cache entry, too
-        reason = str(error).splitlines()[0].removeprefix("Got: ")
+        reason = str(error).splitlines()[0].removeprefix("Got: ").rstrip(".")
         raise RegraftError(
-            f"{name} is not a folder here and could not be downloaded from the hub: {reason} "
+            f"{name} is not a folder here and could not be downloaded from the hub: {reason}. "
             "Without a network give the path of a copy on disk."
         ) from error
     return Path(folder)

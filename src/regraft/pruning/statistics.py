@@ -35,7 +35,7 @@ FORMAT = "regraft-statistics-2"
 class StatisticsSettings(Settings):
     """Settings of the statistics that are gathered on D^s and D^u."""
 
-    score: ScoreName = Field("wanda", description="Importance to use: wanda, sparsegpt or snip.")
+    score: ScoreName = Field("wanda", description="Pruner whose score is used, such as wanda.")
 
     @field_validator("score")
     @classmethod

@@ -141,11 +141,11 @@ def rsr_cell(recovered: Recovered | None) -> Cell:
     if recovered is None:
         return Cell()
     found, around, seeds = recovered.recovery, recovered.interval, recovered.by_seed
+    if found.value is None:
+        return Cell("undefined", note=found.verdict.removeprefix("undefined: "))
     note = found.verdict
     if len(seeds) > 1:
         note = "by seed " + ", ".join("undefined" if s is None else f"{100 * s:.1f}" for s in seeds)
-    if found.value is None:
-        return Cell("undefined", note=note.removeprefix("undefined: "))
     return Cell(percent(found.value), interval(*around) if around else "", note)
 
 

@@ -143,8 +143,8 @@ def _method(row: Row) -> str:
         return text
     found = rsr_cell(row.rsr)
     if row.rsr.recovery.value is None:
-        return f"{text} RSR is undefined: {found.note.removeprefix('by seed ')}."
-    return f"{text} RSR {found.value} {found.interval} ({found.note})."
+        return f"{text} RSR is undefined: {found.note}."
+    return f"{text} RSR {found.value}{found.interval and ' '}{found.interval} ({found.note})."
 
 
 def _side_effects(dense: Row, pruned: Row, row: Row) -> str:
@@ -231,15 +231,15 @@ def notes(study: Study) -> tuple[str, ...]:
 def _tests_notes(study: Study) -> Iterator[str]:
     rows = study.rows
     if any(row.rsr is not None for row in rows):
-        yield "RSR: the share of the rise in ASR that was undone."
+        yield "RSR: the share of the rise in ASR that was undone; no interval if it is unbounded."
     if all(row.attacks is None for row in rows):
         return
     if study.runs[0].unrelated:
-        which, holm = "each model with the first", "all tests of this event in a table"
+        which, holm = "each model with the first", "all tests of the same rate in a table"
     else:
         against = f" and with {', '.join(study.against)}" if study.against else ""
         which = f"the pruned model with the dense one, each method with the pruned model{against}"
-        holm = "all tests of methods on this event in a table, without that of the pruned model"
+        holm = "all methods' tests of the same rate in a table, without that of the pruned model"
     seeds = "RSR by seed shows" if len(study.seeds) > 1 else "only several seeds can show"
     yield (
         f"Tests compare {which}: do attacks succeed (are prompts refused) equally often on the "

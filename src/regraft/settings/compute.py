@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
 from pydantic import Field
 
 from regraft.models.load import (
@@ -34,7 +33,7 @@ class ComputeSettings(Settings):
         description="resident: the whole model on the device. streamed, if it does not fit: one "
         "layer at a time, or spread over host memory.",
     )
-    trust_remote_code: Annotated[bool, EXPERT, Parameter(show_default=False)] = Field(
+    trust_remote_code: Annotated[bool, EXPERT] = Field(
         False, description="Run the checkpoint's own Python code."
     )
 

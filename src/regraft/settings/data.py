@@ -39,8 +39,8 @@ Data = Annotated[
     DataSource,
     _ONE_WORD,
     Parameter(
-        help="A .jsonl file ({seed} in its name stands for --seed) or vlguard PATH; required "
-        "unless the model is demo.",
+        help="A .jsonl file ({seed} in its name stands for --seed) or NAME PATH, such as vlguard "
+        "PATH; demo has its own.",
         show_default=False,
     ),
 ]

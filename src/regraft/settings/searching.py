@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar, cast
 
@@ -22,7 +23,7 @@ class SearchSettings(Settings):
     validation: Validation = Field(
         None,
         description="Prompts to choose on; report no rates on them. By default a quarter of --data "
-        "is held out.",
+        "is held out; a recipe must name them.",
     )
     validation_limit: Annotated[int | None, EXPERT] = Field(
         None, ge=1, description="Use only the first N of each kind."
@@ -86,7 +87,10 @@ def with_validation(
 
 
 def with_held_out(
-    choice: SearchSettings, model: str | Path, calibration: CalibrationSettings
+    choice: SearchSettings,
+    model: str | Path,
+    calibration: CalibrationSettings,
+    note: Callable[[str], None],
 ) -> tuple[SearchSettings, CalibrationSettings]:
     """A search with validation prompts, and the calibration data without them.
 
@@ -95,7 +99,8 @@ def with_held_out(
     choice = with_validation(choice, model, calibration)
     if choice.validation is not None:
         return choice, calibration
-    rest, held_out = split_off(calibration.data)
+    note("No validation prompts were given: a quarter of the calibration prompts is held out.")
+    rest, held_out = split_off(calibration.source)
     return (
         choice.model_copy(update={"validation": held_out}),
         calibration.model_copy(update={"data": rest}),

@@ -227,8 +227,8 @@ def _none_usable(count: int, kind: str) -> str:
         found = f"refuses all of the {count} harmless prompts or answers degenerately"
     return (
         f"the dense model {found} (judge {DEFAULT_JUDGE.name}), so none of its own responses can "
-        "be calibrated on. Use --responses given with a data set that has responses, or other "
-        "prompts."
+        "be calibrated on. Give other prompts, or calibrate on a data set with responses "
+        "(--responses given)."
     )
 
 

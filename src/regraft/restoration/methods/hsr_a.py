@@ -40,7 +40,7 @@ class HSRAMethod(Method[HSRASettings]):
         return best.ranked(heads)
 
     def label(self, settings: HSRASettings) -> str:
-        return f"HSR-A, {settings.heads_label}"
+        return f"HSR-a, {settings.heads_label}"
 
     def space(self, settings: HSRASettings, dense: Source, kept: float) -> Space:
         return settings.heads_space(dense.architecture)
