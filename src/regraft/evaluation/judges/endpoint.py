@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from regraft.evaluation.chat_server import ChatServer, user_message
 from regraft.evaluation.judges import Compute, Exchange, JudgeKind, Verdict, unread
-from regraft.evaluation.served import portable
+from regraft.evaluation.served import as_they_come, portable
 from regraft.progress import Advance
 
 _INSTRUCTION = """You judge what an AI model answered to a user. You are given the user's request \
@@ -38,12 +37,11 @@ class Endpoint(ChatServer):
         Raises:
             RegraftError: see `ChatServer.reply`.
         """
-        found = []
-        with ThreadPoolExecutor(_WORKERS) as pool:
-            for verdict in pool.map(self._ask, exchanges):
-                found.append(verdict)
-                advance(1)
-        return found
+        found = {}
+        for i, verdict in as_they_come(self._ask, exchanges, _WORKERS):
+            found[i] = verdict
+            advance(1)
+        return [found[i] for i in range(len(exchanges))]
 
     def _ask(self, exchange: Exchange) -> Verdict:
         asked = f"Request:\n{exchange.prompt}\n\nAnswer:\n{exchange.answer}"
