@@ -14,9 +14,7 @@ weights are tried, and the best within the bounds counts. The folder contains
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -51,11 +49,10 @@ from regraft.stages.searching import Search, bounds_of
 from regraft.stages.setup import ArtifactPaths
 from regraft.stages.steps import PromptUse
 from regraft.stages.trials import Trials, claim, exclusive, one_at_a_time, require_optuna, space_of
+from regraft.stages.workers import PAUSE, run_jobs
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
-
-_PAUSE = 0.5  # seconds between polls of other workers
 
 
 def tune_method(
@@ -152,55 +149,21 @@ def _run_workers(work: _Tuning) -> None:
     restoration, wanted = work.restoration, work.tuning
     devices = wanted.devices or (restoration.compute.device,)
     own = replace(restoration, progress=SILENT, cache=EvaluationCache())
-    context = multiprocessing.get_context("spawn")
-    errors = context.SimpleQueue()
-    workers = [
-        context.Process(
-            target=_worker_main,
-            args=(replace(work, restoration=_on_device(own, devices[i % len(devices)])), errors),
-            daemon=True,
-        )
+    jobs = [
+        replace(work, restoration=_on_device(own, devices[i % len(devices)])).try_as_worker
         for i in range(wanted.workers)
     ]
     trials = work.trials()
     done = len(trials.finished())
     with restoration.progress.task("Tuning", max(0, wanted.trials - done), "trials") as advance:
-        try:
-            for worker in workers:
-                worker.start()
-            while any(worker.is_alive() for worker in workers):
-                time.sleep(_PAUSE)
-                now = len(trials.finished())
-                advance(now - done)
-                done = now
-        finally:
-            for worker in workers:
-                if worker.pid is not None:
-                    worker.terminate()
-                    worker.join()
-    if not errors.empty():
-        raise RegraftError(errors.get())
-    if codes := [worker.exitcode for worker in workers if worker.exitcode]:
-        raise RegraftError(
-            f"{len(codes)} of {len(workers)} workers have ended with exit code {codes[0]}. The "
-            "same command continues from here."
-        )
 
+        def watch() -> None:
+            nonlocal done
+            now = len(trials.finished())
+            advance(now - done)
+            done = now
 
-def _worker_main(work: _Tuning, errors: Any) -> None:
-    """Main function of a worker process, which ends when the process that started it does."""
-
-    def follow(parent: Any) -> None:
-        parent.join()  # returns however it ends, by `kill -9` too
-        os._exit(1)
-
-    threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
-    if pick_device(work.restoration.compute.device).type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // work.tuning.workers))
-    try:
-        work.try_all()
-    except RegraftError as error:
-        errors.put(str(error))
+        run_jobs(jobs, watch)
 
 
 @dataclass(frozen=True)
@@ -235,6 +198,12 @@ class _Tuning:
         }
         return about
 
+    def try_as_worker(self) -> None:
+        """Run trials with this worker's share of the cores."""
+        if pick_device(self.restoration.compute.device).type == "cpu":
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.tuning.workers))
+        self.try_all()
+
     def try_all(self) -> None:
         """Run trials until enough are finished."""
         trials, progress = self.trials(), self.restoration.progress
@@ -242,7 +211,7 @@ class _Tuning:
             with trials.take(self.tuning.trials) as trial:
                 if trial is None:  # wait: if another worker dies, this one takes its trial over
                     self.restoration.cache.unload()
-                    time.sleep(_PAUSE)
+                    time.sleep(PAUSE)
                     continue
                 settings = ", ".join(
                     f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
