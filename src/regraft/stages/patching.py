@@ -254,11 +254,12 @@ def export_patches(
     if done:
         return out
     content = _for_vllm(plan) if to == "vllm" else _for_peft(plan, trust_remote_code)
-    if distributed.first():
-        with atomic_folder(out) as folder:
-            for name, text in {**content.texts, ABOUT_FILE: to_json(about)}.items():
-                (folder / name).write_text(text, encoding="utf-8")
-            save_tensors(folder / content.weights, content.tensors, content.metadata)
+    with working(out, about):
+        if distributed.first():
+            with atomic_folder(out) as folder:
+                for name, text in {**content.texts, ABOUT_FILE: to_json(about)}.items():
+                    (folder / name).write_text(text, encoding="utf-8")
+                save_tensors(folder / content.weights, content.tensors, content.metadata)
     return out
 
 
