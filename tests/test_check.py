@@ -23,7 +23,7 @@ from regraft.cli import _joined, app, main
 from regraft.data.example import Example
 from regraft.disk.files import file_digest
 from regraft.disk.parsing import read_json
-from regraft.errors import RegraftError
+from regraft.errors import PassingError, RegraftError
 from regraft.evaluation.gate import Check, Metric, compared
 from regraft.evaluation.keywords import REGRAFT_1, REGRAFT_2
 from regraft.evaluation.noninferiority import LEVEL, exact_p
@@ -157,6 +157,18 @@ def test_the_files_are_the_same_wherever_the_evaluations_lie(folders: Path, tmp_
     run("check", tmp_path / "here", tmp_path / "there", "--out", tmp_path / "deep" / "two")
     assert tree(tmp_path / "one") == tree(tmp_path / "deep" / "two")
     assert set(tree(tmp_path / "one")) == {"check.json", "junit.xml", "summary.md"}
+
+
+def test_a_verdict_that_cannot_be_written_whole_is_not_written(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise PassingError("The disk is full.")
+
+    monkeypatch.setattr("regraft.stages.checking.write_json", full)
+    with pytest.raises(PassingError):
+        regraft.check(folders / "dense", folders / "near", tmp_path / "deep" / "out")
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_json_is_bound_to_models_prompts_judge_and_versions(

@@ -367,6 +367,14 @@ def test_pair_in_a_recipe(world: World, refused: Refused) -> None:
     has(refused("run", world.recipe(pruned="gone"), "--out", "run"), "gone does not exist")
 
 
+def test_prompts_beyond_the_positions_are_refused_before_a_run_prunes(
+    world: World, refused: Refused
+) -> None:
+    evaluate = {"suite": str(world.data), "max_new_tokens": 10**9}
+    recipe = world.recipe(evaluate=evaluate)
+    has(refused("run", recipe, "--out", "run"), "prompts are too long for the model")
+
+
 @pytest.mark.parametrize("heads", ["top", "random"])
 def test_more_heads_than_there_are(world: World, refused: Refused, heads: str) -> None:
     words = _realign(world, "model", "pruned")

@@ -51,7 +51,7 @@ from regraft.distributed import resumable_map
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation.chat_server import ChatServer, Reply
 from regraft.evaluation.served import as_they_come, portable
-from regraft.evaluation.server_key import KEY_VARIABLE
+from regraft.evaluation.server_key import KEY_VARIABLE, without_key
 from regraft.models.load import open_source
 from regraft.progress import Silent
 from regraft.report.pooling import study_of
@@ -321,7 +321,7 @@ def test_pieces_may_end_in_any_order(tmp_path: Path, keeps: bool) -> None:
     def backwards(pieces: Sequence[str]) -> Iterator[tuple[int, str]]:
         return ((place, pieces[place].upper()) for place in reversed(range(len(pieces))))
 
-    found = resumable_map(["a", "b", "c"], backwards, tmp_path if keeps else None, "n")
+    found = resumable_map(["a", "b", "c"], backwards, tmp_path if keeps else None, "n", str)
     assert found == ["A", "B", "C"]
     assert len(list(tmp_path.iterdir())) == 3 * keeps
 
@@ -477,6 +477,15 @@ def test_a_server_need_not_list_its_models(
 ) -> None:
     server.models = models
     assert evaluated(server, tmp_path / "out", suite).about["inputs"] == {"model": server.name()}
+
+
+def test_a_long_field_of_the_models_entry_is_no_part_of_results(
+    server: Scripted, suite: DataSource, tmp_path: Path
+) -> None:
+    """Reports repeat it: ten megabytes kept one from ending."""
+    server.models = {"data": [{"id": "m", "owned_by": "a", "meta": {"template": "x" * 5000}}]}
+    found = evaluated(server, tmp_path / "out", suite).about["inputs"]["served"]
+    assert json.loads(found) == {"id": "m", "owned_by": "a"}
 
 
 # Replies that are no answers
@@ -788,6 +797,16 @@ def test_a_key_that_is_said_in_another_spelling_is_told_nobody(
             except RegraftError as error:
                 told = str(error)
         assert "[OPENAI_API_KEY]" in told and spell(key) not in told and "efgh" not in told
+
+
+def test_a_key_that_is_cut_is_told_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server may show the first characters of what it was sent; a short key may begin a word."""
+    monkeypatch.setenv(KEY_VARIABLE, key := "sk-" + "0123456789abcdef" * 100)
+    assert without_key(f"bad {key[:-1]} or {key[:900]}...") == (
+        "bad [OPENAI_API_KEY] or [OPENAI_API_KEY]..."
+    )
+    monkeypatch.setenv(KEY_VARIABLE, "token-abc123")
+    assert without_key("token-based, token-abc123") == "token-based, [OPENAI_API_KEY]"
 
 
 @pytest.mark.parametrize("count", [2**70, -5, True, "8"])

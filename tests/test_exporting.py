@@ -23,7 +23,7 @@ from disk import equal_bytes, tree
 from regraft import stages
 from regraft.cli import main
 from regraft.data.demo import demo_model
-from regraft.disk.files import write_json
+from regraft.disk.files import locked, write_json
 from regraft.errors import RegraftError
 from regraft.models.checkpoint import Checkpoint, TensorRecord, open_checkpoint
 from regraft.models.checkpoint_copy import write_edited
@@ -310,9 +310,15 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "No patch is named" in refused(world.pruned, *to_peft)
     assert "--to" in refused(world.pruned, world.patch, "--to", "gguf", "--out", out)
     assert not out.exists()
+    (lock := tmp_path / ".out.regraft-work" / "lock").parent.mkdir()
+    with locked(lock, out):
+        assert "Another regraft process" in refused(world.pruned, world.patch, *to_peft)
     with pytest.raises(SystemExit) as stopped:
         main(["export", str(world.pruned), str(world.patch), *map(str, to_peft)])
     assert stopped.value.code == 0
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="levels of symbolic links"):
+        regraft.apply(world.pruned, world.patch, tmp_path / "loop" / "out")
     other = replace(
         _patch(
             *(open_checkpoint(p) for p in (tmp_path / "dense", world.pruned)),

@@ -87,6 +87,25 @@ def test_leftovers_of_a_killed_run_are_in_nobodys_way(tmp_path: Path) -> None:
     assert tree(tmp_path).keys() == {"a", "b"}
 
 
+def test_a_pipe_in_place_of_a_lock_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lock")
+    reader = os.open(tmp_path / "lock", os.O_RDONLY | os.O_NONBLOCK)  # else a fault would hang here
+    with (
+        pytest.raises(RegraftError, match="lock is a device, a pipe or a socket"),
+        locked(tmp_path / "lock", tmp_path / "out"),
+    ):
+        pass
+    os.close(reader)
+
+
+def test_a_link_under_the_name_of_a_leftover_is_removed_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("kept")
+    (tmp_path / ".a.regraft-tmp").symlink_to("mine")
+    write_text(tmp_path / "a", "whole")
+    assert tree(tmp_path).keys() == {"a", "mine", "mine/x"}
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -317,6 +336,9 @@ def test_damaged_artifacts(tmp_path: Path) -> None:
         read_artifact(path, "kind-2", "a thing")
     with pytest.raises(RegraftError, match="is a folder"):
         read_artifact(tmp_path, "kind-1", "a thing")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RegraftError, match="pipe is a device, a pipe or a socket"):
+        read_artifact(tmp_path / "pipe", "kind-1", "a thing")
 
 
 def test_names_of_files_that_are_no_text_have_digests() -> None:

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pico
+from chat_servers import Response, said, scripted
 from regraft import stages
 from regraft.cli import main
 from regraft.data.example import Example
@@ -602,6 +603,21 @@ def test_a_failing_endpoint_is_told(server: str, failures: list[int], advice: st
     with pytest.raises(RegraftError, match=rf"failed: {failures[0]}.*{advice}"):
         judge.verdicts([Exchange("p", "a")], lambda _: None)
     assert len(_Server.got) == len(failures)
+
+
+def test_an_endpoint_that_hangs_keeps_nobody_from_an_error() -> None:
+    """Nor from an interrupt: a reply may take minutes."""
+    over, waited = threading.Event(), []
+
+    def answer(_: dict[str, Any]) -> dict[str, Any]:
+        waited.append(not over.wait(20))
+        return said("{}")
+
+    with scripted(answer=answer, first=[Response("no", 401)]) as service:
+        with pytest.raises(PassingError, match="401"):
+            Endpoint(service.url, "m").verdicts([Exchange("p", "a")] * 3, lambda _: None)
+        assert not waited
+        over.set()
 
 
 @pytest.mark.parametrize("flag", [{"trust_remote_code": True}, {"placement": "streamed"}])

@@ -98,6 +98,16 @@ def test_levenshtein_beyond_a_machine_word() -> None:
     assert levenshtein(a, b) == table_distance(a, b)
 
 
+def test_levenshtein_of_a_long_and_a_short_text_takes_little_memory() -> None:
+    """Bits for each of a million letters would take minutes."""
+    long = "ab" * 50_000
+    tracemalloc.start()
+    assert levenshtein(long, "ba") == len(long) - 2
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 10_000
+
+
 @pytest.mark.parametrize(
     ("answer", "references", "expected"),
     [

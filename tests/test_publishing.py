@@ -280,6 +280,8 @@ def test_rates_of_evaluations_are_in_the_card(patch: Path, tmp_path: Path) -> No
         (["gain.safetensors", "no-owner"], "'no-owner' is no name on the hub; expected OWNER/NAME"),
         (["gain.safetensors", "a/b@main"], "'a/b@main' is no name on the hub"),
         (["gain.safetensors", NAME, "--dense", "/home/me/model"], "is no name on the hub"),
+        (["gain.safetensors", ""], "'' is no name on the hub"),
+        (["gain.safetensors", NAME, "--pruned", ""], "'' is no name on the hub"),
         (["none.safetensors", NAME], "does not exist"),
         (["secret.txt", NAME], "is damaged and cannot be read (a patch)"),
     ],

@@ -18,8 +18,8 @@ def squares(pieces: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
 
 @pytest.mark.parametrize("keeps", [False, True])
 def test_pieces_come_in_order(tmp_path: Path, keeps: bool) -> None:
-    assert resumable_map(PIECES, squares, tmp_path if keeps else None, "n") == [0, 1, 4, 9, 16]
-    assert resumable_map([], squares, tmp_path if keeps else None, "none") == []
+    assert resumable_map(PIECES, squares, tmp_path if keeps else None, "n", int) == [0, 1, 4, 9, 16]
+    assert resumable_map([], squares, tmp_path if keeps else None, "none", int) == []
     assert len(list(tmp_path.iterdir())) == 5 * keeps
 
 
@@ -34,8 +34,19 @@ def test_what_was_made_before_a_stop_is_kept(tmp_path: Path) -> None:
             yield place, piece[0] ** 2
 
     with pytest.raises(KeyboardInterrupt):
-        resumable_map(PIECES, stops, tmp_path, "n")
+        resumable_map(PIECES, stops, tmp_path, "n", int)
     assert (asked, len(list(tmp_path.iterdir()))) == ([0, 1, 2], 2)
     told: list[tuple[int, ...]] = []
-    found = resumable_map(PIECES, squares, tmp_path, "n", told.append)
+    found = resumable_map(PIECES, squares, tmp_path, "n", int, told.append)
     assert (told, found) == (PIECES[:2], [0, 1, 4, 9, 16])
+
+
+@pytest.mark.parametrize("content", [b"", b"[4", b"null", b'"4"', b'{"a": 4}'])
+def test_what_was_damaged_is_made_again_and_costs_nothing_else(
+    tmp_path: Path, content: bytes
+) -> None:
+    resumable_map(PIECES, squares, tmp_path, "n", int)
+    (tmp_path / "n_000002.json").write_bytes(content)
+    told: list[tuple[int, ...]] = []
+    found = resumable_map(PIECES, squares, tmp_path, "n", int, told.append)
+    assert (told, found) == ([*PIECES[:2], *PIECES[3:]], [0, 1, 4, 9, 16])

@@ -522,6 +522,13 @@ def test_bad_input_of_bundles(
     assert "A bundle holds a run" in refused(dense, "--bundle", tmp_path / "y.zip")
 
 
+def test_a_card_that_is_no_text_is_no_part_of_a_bundle(world: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(folder_of_model(world / "run", "two"), tmp_path / "run")
+    (run / "report" / "card.md").write_bytes(b"\xff")
+    with pytest.raises(RegraftError, match=r"card\.md is not UTF-8 text"):
+        write_bundle(run, tmp_path / "two.zip")
+
+
 def test_a_bundle_of_one_run(world: Path, tmp_path: Path) -> None:
     write_bundle(folder_of_model(world / "run", "two"), tmp_path / "two.zip")
     found = read_bundle(tmp_path / "two.zip")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -160,6 +161,20 @@ def test_a_failed_trial_does_not_count(tmp_path: Path) -> None:
         raise ValueError("bad luck")
     assert trials.failed() == 1
     assert list(_run(trials, 1)) == [1]
+
+
+def test_a_failure_that_cannot_be_recorded_is_told_and_the_trial_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    trials = _trials(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(trials._study, "tell", full)
+        with pytest.raises(ValueError, match="bad luck"), trials.take(1):
+            raise ValueError("bad luck")
+    assert list(_run(trials, 1)) == [0]
 
 
 def test_a_trial_killed_while_it_was_drawn_is_drawn_anew(

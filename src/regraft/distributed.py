@@ -20,10 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from regraft.disk.files import write_json
-from regraft.disk.parsing import read_json
+from regraft.disk.parsing import from_json, read_json
+from regraft.errors import RegraftError
 from regraft.launcher import local_rank, processes
 
 K = TypeVar("K")
+R = TypeVar("R")
 T = TypeVar("T")
 _TIMEOUT = timedelta(days=2)  # rank 0 may write or select for long while the others wait
 
@@ -123,8 +125,9 @@ def resumable_map(
     make: Callable[[Sequence[T]], Iterable[tuple[int, Any]]],
     scratch: Path | None,
     name: str,
+    kind: type[R],
     kept: Callable[[T], None] = lambda _: None,
-) -> list[Any]:
+) -> list[R]:
     """Process pieces of work on all processes; return the results, in order, in every process.
 
     Args:
@@ -132,14 +135,16 @@ def resumable_map(
         make: Takes the pieces of this process that are not done; yields (index among them, result
             as JSON values) in any order. A result is written before the next is asked for.
         scratch: A folder for this work alone, seen by all processes; results found there are
-            reused, whichever and however many processes made them. None keeps nothing.
+            reused, whichever and however many processes made them, and made again if they are
+            damaged. None keeps nothing.
         name: Prefix of the files in `scratch`.
+        kind: The type of a result.
         kept: Called with every piece of this process whose result was found there.
     """
     files = [scratch / f"{name}_{i:06d}.json" if scratch else None for i in range(len(pieces))]
     missing = []
     for i in share(range(len(pieces))):
-        if (file := files[i]) is not None and file.exists():
+        if (file := files[i]) is not None and _is_whole(file, kind):
             kept(pieces[i])
         else:
             missing.append(i)
@@ -152,9 +157,21 @@ def resumable_map(
             write_json(file, result)
     if scratch is None:
         results = merged(results)
-        return [results[i] for i in range(len(pieces))]
+        return [from_json(kind, results[i], name) for i in range(len(pieces))]
     barrier()
-    return [read_json(file) for file in files if file is not None]
+    return [_result(file, kind) for file in files if file is not None]
+
+
+def _result(file: Path, kind: type[R]) -> R:
+    return from_json(kind, read_json(file), str(file))
+
+
+def _is_whole(file: Path, kind: type[R]) -> bool:
+    try:
+        _result(file, kind)
+    except RegraftError:  # it does not exist, or is damaged
+        return False
+    return True
 
 
 def _initialised() -> bool:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from regraft.cli.options import OutFolder, Trust, live_progress
 from regraft.console import say, show_table
+from regraft.disk.paths import real
 from regraft.errors import RegraftError
 from regraft.patch.apply import Operation, Plan
 
@@ -43,7 +44,7 @@ def apply(
     """
     from regraft import stages
 
-    if out.exists() and out.resolve() == checkpoint.resolve():
+    if out.exists() and real(out) == real(checkpoint):
         raise RegraftError(f"{out} is the checkpoint itself. Name a new folder with --out.")
     operation: Operation = "revert" if revert else "apply"
     progress = live_progress()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from regraft.disk.paths import at_home
+from regraft.disk.paths import at_home, real
 from regraft.errors import RegraftError
 
 CAVEAT = (
@@ -24,7 +24,7 @@ def demo_model() -> Path:
 
 def is_demo(model: str | Path) -> bool:
     """Whether a model is the bundled one, named "demo" or by its folder."""
-    return str(model) == "demo" or at_home(Path(model)).resolve() == demo_model().resolve()
+    return str(model) == "demo" or real(at_home(Path(model))) == real(demo_model())
 
 
 def bundled(name: str) -> Path:

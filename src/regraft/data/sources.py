@@ -18,6 +18,7 @@ from regraft.data.readers import DATASETS, Kind, Split
 from regraft.data.rows import checked
 from regraft.data.storage import kept_if_read, located, only_entry, unpacked
 from regraft.disk.files import digest, file_digest
+from regraft.disk.paths import real
 from regraft.errors import PassingError, RegraftError
 
 Part = Literal["held-out", "rest"]
@@ -257,7 +258,7 @@ def first_of_kind(reading: Reading, limit: int | None) -> Reading:
 
 def _shown(example: Example) -> tuple[Any, ...]:
     """Identity of a prompt across suites; a copy of an image, under another name, is another."""
-    image = None if example.image is None else example.image.resolve()
+    image = None if example.image is None else real(example.image)
     return example.instruction, image, example.harmful, example.references, example.choices
 
 

@@ -22,7 +22,7 @@ from regraft.disk.files import (
     locked,
     require_space,
 )
-from regraft.disk.paths import at_home, require_file
+from regraft.disk.paths import at_home, real, require_file
 from regraft.errors import PassingError, RegraftError
 
 CACHE_VARIABLE = "REGRAFT_CACHE"
@@ -120,7 +120,7 @@ def unpacked(archive: Path) -> Path:
     """
     require_file(archive)
     status = archive.stat()
-    key = digest(str(archive.resolve()), str(status.st_size), str(status.st_mtime_ns))
+    key = digest(str(real(archive)), str(status.st_size), str(status.st_mtime_ns))
     folder = cache_folder() / "unpacked" / f"{archive.stem}-{key[:16]}"
     if folder.is_dir():
         return folder

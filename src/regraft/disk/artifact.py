@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from regraft.disk.descriptions import Fields, described
 from regraft.disk.files import atomic_file, digest
 from regraft.disk.parsing import json_value, shown
-from regraft.disk.paths import is_file
+from regraft.disk.paths import require_file
 from regraft.errors import RegraftError
 
 ABOUT_FILE = "regraft.json"  # in a checkpoint that regraft wrote: how it was made
@@ -53,10 +53,7 @@ def read_artifact(path: Path, kind: str, what: str) -> tuple[Fields, dict[str, T
     Raises:
         RegraftError: the file is missing, damaged, or of another format.
     """
-    if path.is_dir():
-        raise RegraftError(f"{path} is a folder; a file with {what} is needed.")
-    if not is_file(path):
-        raise RegraftError(f"The file {path} ({what}) does not exist.")
+    require_file(path, f"It should hold {what}.")
     try:
         with safe_open(path, "pt") as handle:
             header = artifact_header(handle.metadata() or {}, kind, what, str(path))

@@ -18,6 +18,7 @@ from typing import IO, Any, TypeVar
 
 from safetensors import SafetensorError
 
+from regraft.disk.paths import real, require_file
 from regraft.errors import PassingError, RegraftError
 
 try:
@@ -128,7 +129,7 @@ def discard_leftover(target: Path) -> Path:
     """Remove the temporary path that a killed run left beside `target`; return that path."""
     temporary = _temporary(target)
     with disk_errors(target):
-        if temporary.is_dir():
+        if temporary.is_dir() and not temporary.is_symlink():
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
@@ -155,7 +156,7 @@ def require_new(folder: Path) -> None:
     for what, applies in {
         "a link": folder.is_symlink(),
         "a mount point": folder.exists() and os.path.ismount(folder),
-        "the current folder": folder.exists() and Path.cwd() == folder.resolve(),
+        "the current folder": folder.exists() and Path.cwd() == real(folder),
     }.items():
         if applies:
             raise PassingError(
@@ -258,6 +259,8 @@ def locked(path: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
     Raises:
         RegraftError: another process holds it and `wait` is off, or the file system has no locks.
     """
+    if path.exists():
+        require_file(path)  # opening a pipe would wait for its reader
     with path.open("ab") as handle:
         if fcntl is not None:
             try:

@@ -63,6 +63,11 @@ def at_home(path: Path) -> Path:
     return path
 
 
+def real(path: Path) -> Path:
+    """The absolute path with links followed, as far as they lead; `Path.resolve` fails on loops."""
+    return Path(os.path.realpath(path))
+
+
 def is_file(path: Path) -> bool:
     """Whether `path` is a file; False if no file can have such a name."""
     try:
@@ -105,9 +110,9 @@ def within(path: Path, folder: Path) -> bool:
 
     Snapshots in the hub's cache link to the blobs beside them, which count as inside.
     """
-    real, root = (Path(os.path.realpath(one)) for one in (path, folder))
-    if real.is_relative_to(root):
+    place, root = real(path), real(folder)
+    if place.is_relative_to(root):
         return True
     parts = root.parts
     places = [i for i, part in enumerate(parts) if part == "snapshots" and i and parts[i + 1 :]]
-    return any(real.is_relative_to(Path(*parts[:i], "blobs")) for i in places)
+    return any(place.is_relative_to(Path(*parts[:i], "blobs")) for i in places)

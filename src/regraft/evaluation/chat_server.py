@@ -34,6 +34,7 @@ _TIMEOUTS = 2  # that a whole reply may take, which a server may send bit by bit
 _LIST_TIMEOUT = 30.0  # seconds, for the list of models
 _SHOWN = 200  # characters of a server's message in an error
 _STABLE = ("id", "root", "parent", "owned_by", "meta")  # not the context length, which may grow
+_MOST_OF_FIELD = 4096  # characters of a field that is kept, as JSON; results repeat it
 _MOST_TOKENS = 2**31  # of an answer; more is nonsense
 
 
@@ -281,10 +282,14 @@ def _entry(listed: Any, model: str) -> dict[str, Any]:
     """The stable fields of a model's entry, which may also hold the time of the request."""
     entries = listed.get("data")
     found = next((one for one in entries if isinstance(one, dict) and one.get("id") == model), {})
-    stable = {name: _masked(found[name]) for name in _STABLE if found.get(name) is not None}
-    if isinstance(meta := stable.get("meta"), dict):
-        meta.pop("n_ctx", None)  # the context length of llama.cpp
-    return stable
+    stable = {name: found[name] for name in _STABLE if found.get(name) is not None}
+    if isinstance(meta := stable.get("meta"), dict):  # llama.cpp's, whose context may be raised
+        stable["meta"] = {name: value for name, value in meta.items() if name != "n_ctx"}
+    return {
+        name: _masked(value)
+        for name, value in stable.items()
+        if len(json.dumps(value)) <= _MOST_OF_FIELD
+    }
 
 
 def _masked(value: Any) -> Any:

@@ -171,7 +171,7 @@ class Answerer:
         def skip(chunk: _Chunk) -> None:
             expect(advance, -answering_tokens(self._examples(chunk), max_new_tokens))
 
-        answered = resumable_map(self._chunks, answer_chunks, partial, "answers", skip)
+        answered = resumable_map(self._chunks, answer_chunks, partial, "answers", list[str], skip)
         by_index = {
             i: text
             for chunk, texts in zip(self._chunks, answered, strict=True)

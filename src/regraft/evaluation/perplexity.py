@@ -68,11 +68,14 @@ def response_nlls(
             yield i, nlls
             advance(len(chunk))
 
-    found = resumable_map(chunks, measure, partial, "nll", lambda one: expect(advance, -len(one)))
+    def skip(chunk: Sequence[Example]) -> None:
+        expect(advance, -len(chunk))
+
+    found = resumable_map(chunks, measure, partial, "nll", list[Nll], skip)
     by_id = {
-        example.id: (float(total), int(count))
+        example.id: nll
         for chunk, nlls in zip(chunks, found, strict=True)
-        for example, (total, count) in zip(chunk, nlls, strict=True)
+        for example, nll in zip(chunk, nlls, strict=True)
     }
     return [by_id[example.id] for example in examples]
 

@@ -53,10 +53,10 @@ def served_answers(
             yield done
             advance(1)
 
-    replies = resumable_map(
-        list(batches(examples, 1)), answer_all, partial, "served", lambda _: expect(advance, -1)
+    prompts = list(batches(examples, 1))
+    return resumable_map(
+        prompts, answer_all, partial, "served", Reply, lambda _: expect(advance, -1)
     )
-    return [Reply(**one) for one in replies]
 
 
 def counts(replies: Sequence[Reply]) -> dict[str, int]:

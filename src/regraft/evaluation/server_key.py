@@ -11,6 +11,7 @@ from regraft.errors import RegraftError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _SHORTEST_KEY = 6  # shorter ones are placeholders such as EMPTY, for servers that take any key
+_BEGINNING = 16  # fewest characters of a cut key; fewer may be words of an answer
 
 
 def without_key(text: str) -> str:
@@ -22,7 +23,10 @@ def without_key(text: str) -> str:
 
 @cache
 def _pattern(key: str) -> re.Pattern[str]:
-    """A pattern of the key, each character plain or escaped as in URLs, HTML or JSON."""
+    """A pattern of the key, or of at least the first half of a long one, which a server may cut.
+
+    Each character is plain or escaped as in URLs, HTML or JSON.
+    """
 
     def character(one: str) -> str:
         code, plain = ord(one), re.escape(one)
@@ -31,7 +35,9 @@ def _pattern(key: str) -> re.Pattern[str]:
         coded = rf"(?i:%{code:02x}|\\u{code:04x}|&#x0*{code:x};|&#0*{code};)"
         return rf"(?:\\?{plain}|{re.escape(html.escape(one))}|{coded})"
 
-    return re.compile("".join(map(character, key)))
+    told = max(_BEGINNING, len(key) // 2)
+    rest = (f"{character(one)}?" for one in key[told:])  # nested groups would be too deep
+    return re.compile("".join([*map(character, key[:told]), *rest]))
 
 
 def _given_key() -> str:

@@ -73,9 +73,10 @@ def _closeness(a: str, b: str) -> float:
 def levenshtein(a: str, b: str) -> int:
     """Edit distance: the fewest insertions, deletions and substitutions that turn `a` into `b`.
 
-    Myers' bit-vector algorithm (1999) in Hyyrö's form: one column of the table is two integers of
-    `len(a)` bits, the places where it steps up and where it steps down.
+    Myers' bit-vector algorithm (1999) in Hyyrö's form: one column of the table is two integers with
+    a bit for each letter of the shorter text, the places where it steps up and where it steps down.
     """
+    a, b = sorted((a, b), key=len)  # a server's answer may have millions of letters
     if not a:
         return len(b)
     places: dict[str, int] = {}

@@ -28,6 +28,7 @@ from regraft.disk.files import (
     write_all,
 )
 from regraft.disk.parsing import read_json
+from regraft.disk.paths import real
 from regraft.errors import PassingError, RegraftError
 from regraft.models.checkpoint import (
     FLOATS,
@@ -147,7 +148,7 @@ def check_target(source: Checkpoint, target: Path) -> None:
         RegraftError: `target` is not a new folder or is inside `source`, or the disk is too full.
     """
     require_new(target)
-    if target.resolve().is_relative_to(source.folder.resolve()):
+    if real(target).is_relative_to(real(source.folder)):
         raise RegraftError(
             f"The output folder {target} is inside the checkpoint {source.folder}. "
             "Choose a folder outside it."

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from regraft.data.sources import DataSource
 from regraft.data.storage import is_on_hub
 from regraft.disk.parsing import read_yaml
-from regraft.disk.paths import at_home
+from regraft.disk.paths import at_home, real
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import NOTE, Point, Tried, Tuned
 from regraft.pruning.base import PruneSettings, all_settings, described
@@ -76,7 +76,7 @@ def _model(name: str, folder: Path) -> str:
     local = folder / at_home(Path(name))
     if name != "demo" and (not on_hub or local.is_dir()):
         return str(local)
-    if on_hub and Path(name).is_dir() and Path(name).resolve() != local.resolve():
+    if on_hub and Path(name).is_dir() and real(Path(name)) != real(local):
         raise RegraftError(
             f"{name} is a folder in the current directory, but paths in a recipe are relative to "
             f"the recipe's file, and there is no {local}. Write {Path(name).absolute()}."

@@ -21,6 +21,7 @@ import regraft
 from regraft import distributed, stages
 from regraft.disk.files import atomic_file, digest, file_digest
 from regraft.disk.parsing import read_json
+from regraft.disk.paths import read_text
 from regraft.errors import RegraftError
 from regraft.evaluation.results import result_to_json
 from regraft.patch.format import load_patch
@@ -183,7 +184,7 @@ def _recipe(recipe: Recipe, folders: Sequence[str]) -> bytes:
 def _text(file: Path, folders: Sequence[str]) -> bytes:
     if file.suffix == ".json":
         return _json(_public(read_json(file), folders))
-    return str(_public(file.read_text(encoding="utf-8"), folders)).encode()
+    return str(_public(read_text(file), folders)).encode()
 
 
 def _json(value: Any) -> bytes:

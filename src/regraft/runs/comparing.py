@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import stages
+from regraft.disk.paths import real
 from regraft.errors import RegraftError
 from regraft.evaluation.chat_server import ENDPOINT
 from regraft.evaluation.pairing import on_the_same
@@ -63,8 +64,8 @@ def run_of_evaluations(folders: Sequence[Path], pair: Pair | None = None) -> Run
             the recorded models contradict `pair`.
     """
     if pair is not None:
-        named = [pair.dense.resolve(), pair.pruned.resolve()]
-        others = [folder for folder in folders if folder.resolve() not in named]
+        named = [real(pair.dense), real(pair.pruned)]
+        others = [folder for folder in folders if real(folder) not in named]
         folders = [pair.dense, pair.pruned, *others]
     found = dict(zip(_names(folders), map(stages.read_evaluation, folders), strict=True))
     if pair is not None:
@@ -166,7 +167,7 @@ def _model(inputs: Mapping[str, str]) -> str:
 
 def _names(folders: Sequence[Path]) -> list[str]:
     """The shortest path suffixes that differ from each other."""
-    parts = [folder.resolve().parts for folder in folders]
+    parts = [real(folder).parts for folder in folders]
     if twice := [folder for i, folder in enumerate(folders) if parts[i] in parts[:i]]:
         raise RegraftError(f"{twice[0]} is named twice.")
     length = next(n for n in count(1) if len({one[-n:] for one in parts}) == len(parts))

@@ -109,7 +109,9 @@ class Planner:
             check_split(setup.compute.device, setup.compute.placement)
             if out == dense and settings.text is not None:  # reading it once is enough
                 read_documents(settings.text)
-            return PromptUse(evaluated=self._tests())
+            tests, length = self._tests(), settings.max_new_tokens
+            setup.cache.check_lengths_once(setup.dense, setup.dense, tests.examples, length)
+            return PromptUse(evaluated=tests)
 
         def make() -> object:
             target = stages.Target(

@@ -41,7 +41,9 @@ def render(
     Raises:
         RegraftError: the file is no patch, an id is invalid, or evaluations cannot be compared.
     """
-    for named in filter(None, (repository, dense, pruned)):
+    for named in (repository, dense, pruned):
+        if named is None:
+            continue
         if not MODEL_ID.fullmatch(named) or "@" in named:
             raise RegraftError(
                 f"{named!r} is no name on the hub; expected OWNER/NAME, such as Qwen/Qwen2.5-VL-7B."

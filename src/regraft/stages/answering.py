@@ -20,7 +20,7 @@ from regraft.data.sources import DataSource, read
 from regraft.disk.descriptions import described
 from regraft.disk.files import write_text
 from regraft.disk.parsing import from_json, json_object, json_value
-from regraft.disk.paths import read_text
+from regraft.disk.paths import read_text, real
 from regraft.errors import RegraftError
 from regraft.evaluation.degenerate import degeneration
 from regraft.evaluation.generate import generate
@@ -320,7 +320,7 @@ def _image(example: Example, out: Path) -> str | None:
     """Path of an example's image relative to the folder of `out`, which must be above it."""
     if example.image is None:
         return None
-    image, folder = example.image.resolve(), out.resolve().parent
+    image, folder = real(example.image), real(out).parent
     if not image.is_relative_to(folder):
         raise RegraftError(
             f"The image {example.image} of example {example.id!r} is not below {folder}, so "

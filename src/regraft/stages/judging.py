@@ -88,9 +88,9 @@ class _Judging:
         task = self.progress.task(f"Judging by {judge.name}", len(exchanges), "answers")
         with task as done:
             pieces = resumable_map(
-                chunks, made, work, "verdicts", lambda one: expect(done, -len(one))
+                chunks, made, work, "verdicts", list[Verdict], lambda one: expect(done, -len(one))
             )
-        return judge.name, [Verdict(**one) for piece in pieces for one in piece]
+        return judge.name, [one for piece in pieces for one in piece]
 
     def write(
         self,

@@ -235,13 +235,14 @@ def export_patches(
     plan = _export_plan(job, progress)
     if done:
         return out
-    if distributed.first():
-        with atomic_folder(out) as folder:
-            if to == "vllm":
-                _write_vllm(folder, plan)
-            else:
-                _write_peft(folder, plan, trust_remote_code)
-            (folder / ABOUT_FILE).write_text(to_json(about), encoding="utf-8")
+    with working(out, about):
+        if distributed.first():
+            with atomic_folder(out) as folder:
+                if to == "vllm":
+                    _write_vllm(folder, plan)
+                else:
+                    _write_peft(folder, plan, trust_remote_code)
+                (folder / ABOUT_FILE).write_text(to_json(about), encoding="utf-8")
     return out
 
 

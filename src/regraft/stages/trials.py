@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,8 @@ class Trials:
             try:
                 yield trial
             except Exception:
-                self._study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
+                with suppress(RegraftError), self._readable():  # else the next worker takes it over
+                    self._study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
                 raise
 
     def finish(
