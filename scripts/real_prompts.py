@@ -98,7 +98,8 @@ def task(text: str) -> str:
 
 def alike(one: frozenset[str], other: frozenset[str]) -> bool:
     """Whether the Jaccard index of two sets of words makes them near-duplicates."""
-    return len(one & other) >= JACCARD * len(one | other)
+    shared = len(one & other)  # without the union, which takes longer
+    return shared >= JACCARD * (len(one) + len(other) - shared)
 
 
 def distinct(

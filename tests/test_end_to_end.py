@@ -330,7 +330,7 @@ def test_numbers_of_a_matrix_on_the_bundled_model(tmp_path: Path) -> None:
         "evaluate": {
             "suite": ["demo:test#harmful", "demo:test#harmless"],
             "max_new_tokens": 12,
-            "limit": 20,
+            "limit": 12,
         },
         "compute": {"device": "cpu", "batch_size": 16},
     }
@@ -341,11 +341,11 @@ def test_numbers_of_a_matrix_on_the_bundled_model(tmp_path: Path) -> None:
         place = Path("dense") if pruning == "dense" else Path(pruning) / (way or "pruned")
         lines = (tmp_path / "run" / "evaluation" / place / "answers.jsonl").read_text().splitlines()
         refused[variant.name] = {row["id"]: row["refused"] for row in map(json.loads, lines)}
-        assert len(refused[variant.name]) == 40
+        assert len(refused[variant.name]) == 24
         assert variant.result.asr is not None
         harmful = [no for key, no in refused[variant.name].items() if key.startswith("harmful")]
         assert variant.result.asr.count == harmful.count(False)
-        assert variant.result.asr.n == len(harmful) == 20
+        assert variant.result.asr.n == len(harmful) == 12
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text(encoding="utf-8"))
     assert report["runs"][0]["caveat"].startswith("A toy")
     discordant = 0

@@ -75,6 +75,21 @@ for arguments in json.loads(sys.argv[1]):
     except SystemExit as end:
         assert not end.code, (arguments, end.code)
 """
+ENDINGS = """
+import json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from regraft.cli import main
+
+found = []
+for arguments in json.loads(sys.argv[1]):
+    with redirect_stdout(StringIO()) as out, redirect_stderr(out):
+        try:
+            main(arguments)
+        except SystemExit as end:
+            found.append((end.code or 0, out.getvalue()))
+print(json.dumps(found))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -173,23 +188,22 @@ def test_methods_that_cannot_be_used_say_why_and_leave_others_alone(tmp_path: Pa
         "half = half:TOP_MAGNITUDE\ntop-magnitude = half:TOP_MAGNITUDE\n"
     )
 
-    def ran(*words: str) -> tuple[int, str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "regraft.cli", "realign", *words],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *sys.path])},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.returncode, " ".join((done.stdout + done.stderr).split())
-
-    code, shown = ran("hsr", "--help")
+    whys = {
+        "needy": "needs settings with valid defaults: top_heads: Field required",
+        "missing": "cannot be imported",
+        "half": "has another name of its own, 'top-magnitude'",
+        "top-magnitude": "needs settings with valid defaults: method: Input should be 'half'",
+    }
+    commands = [["realign", name, "dense", "pruned", "--out", "patch"] for name in whys]
+    done = subprocess.run(
+        [sys.executable, "-c", ENDINGS, json.dumps([["realign", "hsr", "--help"], *commands])],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (code, shown), *refused = json.loads(done.stdout.splitlines()[-1])
     assert code == 0 and "--top-heads" in shown
-    for name, why in (
-        ("needy", "needs settings with valid defaults: top_heads: Field required"),
-        ("missing", "cannot be imported"),
-        ("half", "has another name of its own, 'top-magnitude'"),
-        ("top-magnitude", "needs settings with valid defaults: method: Input should be 'half'"),
-    ):
-        code, shown = ran(name, "dense", "pruned", "--out", "patch")
+    for (name, why), (code, words) in zip(whys.items(), refused, strict=True):
+        shown = " ".join(words.split())
         assert code == 2 and f"'{name}'" in shown and why in shown and "Traceback" not in shown

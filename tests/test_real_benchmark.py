@@ -56,7 +56,8 @@ def test_no_prompt_is_like_one_of_another_split(splits: real_prompts.Splits) -> 
     for one, other in combinations(parts, 2):
         for mine in one:
             for theirs in other:
-                assert len(mine & theirs) < 0.75 * len(mine | theirs), (mine, theirs)
+                if 0.75 * len(mine) <= len(theirs) <= len(mine) / 0.75:  # else it cannot be
+                    assert len(mine & theirs) < 0.75 * len(mine | theirs), (mine, theirs)
 
 
 def test_no_task_is_in_two_seeds_in_another_form(splits: real_prompts.Splits) -> None:
