@@ -166,7 +166,7 @@ def test_the_data_of_the_answers(page: str) -> None:
     assert "<" not in encoded
     assert encoded in page
     content = json.loads(encoded)
-    assert content["models"] == ["the dense model", "the pruned model", "the realigned model"]
+    assert content["models"] == [one.label for one in REPORT.variants[:3]]
     row = content["rows"][6]
     assert (row["id"], row["harmful"], row["category"]) == ("h6", True, "category 0")
     assert content["texts"][row["prompt"]] == "<img src=x> prompt 6"
