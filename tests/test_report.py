@@ -39,7 +39,7 @@ from regraft.report.pooling import study_of
 from regraft.report.rate_figures import trade_off_figure
 from regraft.report.run import DataAccount, HeadMap, Opinion, Run, Variant, paired_answers
 from regraft.report.study import Outcome, Recovered, Row, Table
-from regraft.report.summary import _method, controls, summary
+from regraft.report.summary import _method, controls, notes, summary
 from regraft.report.weight_figures import head_map_figure, restored_figure
 from regraft.report.write import report_to_json, write_report
 from truth import mcnemar, paired_rsr
@@ -445,6 +445,11 @@ def test_rsr_of_several_seeds_without_value_or_interval() -> None:
     assert "RSR 50.0 % (by seed 50.0, 50.0)." in _method(row)
     nothing = Recovered(rsr(0.5, 0.5, 0.5), None, (None, None))
     assert rsr_cell(nothing).text == "undefined, pruning did not raise ASR"
+
+
+def test_a_note_that_seeds_share_is_told_once() -> None:
+    runs = [replace(REPORT, seed=seed, notes=("of both", f"of {seed}")) for seed in (0, 1)]
+    assert notes(study_of(runs))[-3:] == ("of both", "of 0", "of 1")
 
 
 def test_small_words() -> None:

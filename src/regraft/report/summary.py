@@ -225,7 +225,8 @@ def notes(study: Study) -> tuple[str, ...]:
         )
     if any(row.repeats > 1 for row in rows):
         found.append("(xR): the mean over R draws of a random control.")
-    return (*found, *_published_notes(study), *(note for run in study.runs for note in run.notes))
+    own = dict.fromkeys(note for run in study.runs for note in run.notes)  # seeds share some
+    return (*found, *_published_notes(study), *own)
 
 
 def _tests_notes(study: Study) -> Iterator[str]:
