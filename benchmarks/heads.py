@@ -296,7 +296,7 @@ def largest_difference(truth: dict[Head, Tensor], folder: Path) -> float:
     states = States(tuple(sorted(folder.iterdir())))
     layers = {index: states.layer(index) for index in {index for index, _ in truth}}
     return max(
-        float((state - found.ablated[head]).abs().max())
+        float((state - found["ablated"][head]).abs().max())
         for (index, head), state in truth.items()
         if (found := layers[index]) is not None
     )

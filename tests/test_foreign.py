@@ -33,7 +33,7 @@ from regraft.models.load import (
     open_answering,
     open_source,
 )
-from regraft.models.loaded import check_besides
+from regraft.models.loaded import check_besides, refuse_tokens_without_embedding
 from regraft.models.processor_settings import disagreement
 from regraft.progress import Silent
 from regraft.settings.compute import ComputeSettings
@@ -308,6 +308,26 @@ def test_layers_without_a_place_in_the_model_are_told_and_left(tmp_path: Path) -
     said: list[str] = []
     load_model(open_answering(folder), note=said.append)
     assert "does not use" in said[0]
+
+
+def test_tokens_have_embeddings_in_two_tables_but_none_in_a_norm() -> None:
+    class Embeddings(torch.nn.Embedding):
+        def __init__(self) -> None:
+            super().__init__(5, 4)
+            self.more, self.norm = torch.nn.Embedding(2, 4), torch.nn.LayerNorm(4)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return ids
+
+    class Model(torch.nn.Module):
+        def get_input_embeddings(self) -> torch.nn.Module:
+            return embeddings
+
+    embeddings = Embeddings()
+    refuse_tokens_without_embedding(Model(), Path("folder"))
+    embeddings(torch.tensor([0, 6]))
+    with pytest.raises(RegraftError, match="the token 7, but the model of folder has 7 embeddings"):
+        embeddings(torch.tensor([0, 7]))
 
 
 def test_tokens_without_an_embedding_are_named(model: Path, tmp_path: Path) -> None:

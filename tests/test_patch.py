@@ -426,6 +426,17 @@ def test_several_patches_are_their_union(
             assert patch.removed == len(held.positions) - patch.restored
 
 
+def test_one_patch_is_planned_without_copies(tmp_path: Path) -> None:
+    """It may be as large as a tenth of a model."""
+    pruned = torch.zeros(2, 8)
+    held = TensorPatch.of(pruned, torch.tensor([1, 4, 9]), torch.ones(3))
+    save_file({"x": pruned}, tmp_path / "model.safetensors")
+    base = open_checkpoint(tmp_path)
+    (change,) = make_plan(base, Patch({"x": held}, {}), "apply").changes
+    assert change.positions.data_ptr() == held.positions.data_ptr()
+    assert change.values.data_ptr() == held.values.data_ptr()
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     positions=st.sets(st.integers(0, 5000), min_size=1, max_size=60),

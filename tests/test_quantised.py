@@ -20,6 +20,7 @@ from disk import write_data
 from regraft import stages
 from regraft.cli import main
 from regraft.data.sources import DataSource
+from regraft.defence import Direction, save_defence
 from regraft.errors import RegraftError
 from regraft.models.checkpoint import SINGLE_FILE
 from regraft.models.load import load_model, open_answering, open_source
@@ -295,6 +296,18 @@ def test_what_needs_weights_says_at_once_that_they_are_quantised(
         main([word.format(**named) for word in command])
     assert "is quantised (compressed-tensors): it can be evaluated" in capsys.readouterr().err
     assert sorted(one.name for one in tmp_path.iterdir()) == ["data"]
+
+
+def test_a_direction_for_quantised_weights_is_refused_for_these(
+    quantised: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Advice to make one for this model would lead nowhere."""
+    of_another = {"inputs": {"model": "0" * 64}}
+    save_defence(tmp_path / "direction", Direction(torch.ones(64), 1, 1.0, of_another))
+    source, compute = open_answering(quantised("int8 by row")), ComputeSettings(device="cpu")
+    target = stages.Target(source, compute, defence=tmp_path / "direction")
+    with pytest.raises(RegraftError, match="is quantised"):
+        target.inputs()
 
 
 def stating(folder: Path, target: Path, quantization: dict[str, Any]) -> Path:

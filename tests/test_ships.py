@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
+import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,10 +32,16 @@ from regraft.heads.ships import (
     kl_divergence,
     most_rank,
     principal_angles,
+    replay_ablated,
     ships,
 )
 from regraft.heads.states import layers_run, rounded_again
 from regraft.models.replay import logits_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from heads import largest_difference
+from naive_heads import naive
 
 HALF_PI = math.pi / 2
 
@@ -231,6 +240,35 @@ def test_size_of_a_pass_does_not_matter(family, pico_dir, tmp_path):
     ]
     for other in scores[1:]:
         assert_scores(other, (scores[0].ships.numpy(), scores[0].kl.numpy()), 1e-5, family)
+
+
+def test_only_the_last_position_of_a_pass_is_kept(pico_dir, tmp_path, monkeypatch):
+    """However many passes a layer takes, one of them holds the states of all positions."""
+    _, model, processor, architecture = truth.opened(pico_dir("llava"))
+    batch = prompt_batch(processor, truth.examples("llava", tmp_path, 3))
+    before = []
+
+    def watched(*args):
+        assert all(one() is None for one in before)
+        held = replay_ablated(*args).numpy().copy()
+        before.append(weakref.ref(held))
+        return torch.from_numpy(held)
+
+    monkeypatch.setattr("regraft.heads.states.replay_ablated", watched)
+    how = HeadSettings(mode="screened", r_max=2, window=4, candidates=1, tokens_per_pass=1)
+    score_heads(model, architecture, [batch], tmp_path, how)
+    assert len(before) > sum(layer.heads for layer in architecture.layers)
+
+
+def test_benchmark_compares_replay_with_naive_forwards(pico_dir, tmp_path):
+    _, model, processor, architecture = truth.opened(pico_dir("llava"))
+    cut = [prompt_batch(processor, truth.examples("llava", tmp_path, 3))]
+    how = HeadSettings(r_max=2, target="v")
+    score_heads(model, architecture, cut, tmp_path, how)
+    found = naive(model, architecture, cut, [(0, 1), (1, 0)], how.eps)
+    assert largest_difference(found, tmp_path / "exact") < 1e-5
+    found[0, 1] += 0.25
+    assert largest_difference(found, tmp_path / "exact") == pytest.approx(0.25, abs=1e-5)
 
 
 def contents(folder):

@@ -229,14 +229,15 @@ def check_fits(defence: Direction, model: Source, path: Path) -> None:
     """Check that a direction was made from a model and can be added to it.
 
     Raises:
-        RegraftError: it was made from another model, has another hidden size or no such layer.
+        RegraftError: the model's weights are quantised; it was made from another model, has another
+            hidden size or no such layer.
     """
+    width, layers = model.architecture.hidden_size, len(model.architecture.layers)
     if defence.about["inputs"].get("model") != model.checkpoint.fingerprint:
         raise RegraftError(
             f"{path} was made from another model than {model.folder}. Make one for this model with "
             "`regraft analyse defence`."
         )
-    width, layers = model.architecture.hidden_size, len(model.architecture.layers)
     if len(defence.vector) != width or defence.layer >= layers:
         raise RegraftError(
             f"{path} adds {len(defence.vector)} features after layer {defence.layer}; the model "

@@ -171,7 +171,8 @@ class _Run:
         copies = max(1, tokens // (hidden.shape[0] * hidden.shape[1]))
         states = torch.cat(
             [
-                replay_ablated(model, self.replay, index, hidden, outputs, chunk)[:, :, -1]
+                # a copy, as a view keeps all T positions of every chunk in memory
+                replay_ablated(model, self.replay, index, hidden, outputs, chunk)[:, :, -1].clone()
                 for chunk in even_chunks(heads, copies)
             ]
         )

@@ -135,7 +135,8 @@ def refuse_tokens_without_embedding(model: nn.Module, folder: Path) -> None:
         return
     if not isinstance(embeddings, nn.Embedding):
         return
-    rows = sum(one.shape[:1].numel() for one in embeddings.parameters())  # Idefics has two tables
+    tables = (one for one in embeddings.modules() if isinstance(one, nn.Embedding))
+    rows = sum(one.num_embeddings for one in tables)  # Idefics has two tables
 
     def check(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         for ids in inputs:

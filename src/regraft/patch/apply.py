@@ -109,10 +109,7 @@ def make_plan(
     inspected = dict(zip(order, in_threads(inspect, order), strict=True))
     on = {name: is_on for name, (_, is_on) in inspected.items()}
     applied = [
-        sum(
-            int(on[name][torch.searchsorted(targets[name].positions, tensor.positions)].sum())
-            for name, tensor in patch.tensors.items()
-        )
+        sum(_applied(targets[name], tensor, on[name]) for name, tensor in patch.tensors.items())
         for patch in patches
     ]
     changes = [change for change, _ in inspected.values() if len(change.positions)]
@@ -281,7 +278,16 @@ def _inspect(
                 f"{_not_the_base(checkpoint, name)}: the weights of {record.name} differ. "
                 + (_FIX_OF_REVERT if operation == "revert" else f"{_FIX} {_OTHERS}")
             )
+    if changing.all():  # as when a patch is applied for the first time; a copy would be as large
+        return Change(record, positions, wanted), on
     return Change(record, positions[changing], wanted[changing]), on
+
+
+def _applied(target: Target, tensor: TensorPatch, on: Tensor) -> int:
+    """How many weights of one patch of a target are applied; `on` is of all the target's."""
+    if len(target.parts) > 1:
+        on = on[torch.searchsorted(target.positions, tensor.positions)]
+    return int(on.sum())
 
 
 def _read_chunks(

@@ -150,6 +150,8 @@ def merge(patches: Sequence[Patch]) -> dict[str, Target]:
 def _merge_tensor(name: str, patches: Sequence[Patch]) -> Target:
     named = tuple((patch.name, patch.tensors[name]) for patch in patches)
     parts = [part for _, part in named]
+    if len(parts) == 1:  # neither sorted nor copied: it may have hundreds of millions of weights
+        return Target(named, parts[0].positions, parts[0].values, parts[0].before)
     for one, other in combinations(patches, 2):
         _check_agreement(name, one, other)
     positions, place = torch.cat([part.positions for part in parts]).unique(return_inverse=True)
