@@ -46,6 +46,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EndpointSettings, EvalSettings, Margins
 from regraft.settings.searching import SearchSettings, with_held_out
+from regraft.stages.planning import Planned
 
 if TYPE_CHECKING:
     from regraft.report.study import Study
@@ -122,25 +123,29 @@ def realign(
         settings: Settings of the method (`budget`, `swap` ...), the scoring of heads, the
             calibration and the compute.
     """
-    kind = METHODS.get(method)
-    needs = kind.needs(kind.settings_type(method=method))
-    # Only statistics are gathered over responses of the data.
-    prompts = CalibrationSettings if needs.statistics else PromptSettings
-    blocks = kind.settings_type, HeadSettings, prompts, ComputeSettings
-    own, scoring, data, compute = _settings({"method": method, **settings}, *blocks)
-    check_search(search is not None, own, max_new_tokens)
-    given = stages.Inputs(heads=_path(heads_file), statistics=_path(statistics_file))
-    check_inputs(own, scoring, given.heads, given.statistics)
-    (answers,) = _settings({"max_new_tokens": max_new_tokens, "full_answers": False}, EvalSettings)
-    choice = None if search is None else _settings(search, SearchSettings)[0]
-    before, after = compute.opened(dense), compute.opened(pruned)
-    calibration = data.with_responses()
-    if choice is not None:
-        choice, calibration = with_held_out(choice, before.folder, calibration, progress.note)
-    restoration = stages.Restoration(
-        before, calibration, compute, progress, scoring=scoring, evaluation=answers
+    restoration, *job = _restoration(
+        dense,
+        pruned,
+        out,
+        method=method,
+        search=search,
+        max_new_tokens=max_new_tokens,
+        heads_file=heads_file,
+        statistics_file=statistics_file,
+        progress=progress,
+        **settings,
     )
-    return restoration.restore(after, own, stages.ArtifactPaths.beside(Path(out), given), choice)
+    patch: Patch = restoration.restore(*job)
+    return patch
+
+
+def planned_realign(
+    dense: Model, pruned: Model, out: str | Path, *, method: str, **options: Any
+) -> Planned:
+    """Check what `realign` checks, with all of its options; return its steps and write nothing."""
+    restoration, *job = _restoration(dense, pruned, out, method=method, **options)
+    plan: Planned = restoration.planned(*job)
+    return plan
 
 
 def apply(pruned: str | Path, patches: str | Path | Sequence[str | Path], out: str | Path) -> Path:
@@ -274,6 +279,41 @@ def compare(
     from regraft.runs.comparing import compare_runs
 
     return compare_runs(_paths(runs), Path(out), tuple(against))
+
+
+def _restoration(
+    dense: Model,
+    pruned: Model,
+    out: str | Path,
+    *,
+    method: str,
+    search: Mapping[str, Any] | None,
+    max_new_tokens: int,
+    heads_file: str | Path | None,
+    statistics_file: str | Path | None,
+    progress: Progress,
+    **settings: Any,
+) -> tuple[Any, ...]:
+    """The restoration that `realign` asks for, and the arguments of its `restore`."""
+    kind = METHODS.get(method)
+    needs = kind.needs(kind.settings_type(method=method))
+    # Only statistics are gathered over responses of the data.
+    prompts = CalibrationSettings if needs.statistics else PromptSettings
+    blocks = kind.settings_type, HeadSettings, prompts, ComputeSettings
+    own, scoring, data, compute = _settings({"method": method, **settings}, *blocks)
+    check_search(search is not None, own, max_new_tokens)
+    given = stages.Inputs(heads=_path(heads_file), statistics=_path(statistics_file))
+    check_inputs(own, scoring, given.heads, given.statistics)
+    (answers,) = _settings({"max_new_tokens": max_new_tokens, "full_answers": False}, EvalSettings)
+    choice = None if search is None else _settings(search, SearchSettings)[0]
+    before, after = compute.opened(dense), compute.opened(pruned)
+    calibration = data.with_responses()
+    if choice is not None:
+        choice, calibration = with_held_out(choice, before.folder, calibration, progress.note)
+    restoration = stages.Restoration(
+        before, calibration, compute, progress, scoring=scoring, evaluation=answers
+    )
+    return restoration, after, own, stages.ArtifactPaths.beside(Path(out), given), choice
 
 
 def _settings(given: Mapping[str, Any], *blocks: type[Settings]) -> list[Any]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from regraft.report.study import Study
-    from regraft.runs.pipeline import PlannedRun
+    from regraft.stages.planning import Planned
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -174,7 +174,7 @@ def show_study(console: Console, study: Study) -> None:
         say(console, note, "dim")
 
 
-def show_preview(console: Console, folder: Path, run: PlannedRun) -> None:
+def show_preview(console: Console, out: Path, plan: Planned) -> None:
     show_table(
         console,
         ("step", "model", "done", "prompts answered", "calibration prompts"),
@@ -186,20 +186,20 @@ def show_preview(console: Console, folder: Path, run: PlannedRun) -> None:
                 step.answers or "",
                 step.learns or "",
             )
-            for step in run.steps
+            for step in plan.steps
         ),
-        title=str(folder),
+        title=str(out),
     )
-    missing = sum(not step.done for step in run.steps)
+    missing = sum(not step.done for step in plan.steps)
     if not missing:
-        say(console, f"All {len(run.steps)} steps are done. Nothing was written.")
+        say(console, f"All {len(plan.steps)} steps are done. Nothing was written.")
         return
     say(
         console,
-        f"{missing} of {len(run.steps)} steps are left: about "
-        f"{max(1, round(run.seconds() / 60)):,} min (estimated from FLOPs and this device's speed, "
+        f"{missing} of {len(plan.steps)} steps are left: about "
+        f"{max(1, round(plan.seconds() / 60)):,} min (estimated from FLOPs and the device's speed, "
         "without searches; often off by a factor of three), at most "
-        f"{run.most / 2**30:.1f} GiB on disk, {run.weights / 2**30:.1f} GiB of memory for the "
+        f"{plan.most / 2**30:.1f} GiB on disk, {plan.weights / 2**30:.1f} GiB of memory for the "
         "weights of one model. Nothing was written.",
         soft_wrap=True,
     )

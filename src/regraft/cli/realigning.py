@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Group, Parameter
 from pydantic import ValidationError
 
 from regraft.cli.options import OutFile, as_command, given, live_progress
-from regraft.console import ConsoleProgress, show_search
+from regraft.console import ConsoleProgress, show_preview, show_search
 from regraft.errors import RegraftError
 from regraft.flags import DEFAULT_VALIDATION_TOKENS
 from regraft.heads.ships import HeadSettings
@@ -32,6 +32,7 @@ Prompts = Annotated[PromptSettings, _DATA]
 Choice = Annotated[SearchSettings, Parameter(name="*", group=_SEARCH)]
 AnswerLength = Annotated[int, Parameter(help="Maximum length of an answer.", group=_SEARCH)]
 Search = Annotated[bool, Parameter(help="Choose it on validation prompts.", group=_SEARCH)]
+DryRun = Annotated[bool, Parameter(help="Show the steps and an estimate; write nothing.")]
 HeadsFile = Annotated[Path | None, Parameter(help="Scores from regraft analyse heads."), EXPERT]
 StatisticsFile = Annotated[
     Path | None, Parameter(help="Statistics from regraft analyse statistics."), EXPERT
@@ -73,6 +74,7 @@ def run_method(
     compute: Where = ComputeSettings(),
     heads_file: HeadsFile = None,
     statistics_file: StatisticsFile = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Rank weights by a method and write the dense values of the first ones as a patch."""
     from regraft import api, stages
@@ -80,17 +82,18 @@ def run_method(
     if not search and choice != SearchSettings():
         raise RegraftError("Bounds, targets and points are for a search: add --search.")
     progress = live_progress()
-    patch = api.realign(
-        dense,
-        pruned,
-        out,
-        search=given(choice) if search else None,
-        max_new_tokens=max_new_tokens,
-        heads_file=heads_file,
-        statistics_file=statistics_file,
-        progress=progress,
+    options: dict[str, Any] = {
+        "search": given(choice) if search else None,
+        "max_new_tokens": max_new_tokens,
+        "heads_file": heads_file,
+        "statistics_file": statistics_file,
+        "progress": progress,
         **given(settings, calibration, scoring, compute),
-    )
+    }
+    if dry_run:
+        show_preview(progress.console, out, api.planned_realign(dense, pruned, out, **options))
+        return
+    patch = api.realign(dense, pruned, out, **options)
     if search:
         curve = stages.ArtifactPaths.beside(out).curve
         show_search(progress.console, stages.read_curve(curve))

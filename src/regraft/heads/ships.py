@@ -49,9 +49,7 @@ class HeadSettings(Settings):
 
     r_max: int = Field(5, ge=1, description="Rank of the subspaces of Ships.")
     target: Annotated[AblationTarget, EXPERT] = Field("all", description="Part of a head to scale.")
-    eps: Annotated[float, EXPERT] = Field(
-        EPS, ge=0, lt=1, description="The factor; 0 switches a head off."
-    )
+    eps: Annotated[float, EXPERT] = Field(EPS, ge=0, lt=1, description="The factor; 0 is off.")
     mode: Annotated[Mode, NAMED] = Field(
         "exact",
         description="exact: ablate every head. screened, faster: estimate all, then ablate the "

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from regraft import distributed, stages
 from regraft.costs import Ledger, Metered
@@ -28,54 +24,10 @@ from regraft.runs.passes import count_pass, learns_from_both
 from regraft.runs.plan import Planner
 from regraft.runs.reporting import report_run
 from regraft.runs.run_dir import RunDir
+from regraft.stages.planning import Planned, plan_steps
 from regraft.stages.provenance import but_for_rounding, difference
 from regraft.stages.ranking import check_restorable
 from regraft.stages.reading import warn_of_bundled
-from regraft.stages.steps import PromptUse, Step, check_all, disk_bytes, not_done
-
-_SIDE = 2048  # of the square matrices of a large product, which measures the device's speed
-_EFFICIENCY = {"cpu": 0.8}  # whole models reach this share of that speed: measured
-_DEFAULT_EFFICIENCY = 0.3  # on devices where products wait for memory: a guess
-_TRIES = 5  # the fastest product counts, since other programs may use the machine
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """A run whose input has been checked, with the resources it needs.
-
-    Attributes:
-        kept: Bytes of the checkpoints still to be written.
-        most: Peak bytes of disk space, temporary files included.
-    """
-
-    recipe: Recipe
-    run_dir: RunDir
-    setup: stages.Restoration
-    steps: tuple[Step, ...]
-    prompts: PromptUse
-    kept: int
-    most: int
-
-    @property
-    def weights(self) -> int:
-        """Bytes of one model in memory."""
-        dtype: torch.dtype = getattr(torch, self.setup.compute.dtype_of(self.setup.dense))
-        return self.setup.dense.architecture.parameters * dtype.itemsize
-
-    def seconds(self) -> float:
-        """Estimated seconds of the steps that are not done, within a factor of about three."""
-        dense, tests = self.setup.dense, self.prompts.evaluated
-        prompt = self.setup.cache.prompt_tokens(dense, tests.examples if tests else ())
-        answered = prompt + self.recipe.evaluate.max_new_tokens
-        tokens = sum(
-            step.answers * answered + step.learns * step.passes * prompt
-            for step in not_done(self.steps)
-        )
-        compute = self.setup.compute
-        device = pick_device(compute.device)
-        efficiency = _EFFICIENCY.get(device.type, _DEFAULT_EFFICIENCY)
-        speed = efficiency * _speed(device, compute.dtype_of(dense))
-        return 2 * dense.architecture.parameters * tokens / speed
 
 
 def plan_run(
@@ -83,13 +35,13 @@ def plan_run(
     folder: Path,
     cache: stages.EvaluationCache | None = None,
     progress: Progress = SILENT,
-) -> PlannedRun:
+) -> Planned:
     """Plan a run, and check before anything is written all that could stop it hours later.
 
     Raises:
         RegraftError: bad input.
     """
-    run_dir = RunDir(folder, several=len(recipe.prune) > 1)
+    run_dir = _run_dir(recipe, folder)
     dense, existing = recipe.compute.opened(recipe.model), None
     if recipe.pruned is not None:
         existing = recipe.compute.opened(recipe.pruned)
@@ -107,11 +59,13 @@ def plan_run(
         survey = setup.cache.surveyed(dense, existing, progress)
         for one in recipe.realign:
             check_restorable(one, survey)
-    steps = tuple(Planner(recipe, run_dir, setup, existing).steps())
-    prompts = check_all(steps)
-    kept, most = disk_bytes(steps)
-    require_space(folder, most)
-    return PlannedRun(recipe, run_dir, setup, steps, prompts, kept, most)
+    plan = plan_steps(setup, tuple(Planner(recipe, run_dir, setup, existing).steps()))
+    require_space(folder, plan.most)
+    return plan
+
+
+def _run_dir(recipe: Recipe, folder: Path) -> RunDir:
+    return RunDir(folder, several=len(recipe.prune) > 1)
 
 
 def run_one(
@@ -129,19 +83,19 @@ def run_one(
         RegraftError: bad input, or the folder holds something else.
     """
     metered = Metered(progress)
-    planned = plan_run(recipe, folder, cache, metered)
-    setup = planned.setup
+    plan, run_dir = plan_run(recipe, folder, cache, metered), _run_dir(recipe, folder)
+    setup = plan.setup
     claim(folder, recipe)
-    for line in (*unused_in(recipe), *planned.prompts.warnings()):
+    for line in (*unused_in(recipe), *plan.prompts.warnings()):
         progress.note(f"Warning: {line}.")
     for suite in recipe.evaluate.suite:
         warn_of_bundled(setup.dense, suite, progress.note)
-    costs = Ledger(planned.run_dir.costs, metered, pick_device(recipe.compute.device))
+    costs = Ledger(run_dir.costs, metered, pick_device(recipe.compute.device))
     # The steps hold `setup` as it was; nothing but `make` reads the guard.
-    replace(setup, guard=costs.measure).make(planned.steps)
+    replace(setup, guard=costs.measure).make(plan.steps)
     setup.cache.unload()
     if learns_from_both(recipe):
-        count_pass(setup, planned.run_dir.calibration_pass)
+        count_pass(setup, run_dir.calibration_pass)
     return report_run(folder)
 
 
@@ -153,19 +107,6 @@ def unused_in(recipe: Recipe) -> list[str]:
     if recipe.heads != HeadSettings() and not any(needs_of(one).heads for one in recipe.realign):
         found.append("heads: they have no effect, since no method uses scores of heads")
     return found
-
-
-@cache
-def _speed(device: torch.device, dtype: str) -> float:
-    """FLOPs per second of one large matrix product, measured once per device and dtype."""
-    matrix = torch.ones(_SIDE, _SIDE, device=device, dtype=getattr(torch, dtype))
-    float((matrix @ matrix)[0, 0])
-    seconds = []
-    for _ in range(_TRIES):
-        start = time.monotonic()
-        float((matrix @ matrix)[0, 0])  # waits for the device
-        seconds.append(time.monotonic() - start)
-    return 2 * _SIDE**3 / max(min(seconds), 1e-6)
 
 
 def claim(folder: Path, recipe: Recipe) -> None:

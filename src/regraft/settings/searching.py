@@ -46,7 +46,7 @@ class SearchSettings(Settings):
         0.0, ge=0, le=100, description="Bound: points of utility below the pruned model."
     )
     reference: Annotated[Reference, EXPERT, NAMED] = Field(
-        "higher", description="Whose over-refusal is the reference: pruned, dense or the higher."
+        "higher", description="Over-refusal is compared with this model's."
     )
 
     @model_validator(mode="after")

@@ -31,6 +31,7 @@ from regraft.stages.gathering import (
     write_head_scores,
     write_statistics,
 )
+from regraft.stages.planning import Planned, plan_steps
 from regraft.stages.ranking import (
     check_budget,
     check_made_by,
@@ -41,7 +42,7 @@ from regraft.stages.ranking import (
 )
 from regraft.stages.searching import Search, remarks
 from regraft.stages.setup import ArtifactPaths, Inputs, Setup
-from regraft.stages.steps import PromptUse, Step, StepGuard, check_all
+from regraft.stages.steps import PromptUse, Step, StepGuard
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,21 @@ class Restoration(Setup):
         Raises:
             RegraftError: bad input of any step, found before any long work.
         """
+        self.make(self.planned(pruned, settings, paths, choice).steps)
+        return load_patch(paths.patch)
+
+    def planned(
+        self,
+        pruned: Source,
+        settings: MethodSettings,
+        paths: ArtifactPaths,
+        choice: SearchSettings | None = None,
+    ) -> Planned:
+        """The steps of `restore`, with all input checked; writes nothing.
+
+        Raises:
+            RegraftError: bad input of any step.
+        """
         steps = [
             *self.gathering([needs_of(settings)], paths),
             *self.steps(lambda: pruned, settings, paths, choice),
@@ -75,13 +91,13 @@ class Restoration(Setup):
         check_pair(self.dense, pruned)
         check_restorable(settings, self.cache.surveyed(self.dense, pruned, self.progress))
         _check_given(self.dense, pruned, settings, paths.given)
-        for line in check_all(steps).warnings():
+        plan = plan_steps(self, steps)
+        for line in plan.prompts.warnings():
             self.progress.note(f"Warning: {line}.")
         if paths.patch.exists():
             searched = choice is not None
             check_made_by(paths.patch, self.dense, pruned, settings, searched=searched)
-        self.make(steps)
-        return load_patch(paths.patch)
+        return plan
 
     def make(self, steps: Iterable[Step]) -> None:
         """Make steps in order, each in the context of the guard."""

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from regraft.data.example import Reading
+from regraft.data.example import Example, Reading
 from regraft.data.sources import seen_before
 from regraft.stages.provenance import unfinished_bytes
 
@@ -30,6 +30,12 @@ class PromptUse:
             {**self.chosen_on, **other.chosen_on},
             self.evaluated or other.evaluated,
         )
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """Prompts by whose length work is estimated: those evaluated or, without, those learnt."""
+        readings = (self.evaluated, *self.learnt.values())
+        return next((one.examples for one in readings if one is not None), ())
 
     def warnings(self) -> list[str]:
         """Prompts that serve two purposes, which makes rates on them optimistic; a line each."""
