@@ -28,12 +28,7 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.gate import Check
 from regraft.evaluation.results import EvalResult
-from regraft.flags import (
-    DEFAULT_VALIDATION_TOKENS,
-    check_endpoint,
-    check_inputs,
-    check_search,
-)
+from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_endpoint, check_inputs, check_search
 from regraft.heads.score import HeadScores
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source
@@ -123,7 +118,7 @@ def realign(
         settings: Settings of the method (`budget`, `swap` ...), the scoring of heads, the
             calibration and the compute.
     """
-    restoration, *job = _restoration(
+    restoration, job = _restoration(
         dense,
         pruned,
         out,
@@ -135,17 +130,13 @@ def realign(
         progress=progress,
         **settings,
     )
-    patch: Patch = restoration.restore(*job)
-    return patch
+    return restoration.restore(*job)
 
 
-def planned_realign(
-    dense: Model, pruned: Model, out: str | Path, *, method: str, **options: Any
-) -> Planned:
+def planned_realign(dense: Model, pruned: Model, out: str | Path, **options: Any) -> Planned:
     """Check what `realign` checks, with all of its options; return its steps and write nothing."""
-    restoration, *job = _restoration(dense, pruned, out, method=method, **options)
-    plan: Planned = restoration.planned(*job)
-    return plan
+    restoration, job = _restoration(dense, pruned, out, **options)
+    return restoration.planned(*job)
 
 
 def apply(pruned: str | Path, patches: str | Path | Sequence[str | Path], out: str | Path) -> Path:
@@ -293,7 +284,7 @@ def _restoration(
     statistics_file: str | Path | None,
     progress: Progress,
     **settings: Any,
-) -> tuple[Any, ...]:
+) -> tuple[stages.Restoration, tuple[Any, ...]]:
     """The restoration that `realign` asks for, and the arguments of its `restore`."""
     kind = METHODS.get(method)
     needs = kind.needs(kind.settings_type(method=method))
@@ -313,7 +304,7 @@ def _restoration(
     restoration = stages.Restoration(
         before, calibration, compute, progress, scoring=scoring, evaluation=answers
     )
-    return restoration, after, own, stages.ArtifactPaths.beside(Path(out), given), choice
+    return restoration, (after, own, stages.ArtifactPaths.beside(Path(out), given), choice)
 
 
 def _settings(given: Mapping[str, Any], *blocks: type[Settings]) -> list[Any]:
