@@ -311,7 +311,7 @@ def test_the_summary_of_many_has_a_paragraph_for_each() -> None:
     ]
     assert paragraphs[1].startswith(
         "wanda-60: Pruning (60 % of the weights) raised ASR from 12.5 % [5.5, 26.1] to 62.5 % "
-        "[47.0, 75.8]: worse than dense (p < 0.001). hsr (HSR, top), 5 restored weights (50 per "
+        "[47.0, 75.8], worse than dense (p < 0.001). hsr (HSR, top), 5 restored weights (50 per "
         "10,000 pruned): ASR 25.0 % [14.2, 40.2], better than pruned (p < 0.001). RSR 75.0 % ["
     )
     assert "not distinguishable from dense" in paragraphs[0]

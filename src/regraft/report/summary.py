@@ -127,7 +127,7 @@ def _pruning(dense: Row, pruned: Row) -> str:
     if before.value != after.value:
         verb = "raised" if after.value > before.value else "lowered"
         change = f"{verb} ASR from {rate(before)} to {rate(after)}"
-    return f"{amount} {change}: {tested(pruned.attacks)}.{_caveats(dense, pruned)}"
+    return f"{amount} {change}, {tested(pruned.attacks)}.{_caveats(dense, pruned)}"
 
 
 def _method(row: Row) -> str:
