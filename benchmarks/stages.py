@@ -115,7 +115,7 @@ def measured(
         )
     gain, places = GainSettings(count=options.count), stages.ArtifactPaths.beside(work / "gain")
     restoration = stages.Restoration(source, calibration, compute, progress=clocks["gain, a step"])
-    restoration.restore(pruned, gain, places)
+    restoration.make(restoration.planned(pruned, gain, places).steps)
     steps = max(1, len(load_ranking(places.ranking).about["steps"]))
 
     said = {answer.id: answer.answer or "." for answer in result.answers}

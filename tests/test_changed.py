@@ -373,7 +373,7 @@ def test_what_needs_a_pruned_model(
         check_restorable(chosen, survey(dense, changed))
     restoration = stages.Restoration(dense)
     with pytest.raises(RegraftError, match=why):
-        restoration.restore(changed, chosen, stages.ArtifactPaths.beside(tmp_path / "patch"))
+        restoration.planned(changed, chosen, stages.ArtifactPaths.beside(tmp_path / "patch"))
     assert not list(tmp_path.iterdir())
     if "p" in type(chosen).model_fields:
         check_restorable(method(chosen.method, p=0.5), survey(dense, changed))

@@ -32,7 +32,7 @@ from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_endpoint, check_input
 from regraft.heads.score import HeadScores
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source
-from regraft.patch.format import Patch
+from regraft.patch.format import Patch, load_patch
 from regraft.progress import SILENT, Progress
 from regraft.pruning.base import PRUNERS
 from regraft.restoration.base import DEFAULT, METHODS
@@ -118,7 +118,7 @@ def realign(
         settings: Settings of the method (`budget`, `swap` ...), the scoring of heads, the
             calibration and the compute.
     """
-    restoration, job = _restoration(
+    plan = planned_realign(
         dense,
         pruned,
         out,
@@ -130,13 +130,43 @@ def realign(
         progress=progress,
         **settings,
     )
-    return restoration.restore(*job)
+    plan.setup.make(plan.steps)
+    return load_patch(Path(out))
 
 
-def planned_realign(dense: Model, pruned: Model, out: str | Path, **options: Any) -> Planned:
-    """Check what `realign` checks, with all of its options; return its steps and write nothing."""
-    restoration, job = _restoration(dense, pruned, out, **options)
-    return restoration.planned(*job)
+def planned_realign(
+    dense: Model,
+    pruned: Model,
+    out: str | Path,
+    *,
+    method: str,
+    search: Mapping[str, Any] | None,
+    max_new_tokens: int,
+    heads_file: str | Path | None,
+    statistics_file: str | Path | None,
+    progress: Progress,
+    **settings: Any,
+) -> Planned:
+    """Check what `realign` checks and return its steps; writes nothing."""
+    kind = METHODS.get(method)
+    needs = kind.needs(kind.settings_type(method=method))
+    # Only statistics are gathered over responses of the data.
+    prompts = CalibrationSettings if needs.statistics else PromptSettings
+    blocks = kind.settings_type, HeadSettings, prompts, ComputeSettings
+    own, scoring, data, compute = _settings({"method": method, **settings}, *blocks)
+    check_search(search is not None, own, max_new_tokens)
+    given = stages.Inputs(heads=_path(heads_file), statistics=_path(statistics_file))
+    check_inputs(own, scoring, given.heads, given.statistics)
+    (answers,) = _settings({"max_new_tokens": max_new_tokens, "full_answers": False}, EvalSettings)
+    choice = None if search is None else _settings(search, SearchSettings)[0]
+    before, after = compute.opened(dense), compute.opened(pruned)
+    calibration = data.with_responses()
+    if choice is not None:
+        choice, calibration = with_held_out(choice, before.folder, calibration, progress.note)
+    restoration = stages.Restoration(
+        before, calibration, compute, progress, scoring=scoring, evaluation=answers
+    )
+    return restoration.planned(after, own, stages.ArtifactPaths.beside(Path(out), given), choice)
 
 
 def apply(pruned: str | Path, patches: str | Path | Sequence[str | Path], out: str | Path) -> Path:
@@ -270,41 +300,6 @@ def compare(
     from regraft.runs.comparing import compare_runs
 
     return compare_runs(_paths(runs), Path(out), tuple(against))
-
-
-def _restoration(
-    dense: Model,
-    pruned: Model,
-    out: str | Path,
-    *,
-    method: str,
-    search: Mapping[str, Any] | None,
-    max_new_tokens: int,
-    heads_file: str | Path | None,
-    statistics_file: str | Path | None,
-    progress: Progress,
-    **settings: Any,
-) -> tuple[stages.Restoration, tuple[Any, ...]]:
-    """The restoration that `realign` asks for, and the arguments of its `restore`."""
-    kind = METHODS.get(method)
-    needs = kind.needs(kind.settings_type(method=method))
-    # Only statistics are gathered over responses of the data.
-    prompts = CalibrationSettings if needs.statistics else PromptSettings
-    blocks = kind.settings_type, HeadSettings, prompts, ComputeSettings
-    own, scoring, data, compute = _settings({"method": method, **settings}, *blocks)
-    check_search(search is not None, own, max_new_tokens)
-    given = stages.Inputs(heads=_path(heads_file), statistics=_path(statistics_file))
-    check_inputs(own, scoring, given.heads, given.statistics)
-    (answers,) = _settings({"max_new_tokens": max_new_tokens, "full_answers": False}, EvalSettings)
-    choice = None if search is None else _settings(search, SearchSettings)[0]
-    before, after = compute.opened(dense), compute.opened(pruned)
-    calibration = data.with_responses()
-    if choice is not None:
-        choice, calibration = with_held_out(choice, before.folder, calibration, progress.note)
-    restoration = stages.Restoration(
-        before, calibration, compute, progress, scoring=scoring, evaluation=answers
-    )
-    return restoration, (after, own, stages.ArtifactPaths.beside(Path(out), given), choice)
 
 
 def _settings(given: Mapping[str, Any], *blocks: type[Settings]) -> list[Any]:

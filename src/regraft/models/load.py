@@ -209,7 +209,7 @@ def load_model(
         note: Called with a warning if the files have weights that the model does not use.
 
     Raises:
-        RegraftError: these are not the checkpoint's, memory is too small, or accelerate is missing.
+        RegraftError: other weights were loaded, memory is too small, or accelerate is missing.
     """
     target = pick_device(device)
     split = split and target.type != "cpu"

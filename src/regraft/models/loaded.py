@@ -131,7 +131,7 @@ def refuse_tokens_without_embedding(model: nn.Module, folder: Path) -> None:
     """
     try:
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    except NotImplementedError:
+    except NotImplementedError:  # of classes whose embeddings transformers does not know
         return
     if not isinstance(embeddings, nn.Embedding):
         return

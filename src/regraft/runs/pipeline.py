@@ -41,7 +41,7 @@ def plan_run(
     Raises:
         RegraftError: bad input.
     """
-    run_dir = _run_dir(recipe, folder)
+    run_dir = RunDir.for_recipe(folder, recipe)
     dense, existing = recipe.compute.opened(recipe.model), None
     if recipe.pruned is not None:
         existing = recipe.compute.opened(recipe.pruned)
@@ -64,10 +64,6 @@ def plan_run(
     return plan
 
 
-def _run_dir(recipe: Recipe, folder: Path) -> RunDir:
-    return RunDir(folder, several=len(recipe.prune) > 1)
-
-
 def run_one(
     recipe: Recipe,
     folder: Path,
@@ -83,7 +79,7 @@ def run_one(
         RegraftError: bad input, or the folder holds something else.
     """
     metered = Metered(progress)
-    plan, run_dir = plan_run(recipe, folder, cache, metered), _run_dir(recipe, folder)
+    plan, run_dir = plan_run(recipe, folder, cache, metered), RunDir.for_recipe(folder, recipe)
     setup = plan.setup
     claim(folder, recipe)
     for line in (*unused_in(recipe), *plan.prompts.warnings()):

@@ -69,7 +69,7 @@ def open_run(folder: Path) -> tuple[RunDir, Recipe]:
             f"{folder} holds no run: there is no {RECIPE_FILE} in it.{hint if found else ''}"
         )
     recipe = read_recipe(file)
-    return RunDir(folder, several=len(recipe.prune) > 1), recipe
+    return RunDir.for_recipe(folder, recipe), recipe
 
 
 def run_folders(folder: Path) -> list[Path]:

@@ -23,6 +23,11 @@ class RunDir:
         self.calibration_pass = path / "calibration-pass.json"  # its prompts, tokens and FLOPs
         self.dense_evaluation = path / "evaluation" / "dense"
 
+    @classmethod
+    def for_recipe(cls, path: Path, recipe: Recipe) -> RunDir:
+        """The paths of a recipe's run in the folder `path`."""
+        return cls(path, several=len(recipe.prune) > 1)
+
     def statistics(self, score: str) -> Path:
         """Statistics on D^s and D^u for one kind of importance."""
         name = "statistics" if score == "wanda" else f"statistics-{score}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,18 +24,25 @@ _TRIES = 5  # the fastest product counts, since other programs may use the machi
 
 @dataclass(frozen=True)
 class Planned:
-    """Steps that have been checked, with the resources they need.
-
-    Attributes:
-        kept: Bytes of the checkpoints still to be written.
-        most: Peak bytes of disk space, temporary files included.
-    """
+    """Steps that have been checked, with the resources they need."""
 
     setup: Restoration
     steps: tuple[Step, ...]
     prompts: PromptUse
-    kept: int
-    most: int
+
+    @property
+    def kept(self) -> int:
+        """Bytes of the checkpoints still to be written."""
+        return self._disk[0]
+
+    @property
+    def most(self) -> int:
+        """Peak bytes of disk space, temporary files included."""
+        return self._disk[1]
+
+    @cached_property
+    def _disk(self) -> tuple[int, int]:
+        return disk_bytes(self.steps)
 
     @property
     def weights(self) -> int:
@@ -64,7 +71,7 @@ def plan_steps(setup: Restoration, steps: Sequence[Step]) -> Planned:
     Raises:
         RegraftError: bad input.
     """
-    return Planned(setup, tuple(steps), check_all(steps), *disk_bytes(steps))
+    return Planned(setup, tuple(steps), check_all(steps))
 
 
 @cache

@@ -16,7 +16,6 @@ from regraft.data.example import KINDS
 from regraft.evaluation.tradeoff import read_curve
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, check_split
-from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import check_pair
 from regraft.pruning.base import PRUNERS
 from regraft.pruning.statistics import StatisticsSettings
@@ -57,21 +56,6 @@ class Restoration(Setup):
     scoring: HeadSettings = HeadSettings()
     guard: StepGuard = lambda _stage, _of: nullcontext()
 
-    def restore(
-        self,
-        pruned: Source,
-        settings: MethodSettings,
-        paths: ArtifactPaths,
-        choice: SearchSettings | None = None,
-    ) -> Patch:
-        """Make a method's inputs, its ranking and the patch.
-
-        Raises:
-            RegraftError: bad input of any step, found before any long work.
-        """
-        self.make(self.planned(pruned, settings, paths, choice).steps)
-        return load_patch(paths.patch)
-
     def planned(
         self,
         pruned: Source,
@@ -79,10 +63,10 @@ class Restoration(Setup):
         paths: ArtifactPaths,
         choice: SearchSettings | None = None,
     ) -> Planned:
-        """The steps of `restore`, with all input checked; writes nothing.
+        """The steps of a method's inputs, its ranking and the patch, for `make`; writes nothing.
 
         Raises:
-            RegraftError: bad input of any step.
+            RegraftError: bad input of any step, found before any long work.
         """
         steps = [
             *self.gathering([needs_of(settings)], paths),
