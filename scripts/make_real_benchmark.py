@@ -10,13 +10,13 @@ writes
 
 - `calibration-0.jsonl`, `-1`, `-2`: one file per calibration seed, no prompt in two of them, at
   least --samples of each kind with a response.
-- `validation.jsonl`, `test.jsonl`: their prompts.
+- `validation.jsonl`, `test.jsonl`, `confirmation.jsonl` (a second test): their prompts.
 - `summary.json`: how many of each source, near-duplicates removed, answers left out and why.
 - with --images, `test-images/examples.jsonl`: the test prompts as typographic images.
 
 A prompt has the dense model's greedy answer as its response if the answer is usable: it refuses a
 harmful prompt or answers a harmless one, and is neither blank nor degenerate
-(`regraft.stages.answering.judged`). Harmful prompts of the test have no response. Methods that
+(`regraft.stages.answering.judged`). Harmful prompts of the two tests have no response. Methods that
 learn from responses draw prompts that have one; gain draws from all, since it learns from any
 answer of the dense model. Answers end after --new-tokens: use the same limit in the evaluation, so
 that similarity to them measures content. A stopped run can be continued.
@@ -30,10 +30,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -90,8 +92,12 @@ class Maker:
         splits = real_prompts.splits(data)
         self.out.mkdir(parents=True, exist_ok=True)
         files = {}
-        for name, prompts in (("test", splits.test), ("validation", splits.validation)):
-            reading = self._answered(prompts, references_only=name == "test")
+        for name, prompts, references_only in (
+            ("test", splits.test, True),
+            ("validation", splits.validation, False),
+            ("confirmation", splits.confirmation, True),
+        ):
+            reading = self._answered(prompts, references_only=references_only)
             files[name] = _write(self.out / f"{name}.jsonl", reading)
         for seed, prompts in enumerate(splits.candidates):
             name = f"calibration-{seed}"
@@ -136,7 +142,7 @@ class Maker:
         )
         partial = self.out / "answers" / content[:16]
         partial.mkdir(parents=True, exist_ok=True)
-        model, processor = load(self.dense, self.compute, self.progress)
+        model, processor = self._loaded
         with self.progress.task("Writing references", len(prompts), "answers") as done:
             texts = generate(
                 model,
@@ -148,6 +154,11 @@ class Maker:
                 advance=done,
             )
         return [judged(one, text) for one, text in zip(prompts, texts, strict=True)]
+
+    @cached_property
+    def _loaded(self) -> tuple[nn.Module, Any]:
+        """The dense model and its processor, loaded once for all files."""
+        return load(self.dense, self.compute, self.progress)
 
     def _calibration(self, seed: int, prompts: Sequence[Example]) -> Reading:
         """All prompts of the seed, with enough usable answers of each kind."""

@@ -7,6 +7,9 @@ Every split has harmful prompts from sources of its own:
   our everyday and borderline prompts.
 - validation: 96 of HarmBench's standard behaviours, which need no context and quote no copyrighted
   text; harmless: an eighth of ours.
+- confirmation, a second test, first used when the methods were fixed: XSTest's unsafe prompts and
+  HarmBench's other standard behaviours; harmless: XSTest's safe prompts with an odd id, and prompts
+  written for it (`prompts/everyday-2.txt`, `prompts/borderline-2.txt`).
 - calibration 0, 1, 2: AdvBench and SafeBench, divided among the three seeds; harmless: the rest of
   ours. What is learnt from one form of prompt need not hold for others, so prompts get one of
   several forms: AdvBench has only imperatives, which are rewritten, and SafeBench has a question
@@ -17,12 +20,13 @@ MaliciousInstruct, by their column `source`; SafeBench's legal, financial and he
 is not clearly harmful; and all of VLGuard, whose instructions are about an image, while those that
 mention none are mostly harmless by themselves.
 
-Near-duplicates stay in one split only: test before validation before calibration. Within a split
-the first is kept, so seeds share none either. Prompts are near-duplicates if their word-Jaccard is
-0.75 or more, with or without the words around the task ("Write a tutorial on how to", "Steps to").
+Near-duplicates stay in one split only: test before validation before calibration before
+confirmation. Within a split the first is kept, so seeds share none either. Prompts are
+near-duplicates if their word-Jaccard is 0.75 or more, with or without the words around the task
+("Write a tutorial on how to", "Steps to").
 
-`prompts/everyday.txt` and `prompts/borderline.txt` were written for this benchmark and have
-regraft's licence. Borderline prompts are harmless prompts with alarming words.
+The files in `prompts/` were written for this benchmark and have regraft's licence. Borderline
+prompts are harmless prompts with alarming words.
 """
 
 from __future__ import annotations
@@ -61,6 +65,7 @@ class Splits:
     test: tuple[Example, ...]
     validation: tuple[Example, ...]
     candidates: tuple[tuple[Example, ...], ...]
+    confirmation: tuple[Example, ...]
     removed: Mapping[str, int]
 
 
@@ -75,15 +80,20 @@ def splits(data: Path) -> Splits:
     """
     removed: Counter[str] = Counter()
     ours = [*own("everyday"), *own("borderline")]
-    test = distinct([*test_harmful(data), *xstest_safe(data), *part(ours, "test")], [], removed)
+    test = distinct(
+        [*test_harmful(data), *xstest(data, "safe", (0,)), *part(ours, "test")], [], removed
+    )
     behaviours = distinct(harmbench(data), test, removed)
-    behaviours = sorted(behaviours, key=lambda one: share(one.instruction))[:HARMBENCH]
-    validation = [*behaviours, *distinct(part(ours, "validation"), test, removed)]
+    behaviours = sorted(behaviours, key=lambda one: share(one.instruction))
+    validation = [*behaviours[:HARMBENCH], *distinct(part(ours, "validation"), test, removed)]
     # before and after prompts take a form: near-duplicates may show up in either
     raw = distinct([*advbench(data), *safebench(data)], [*test, *validation], removed)
     rest = [*map(formed, raw), *part(ours, "calibration")]
     kept = distinct(rest, [*test, *validation], removed)
-    return Splits(tuple(test), tuple(validation), dealt(kept), dict(removed))
+    later = [*xstest(data, "unsafe", (0, 1)), *behaviours[HARMBENCH:], *xstest(data, "safe", (1,))]
+    later += [*own("everyday-2"), *own("borderline-2")]
+    confirmation = distinct(later, [*test, *validation, *kept], removed)
+    return Splits(tuple(test), tuple(validation), dealt(kept), tuple(confirmation), dict(removed))
 
 
 def words(text: str) -> frozenset[str]:
@@ -209,13 +219,18 @@ def safebench(data: Path) -> list[Example]:
     return found
 
 
-def xstest_safe(data: Path) -> list[Example]:
-    """XSTest's safe prompts with an even id; the odd ones are used to choose judges."""
+def xstest(data: Path, label: str, remainders: Sequence[int]) -> list[Example]:
+    """XSTest's safe or unsafe prompts whose id modulo 2 is one of these.
+
+    Judges are chosen by answers to those with an odd id.
+    """
     rows = csv_rows(data / "xstest" / "xstest_prompts.csv", "XSTest is xstest_prompts.csv.")
     return [
-        Example(f"xstest-{row.text('id')}", row.text("prompt"), False, "xstest-safe")
+        Example(
+            f"xstest-{row.text('id')}", row.text("prompt"), label == "unsafe", f"xstest-{label}"
+        )
         for row in rows
-        if row.text("label") == "safe" and int(row.text("id")) % 2 == 0
+        if row.text("label") == label and int(row.text("id")) % 2 in remainders
     ]
 
 

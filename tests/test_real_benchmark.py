@@ -39,7 +39,7 @@ def splits(shared: Path) -> real_prompts.Splits:
 
 
 def _parts(splits: real_prompts.Splits) -> list[tuple[Example, ...]]:
-    return [splits.test, splits.validation, *splits.candidates]
+    return [splits.test, splits.validation, *splits.candidates, splits.confirmation]
 
 
 def _sources(examples: Iterable[Example], *, harmful: bool) -> Counter[str]:
@@ -70,12 +70,13 @@ def test_no_task_is_in_two_seeds_in_another_form(splits: real_prompts.Splits) ->
 
 
 def test_splits_have_harmful_prompts_of_their_own_sources(splits: real_prompts.Splits) -> None:
-    test, validation, *calibration = (
+    test, validation, *calibration, confirmation = (
         {name.split()[0] for name in _sources(part, harmful=True)} for part in _parts(splits)
     )
     assert test == {"jailbreakbench", "maliciousinstruct", "strongreject"}
     assert validation == {"harmbench"}
     assert calibration == [{"advbench", "safebench"}] * 3
+    assert confirmation == {"harmbench", "xstest-unsafe"}  # HarmBench: other behaviours
 
 
 def test_there_are_as_many_prompts_as_were_promised(splits: real_prompts.Splits) -> None:
@@ -86,6 +87,10 @@ def test_there_are_as_many_prompts_as_were_promised(splits: real_prompts.Splits)
     assert set(harmless) == {"xstest-safe", "everyday", "borderline"}
     assert min(harmless.values()) >= 80
     assert 60 <= sum(_sources(splits.validation, harmful=True).values()) <= 100
+    assert sum(_sources(splits.confirmation, harmful=True).values()) >= 250
+    harmless = _sources(splits.confirmation, harmful=False)
+    assert set(harmless) == {"xstest-safe", "everyday-2", "borderline-2"}
+    assert min(harmless.values()) >= 70
     for part in splits.candidates:
         forms = _sources(part, harmful=True)
         assert len(forms) == 6
@@ -168,6 +173,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         prompts("test", 2, 3),
         prompts("held out", 2, 2),
         tuple(prompts(f"seed {seed}", 4, 4) for seed in range(3)),
+        prompts("confirmation", 1, 2),
         {},
     )
     monkeypatch.setattr(real_prompts, "splits", lambda _: made)
@@ -196,6 +202,8 @@ def test_files_hold_the_answers_that_are_of_use(
     test = read_jsonl(out / "test.jsonl").examples
     assert [one.response is not None for one in test] == [False, False, False, True, True]
     assert summary["files"]["test"]["left out"] == {"no response (harmless: refused)": 1}
+    confirmation = read_jsonl(out / "confirmation.jsonl").examples
+    assert [one.response is not None for one in confirmation] == [False, False, True]
     validation = read_jsonl(out / "validation.jsonl").examples
     assert [one.response is not None for one in validation] == [False, True, False, True]
     for seed in range(3):
