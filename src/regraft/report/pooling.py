@@ -68,12 +68,13 @@ def study_of(
     tables = tuple(_with_published(table, published) for table in tables) if published else tables
     shown = {row.published.row.key for table in tables for row in table.rows if row.published}
     every = tuple(run for same in by_model.values() for run in same)
-    suites = [s for run in every for s in (run.dense.result.by_suite or [run.dense.result.suite])]
     return Study(
         title=title or runs[0].title,
         runs=every,
         tables=tables,
-        suites=short_names(dict.fromkeys(filter(None, suites))),
+        suites=short_names(
+            dict.fromkeys(suite for run in every for suite in run.dense.result.suites)
+        ),
         against=against,
         published=published,
         missing=tuple(one for one in published.rows if one.key not in shown) if published else (),

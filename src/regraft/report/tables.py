@@ -115,7 +115,7 @@ def _columns(study: Study) -> Iterator[Column]:
     yield Column(
         "Restored per 10,000", lambda row: spread_cell(row.restored, formatting.share), "everywhere"
     )
-    yield Column("published", _published_restored, "page")
+    yield _published(lambda one: (one.row.per_ten_thousand, None), "{:.3f}".format, "page")
     yield Column("ASR", lambda row: rate_cell(row.asr), "everywhere")
     yield Column("ASR, mean", lambda row: rate_cell(row.mean_asr), means)
     yield _published(lambda one: (one.row.mean_asr, _ends(one.asr)))
@@ -182,17 +182,22 @@ def _restored(row: Row) -> Cell:
     return replace(found, note=", ".join(filter(None, (found.note, formatting.pattern(row)))))
 
 
-def _published(figure: Callable[[Beside], tuple[float | None, Interval | None]]) -> Column:
-    """A column of published rates, in per cent, with a dagger if they were not checked."""
+def _published(
+    figure: Callable[[Beside], tuple[float | None, Interval | None]],
+    write: Callable[[float], str] = lambda value: f"{100 * value:.2f} %",
+    place: Place = "everywhere",
+) -> Column:
+    """A column of published figures, with a dagger if they were not checked."""
 
     def of(row: Row) -> Cell:
         value, around = figure(row.published) if row.published else (None, None)
         if row.published is None or value is None:
             return Cell()
-        shown = f"{100 * value:.2f} %{_mark(row.published)}"
-        return Cell(shown, formatting.interval(*around) if around else "", kind="soft")
+        mark = "" if row.published.row.checked else f" {formatting.UNCHECKED}"
+        ends = formatting.interval(*around) if around else ""
+        return Cell(f"{write(value)}{mark}", ends, kind="soft")
 
-    return Column("published", of, "everywhere")
+    return Column("published", of, place)
 
 
 def _published_on(name: str, *, attacks: bool) -> Column:
@@ -201,17 +206,6 @@ def _published_on(name: str, *, attacks: bool) -> Column:
     if attacks:
         return _published(lambda one: (one.row.asr.get(data), _ends(one.by_suite.get(data))))
     return _published(lambda one: (one.row.utility.get(data), None))
-
-
-def _published_restored(row: Row) -> Cell:
-    found = row.published
-    if found is None or found.row.per_ten_thousand is None:
-        return Cell()
-    return Cell(f"{found.row.per_ten_thousand:.3f}{_mark(found)}", kind="soft")
-
-
-def _mark(published: Beside) -> str:
-    return "" if published.row.checked else f" {formatting.UNCHECKED}"
 
 
 def _ends(estimate: Estimate | None) -> Interval | None:

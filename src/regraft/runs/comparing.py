@@ -27,7 +27,6 @@ from regraft.runs.reporting import (
     open_run,
     read_run,
     run_folders,
-    suites_of,
 )
 from regraft.stages import Evaluation
 from regraft.stages.provenance import but_for_rounding, difference, differing
@@ -93,7 +92,7 @@ def run_of_evaluations(folders: Sequence[Path], pair: Pair | None = None) -> Run
                 name: {"folder": str(folder), **one.about["inputs"]}
                 for folder, (name, one) in zip(folders, found.items(), strict=True)
             },
-            "suites": suites_of(found[first].result),
+            "suites": found[first].result.suites,
             **{way: about[way] for way in ("settings", "compute") if way in about},
         },
         versions=about["versions"] | {"device": about.get("compute", _SERVER)["device"]},

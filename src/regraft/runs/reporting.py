@@ -19,7 +19,6 @@ from regraft.defence import DEFENCE_PROMPT, Direction, load_defence
 from regraft.disk.descriptions import about_of, described
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
-from regraft.evaluation.results import EvalResult
 from regraft.evaluation.tradeoff import read_curve
 from regraft.heads.score import HeadScores, load_heads
 from regraft.models.architecture import Architecture, LayerArchitecture
@@ -318,17 +317,10 @@ def accounts_of(abouts: Sequence[Mapping[str, Any]]) -> Iterator[DataAccount]:
         yield DataAccount(names[role], source, data["read"], used, data["skipped"])
 
 
-def suites_of(result: EvalResult) -> list[str]:
-    """The data sets of the answers, or the evaluation's name for all if they do not tell."""
-    return list(dict.fromkeys(filter(None, (one.suite for one in result.answers)))) or [
-        result.suite
-    ]
-
-
 def images_of(evaluation: Evaluation) -> dict[str, Path]:
     """The image of each prompt as its data set has it now, which may have changed since."""
     try:
-        sources = [DataSource.model_validate(suite) for suite in suites_of(evaluation.result)]
+        sources = [DataSource.model_validate(suite) for suite in evaluation.result.suites]
         examples = join_suites(sources, evaluation.about["settings"].get("limit")).examples
     except (RegraftError, ValidationError):
         return {}
