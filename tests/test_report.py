@@ -891,7 +891,7 @@ def test_the_verdict_on_unrelated_models_has_its_caveats() -> None:
     assert summary(study_of([report]))[1].endswith("refusing more of everything.")
     report = alone(*(without(False, of_places(v)) for v in (DENSE, PRUNED)))
     told = summary(study_of([report]))
-    assert "12.5 % [5.5, 26.1] of the answers are degenerate" in told[0]
+    assert "degenerate answers 12.5 % [5.5, 26.1] on 40 prompts" in told[0]
     assert told[-1].startswith("Over-refusal was not measured")
 
 

@@ -83,26 +83,15 @@ def _sentences(table: Table) -> Iterator[str]:
 
 
 def _alone(row: Row) -> str:
+    named = {"ASR": row.asr, "over-refusal": row.over_refusal, "utility": row.utility}
+    if row.degenerate and row.degenerate.value:
+        named["degenerate answers"] = row.degenerate
     parts = [
         f"{name} {rate(estimate)} on {estimate.n:,} prompts"
-        for name, estimate in (
-            ("ASR", row.asr),
-            ("over-refusal", row.over_refusal),
-            ("utility", row.utility),
-        )
+        for name, estimate in named.items()
         if estimate is not None
     ]
-    return f"{row.label}: {', '.join(parts) or 'no prompt was answered'}.{_degenerate(row)}"
-
-
-def _degenerate(row: Row) -> str:
-    found = row.degenerate
-    if found is None or not found.value:
-        return ""
-    return (
-        f" {rate(found)} of the answers are degenerate: they count neither as refusals nor as "
-        "successful attacks."
-    )
+    return f"{row.label}: {', '.join(parts) or 'no prompt was answered'}."
 
 
 def _compared(row: Row) -> str:
