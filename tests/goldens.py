@@ -189,7 +189,7 @@ def demo_table(run: Path) -> dict[str, dict[str, Any]]:
         compared = tested[one["name"]]
         if compared["attacks"] is not None:
             row["p"] = compared["attacks"]["p"]
-            recovery = compared["rsr"] and compared["rsr"]["recovery"]["value"]
+            recovery = compared["rsr"] and compared["rsr"]["value"]
             row["rsr"] = recovery and round(recovery, 12)  # beyond, it depends on the order of sums
         rows[one["name"]] = row
     return rows

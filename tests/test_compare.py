@@ -36,6 +36,7 @@ from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.tradeoff import Bounds, Point, Searched
 from regraft.recipes.file import read_recipe, write_recipe
 from regraft.recipes.recipe import Recipe
+from regraft.report.examples import pictures
 from regraft.report.page import CURVES_CAPTION, render_html, render_markdown
 from regraft.report.pooling import study_of
 from regraft.report.rate_figures import _points, curve_figure, marker_size, trade_off_figure
@@ -151,9 +152,9 @@ def test_one_run_is_wilson_and_mcnemar() -> None:
         assert row.attacks is not None
         assert row.attacks.p == pytest.approx(mcnemar(own, base).p)
         assert row.rsr is not None
-        assert row.rsr.recovery.value == pytest.approx(rsr(sum(dense), sum(base), sum(own)).value)
+        assert row.rsr.value == pytest.approx(rsr(sum(dense), sum(base), sum(own)))
         assert row.rsr.interval == paired_rsr(dense, base, own)
-        assert row.rsr.by_seed == (row.rsr.recovery.value,)
+        assert row.rsr.by_seed == (row.rsr.value,)
         right = [a.similarity == 1 for a in answers_of(RUNS[0], name) if a.similarity is not None]
         assert row.utility == replace(wilson(sum(right), PROMPTS), count=None)
     methods = [row.attacks for row in rows.values() if row.attacks and row.role == "method"]
@@ -197,7 +198,7 @@ def test_seeds_are_pooled_by_prompt(pooled: Study) -> None:
     assert row.attacks.difference == pytest.approx(own.mean() - base.mean()), "not of the rates"
     assert row.rsr is not None
     value = (base.mean() - own.mean()) / (base.mean() - dense.mean())
-    assert row.rsr.recovery.value == pytest.approx(value)
+    assert row.rsr.value == pytest.approx(value)
     one_by_one = (base.mean(1) - own.mean(1)) / (base.mean(1) - dense.mean(1))
     assert row.rsr.by_seed == pytest.approx(tuple(one_by_one))
     assert row.restored is not None
@@ -208,7 +209,7 @@ def test_seeds_are_pooled_by_prompt(pooled: Study) -> None:
 def test_repeats_of_a_random_control_are_one_row(pooled: Study) -> None:
     assert list(rows_of(pooled)) == ["dense", "pruned", "hsr", "random", "worse"]
     row = rows_of(pooled)["random"]
-    assert (row.repeats, row.method, row.label) == (2, "a method", "random (a method)")
+    assert (len(row.draws), row.method, row.label) == (2, "a method", "random (a method)")
     both = [np.array([attacks_of(one, f"random-{i}") for one in RUNS], dtype=int) for i in (1, 2)]
     base, hsr = (
         np.array([attacks_of(one, name) for one in RUNS], dtype=int) for name in ("pruned", "hsr")
@@ -359,7 +360,7 @@ def test_repeats_of_random_weights_are_one_row() -> None:
         for settings in recipe["realign"][3:5]:
             settings |= {"method": "random"}
         runs.append(replace(one, recipe=recipe))
-    assert rows_of(study_of(runs))["random"].repeats == 2
+    assert len(rows_of(study_of(runs))["random"].draws) == 2
 
 
 def test_price_is_set_beside_the_gain(pooled: Study) -> None:
@@ -398,7 +399,7 @@ def test_each_harmful_suite_has_its_own_numbers(pooled: Study) -> None:
         found = row.by_suite[suite]
         assert (found.asr.value, found.asr.n) == (pytest.approx(own), PROMPTS // 2)
         assert found.rsr is not None
-        assert found.rsr.recovery.value == pytest.approx((base - own) / (base - dense))
+        assert found.rsr.value == pytest.approx((base - own) / (base - dense))
 
 
 def test_without_harmless_prompts_or_suites() -> None:
@@ -487,11 +488,12 @@ def test_text_is_the_mean_over_seeds_and_shown_where_it_was_measured(pooled: Stu
         assert row.text.kl.value == pytest.approx((0.6 + 1.8) / 8)
         assert row.text.perplexity.value == pytest.approx(math.exp(17 / 8))
     text, page = render_markdown(study), render_html(study)
-    heading = next(line for line in text.splitlines() if line.startswith("| Model"))
-    assert heading.endswith(" Perplexity | KL to dense |")
+    headings = [line for line in text.splitlines() if line.startswith("| Model")]
     rows = [line for line in text.splitlines() if re.match(r"\| \d+\\?\. ", line)]
-    assert any(line.endswith(" 8.37 [7.39, 9.49] | 0.3 [0.15, 0.45] |") for line in rows)
-    assert len({line.count("|") for line in rows if "8.37" in line} | {heading.count("|")}) == 1
+    for name, value in (("KL to dense", "0.3 [0.15, 0.45]"), ("Perplexity", "8.37 [7.39, 9.49]")):
+        (heading,) = (line for line in headings if line.endswith(f" {name} |"))
+        found = [line.count("|") for line in rows if line.endswith(f" {value} |")]
+        assert found == [heading.count("|")] * len(study.rows)
     assert "on 8 tokens of 2 documents of ordinary text" in page
     assert "KL to dense" not in render_markdown(pooled)
     assert "KL to dense" not in render_html(pooled)
@@ -538,10 +540,15 @@ def test_a_circle_tells_the_restored_share(pooled: Study) -> None:
 def test_curves_ring_the_chosen_point(pooled: Study) -> None:
     unchosen = searched([100 * i for i in range(4)], None)
 
+    (bare,) = pooled.tables
+
+    def with_curves(*curves: Searched) -> Table:
+        own = [(replace(rows_of(pooled)["hsr"].first, curve=one),) for one in curves]
+        rows = [replace(r, members=tuple(own)) if r.name == "hsr" and own else r for r in bare.rows]
+        return replace(bare, pruning="wanda-60", rows=tuple(rows))
+
     def drawn(*curves: Searched) -> str:
-        bare = replace(pooled.tables[0], curves={})
-        table = replace(bare, pruning="wanda-60", curves={"hsr": curves} if curves else {})
-        return curve_figure([bare, table])
+        return curve_figure([bare, with_curves(*curves)])
 
     assert drawn() == ""
     assert ">hsr<" in drawn(unchosen)
@@ -549,10 +556,7 @@ def test_curves_ring_the_chosen_point(pooled: Study) -> None:
     assert len(drawn(replace(unchosen, chosen=200))) > len(drawn(unchosen))
     backwards = replace(unchosen, points=unchosen.points[::-1])
     assert drawn(replace(unchosen, chosen=300)) == drawn(replace(backwards, chosen=300))
-    page = render_html(
-        replace(pooled, tables=(replace(pooled.tables[0], curves={"hsr": (unchosen,)}),))
-    )
-    assert CURVES_CAPTION in page
+    assert CURVES_CAPTION in render_html(replace(pooled, tables=(with_curves(unchosen),)))
     assert CURVES_CAPTION not in render_html(pooled)
 
 
@@ -629,13 +633,18 @@ def test_a_study_is_a_run_a_seed_and_their_comparison(world: Path) -> None:
 
 
 def test_images_of_a_run_that_changed_since_are_not_shown(world: Path) -> None:
-    shown = read_run(world / "run" / "seed-0").images
-    name, image = next(iter(shown.items()))
+    shown = _pictures(world)
+    name, image = next(iter(read_run(world / "run" / "seed-0").images().items()))
     content = image.read_bytes()
     Image.new("RGB", (8, 8), "blue").save(image)
-    now = read_run(world / "run" / "seed-0").images
+    now = _pictures(world)
     image.write_bytes(content)
-    assert now == {other: path for other, path in shown.items() if other != name} != {}
+    assert now == {other: uri for other, uri in shown.items() if other != name} != shown
+
+
+def _pictures(world: Path) -> dict[str, str]:
+    run = read_run(world / "run" / "seed-0")
+    return pictures(run.dense.result.answers, run.images())
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -732,14 +741,14 @@ def test_compare_reads_what_the_runs_wrote(world: Path, tmp_path: Path) -> None:
     assert asr is not None
     assert asr.value == pytest.approx(counts["hsr"] / 12)
     assert row["hsr"].rsr is not None
-    assert row["hsr"].rsr.recovery.value == pytest.approx(
+    assert row["hsr"].rsr.value == pytest.approx(
         (counts["pruned"] - counts["hsr"]) / (counts["pruned"] - counts["dense"])
     )
-    assert row["random"].repeats == 2
+    assert len(row["random"].draws) == 2
     tables: tuple[Table, ...] = whole.tables
-    assert tables[0].curves == {}
-    curves = tables[1].curves["hsr"]
-    assert list(curves) == [searched([0, 2, 4], 4)] * 2
+    assert [row.curves for row in tables[0].rows] == [()] * len(tables[0].rows)
+    (curves,) = (row.curves for row in tables[1].rows if row.name == "hsr")
+    assert curves == (searched([0, 2, 4], 4),) * 2
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {
         *("report.json", "report.md", "report.html", "trade-off.svg", "curves.svg"),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -129,6 +130,13 @@ def test_samples_of_plug_ins_are_those_that_tests_run() -> None:
     samples = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert len(samples) == 4
     assert all(sample in run for sample in samples)
+
+
+def test_the_citation_has_the_version_of_the_package() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for field in ("version", "license", "keywords"):
+        assert cited[field] == project[field]
 
 
 def test_readme_is_short() -> None:

@@ -18,6 +18,8 @@ from regraft.errors import RegraftError
 from regraft.evaluation.keywords import REGRAFT_1, REGRAFT_2, KeywordJudge
 from regraft.evaluation.results import result_to_json, write_answers
 from regraft.evaluation.summary import judge_answer, summarise
+from regraft.report.examples import HARMFUL
+from regraft.report.page import render_html
 from regraft.report.pooling import study_of
 from regraft.report.run import Run
 from regraft.report.study import Row
@@ -178,7 +180,7 @@ def test_named_dense_and_pruned_give_rsr(
     assert [(one.restored, one.pruned) for one in found.variants] == [
         *((0, 0), (0, 49), (2, 49), (0, 49))
     ]
-    recovered = [row.rsr.recovery.value for row in rows_of(found) if row.rsr]
+    recovered = [row.rsr.value for row in rows_of(found) if row.rsr]
     assert recovered == pytest.approx([(16 - 7) / (16 - 4), (16 - 10) / (16 - 4)])
     text = (page / "report.md").read_text()
     assert "RSR 75.0 % [" in text
@@ -247,11 +249,25 @@ def test_what_was_done_otherwise_is_noted(tmp_path: Path, asked: list[Example]) 
 
 def test_images_that_changed_since_are_not_shown(tmp_path: Path, asked: list[Example]) -> None:
     folder = evaluation(tmp_path / "a", asked, 3, 1)
-    assert len(comparing.run_of_evaluations([folder]).images) == 20
+    assert "data:image/" in _page([folder])
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "data" / "i.png")
-    assert comparing.run_of_evaluations([folder]).images == {}
+    assert "data:image/" not in _page([folder])
     (tmp_path / "data" / "asks.jsonl").unlink()
-    assert comparing.run_of_evaluations([folder]).images == {}
+    assert comparing.run_of_evaluations([folder]).images() == {}
+
+
+def test_only_the_images_of_the_examples_are_read(
+    tmp_path: Path, asked: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = evaluation(tmp_path / "a", asked, 3, 1)
+    read: list[Path] = []
+    monkeypatch.setattr("regraft.report.examples.file_digest", read.append)
+    _page([folder])
+    assert len(read) == HARMFUL < len(comparing.run_of_evaluations([folder]).images())
+
+
+def _page(folders: Sequence[Path]) -> str:
+    return render_html(study_of([comparing.run_of_evaluations(folders)]))
 
 
 def test_other_judges_and_prompts_are_refused(tmp_path: Path, asked: list[Example]) -> None:

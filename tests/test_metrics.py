@@ -126,36 +126,21 @@ def test_anls_by_hand(answer: str, references: list[str], expected: float) -> No
 
 
 def test_rsr_reproduces_the_papers_headline() -> None:
-    recovery = rsr(full=1.88, pruned=14.47, restored=11.02)
-    assert recovery.value is not None
-    assert round(100 * recovery.value, 2) == 27.40
-    assert recovery.verdict == "partial"
+    found = rsr(full=1.88, pruned=14.47, restored=11.02)
+    assert found is not None
+    assert round(100 * found, 2) == 27.40
 
 
-@pytest.mark.parametrize(
-    ("restored", "verdict"),
-    [
-        (0.50, "negative"),
-        (0.36, "none"),
-        (0.20, "partial"),
-        (0.144, "complete"),
-        (0.10, "beyond the dense model"),
-    ],
-)
+@pytest.mark.parametrize("restored", [0.50, 0.36, 0.20, 0.144, 0.10])
 @pytest.mark.parametrize("scale", [1, 100])
-def test_rsr_names_every_case(restored: float, verdict: str, scale: int) -> None:
-    recovery = rsr(scale * 0.144, scale * 0.36, scale * restored)
-    assert recovery.value == pytest.approx((0.36 - restored) / 0.216)
-    assert recovery.verdict == verdict
+def test_rsr_is_the_share_of_the_rise(restored: float, scale: int) -> None:
+    found = rsr(scale * 0.144, scale * 0.36, scale * restored)
+    assert found == pytest.approx((0.36 - restored) / 0.216)
 
 
 @pytest.mark.parametrize("pruned", [0.1, 0.2])
 def test_rsr_is_undefined_where_pruning_did_no_harm(pruned: float) -> None:
-    recovery = rsr(full=0.2, pruned=pruned, restored=0.05)
-    assert (recovery.value, recovery.verdict) == (
-        None,
-        "undefined: pruning did not raise ASR",
-    )
+    assert rsr(full=0.2, pruned=pruned, restored=0.05) is None
 
 
 def test_rsr_rejects_nan() -> None:

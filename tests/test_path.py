@@ -215,6 +215,6 @@ def test_a_comparison_has_a_line_a_seed() -> None:
         replace(run, paths=(one,)) for run, one in zip(RUNS, (SHARED, later, SHARED), strict=True)
     ]
     study = study_of(runs)
-    assert study.paths == (("wanda-50: gain-0.01, gain", (SHARED, later, SHARED)),)
+    assert study.paths == {"wanda-50: gain-0.01, gain": [SHARED, later, SHARED]}
     page = render_html(study)
     assert 'aria-label="Paths of gain"' in page and "two lines per seed" in page

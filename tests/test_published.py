@@ -82,7 +82,7 @@ def test_checked_figures_follow_from_whole_numbers_of_prompts() -> None:
             assert pruned is not None
             assert pruned.mean_asr is not None
             recovered = rsr(dense.mean_asr, pruned.mean_asr, row.mean_asr)
-            assert recovered.value == pytest.approx(row.rsr, abs=5e-5)
+            assert recovered == pytest.approx(row.rsr, abs=5e-5)
     found = {row.key[1:]: row.rsr for row in checked if row.rsr}
     assert found == pytest.approx(
         {

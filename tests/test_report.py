@@ -167,7 +167,7 @@ def test_comparisons_equal_the_metrics_on_the_same_prompts() -> None:
     rows = rows_of(REPORT)
     first, pruning = rows["realigned"], rows["pruned"]
     assert first.rsr is not None and first.attacks is not None and first.refusals is not None
-    assert first.rsr.recovery == rsr(5 / 40, 25 / 40, 10 / 40)
+    assert first.rsr.value == rsr(5 / 40, 25 / 40, 10 / 40)
     assert first.rsr.interval == paired_rsr(dense, pruned, realigned)
     assert first.attacks.p == pytest.approx(mcnemar(realigned, pruned).p)
     assert (first.attacks.outcome, first.attacks.against) == (Outcome.BETTER, "pruned")
@@ -196,8 +196,8 @@ def test_comparisons_name_what_is_worse() -> None:
     found = rows_of(Run("t", "m", (DENSE, PRUNED, worse)))["worse"]
     assert found.attacks is not None and found.refusals is not None
     assert (found.attacks.outcome, found.refusals.outcome) == (Outcome.WORSE, Outcome.WORSE)
-    assert found.rsr is not None
-    assert found.rsr.recovery.verdict == "negative"
+    assert found.rsr is not None and found.rsr.value is not None
+    assert found.rsr.value < 0
 
 
 def test_without_answers_there_is_no_report() -> None:
@@ -285,7 +285,7 @@ def test_each_is_compared_with_its_own_base() -> None:
         assert row.refusals.p == pytest.approx(mcnemar(refused, their).p)
         if base != "dense":
             assert row.rsr is not None
-            assert row.rsr.recovery == rsr(5 / 40, attacks[base] / 40, attacks[name] / 40)
+            assert row.rsr.value == rsr(5 / 40, attacks[base] / 40, attacks[name] / 40)
     for name, outcome in (("wanda-60", Outcome.WORSE), ("wanda-60/hsr", Outcome.BETTER)):
         attack = found[name].attacks
         assert attack is not None and attack.outcome is outcome
@@ -334,8 +334,8 @@ def test_the_matrix_page() -> None:
     assert models[4:8] == [
         *("1 dense", "2 wanda-60", "3 hsr HSR, top", "4 random HSR, random"),
     ]
-    detail = [row for row in rows if row[0] == "3 hsr HSR, top"][3]
-    assert "5 breaks 12 of 4,000 2:4 groups" in detail
+    details = [row for row in rows if row[0] == "3 hsr HSR, top"]
+    assert ["5 breaks 12 of 4,000 2:4 groups" in row for row in details].count(True) == 1
     names = [a["aria-label"] for tag, a in outline.tags if tag == "svg"]
     assert names == [
         "Over-refusal against ASR",
@@ -350,9 +350,12 @@ def test_the_summary_warns_of_degenerate_answers() -> None:
     ]
     mute = replace(REALIGNED, result=summarise(REALIGNED.result.suite, REGRAFT_1, gone))
     study = study_of([Run("t", "m", (DENSE, PRUNED, mute))])
-    assert "Degenerate answers rose from 0.0 % to 100.0 %" in summary(study)[1]
-    assert "Degenerate answers rose" in render_card(study)
-    assert "Degenerate" not in " ".join(summary(study_of([REPORT])))
+    warning = "Degenerate answers rose from 0.0 % [0.0, 6.0] to 100.0 % [94.0, 100.0],"
+    assert warning in summary(study)[1]
+    assert warning in render_card(study)
+    one = summarise("suite", JUDGE, [*gone[:1], *REALIGNED.result.answers[1:]])
+    few = Run("t", "m", (DENSE, PRUNED, replace(REALIGNED, result=one)))
+    assert "Degenerate" not in " ".join(summary(study_of([few]))), "the intervals overlap"
 
 
 def test_patterns_in_words() -> None:
@@ -367,11 +370,9 @@ def test_without_realigned_models_their_columns_go() -> None:
     prunings = (MATRIX.dense, *(group[0] for group in MATRIX.groups))
     report = replace(MATRIX, variants=prunings)
     page = render_html(study_of([report]))
-    assert Outline(page).row("2 wanda-2-4")[1:4] == [
-        "50 %",
-        "60.0 % [44.6, 73.7] 24 of 40",
-        "10.0 % [2.8, 30.1] 2 of 20",
-    ]
+    row, details = (one for one in Outline(page).rows if one[:1] == ["2 wanda-2-4"])
+    assert (row[1], row[3]) == ("60.0 % [44.6, 73.7] 24 of 40", "10.0 % [2.8, 30.1] 2 of 20")
+    assert details[1] == "50 %"
     assert "RSR" not in page
 
 
@@ -386,8 +387,7 @@ def test_the_summary_tells_the_whole_story() -> None:
     assert pruning.endswith("worse than dense (p < 0.001).")
     assert "500 restored weights (5 per 10,000 pruned): ASR 25.0 %" in realigning
     assert "better than pruned (p < 0.001)" in realigning
-    assert "RSR 75.0 % [" in realigning
-    assert "(partial)" in realigning
+    assert re.search(r"RSR 75\.0 % \[[\d.]+, [\d.]+\]\.", realigning)
     assert "Over-refusal is 15.0 % [5.2, 36.0], not distinguishable from pruned" in effects
     assert "pruned 10.0 % [2.8, 30.1], dense 5.0 % [0.9, 23.6]" in effects
     (control,) = controls(study_of([REPORT]))
@@ -432,17 +432,41 @@ def test_the_verdict_warns_of_a_model_that_refuses_everything() -> None:
     assert "lower ASR" not in said, "it rose"
 
 
+def test_the_summary_claims_no_more_than_the_tests_show() -> None:
+    pruned = variant("pruned", 7, 2, base="dense", pruned=100)
+    method = variant("method", 8, 3, base="pruned", restored=9, pruned=100)
+    pruning, restoring, _ = summary(study_of([Run("t", "m", (DENSE, pruned, method))]))
+    assert pruning == (
+        "Pruning (0 % of the weights): ASR 17.5 % [8.7, 31.9], not distinguishable from dense "
+        "(p = 0.500); dense 12.5 % [5.5, 26.1]."
+    )
+    assert restoring.endswith(
+        "not distinguishable from pruned (p = 1.000). RSR -50.0 %, no interval: the rise in ASR is "
+        "uncertain."
+    )
+
+
+def test_refusing_more_is_a_side_effect_only_where_it_is_surely_more_than_dense() -> None:
+    for refusals, warned in ((7, False), (9, True)):
+        strict = variant("strict", 0, refusals, base="pruned", restored=9, pruned=100)
+        mild = variant("pruned", 25, 0, base="dense", pruned=100)
+        said = " ".join(summary(study_of([Run("t", "m", (variant("dense", 5, 4), mild, strict))])))
+        assert "better than pruned" in said and "worse than pruned" in said
+        assert ("refusing more of everything" in said) == warned
+
+
 def test_the_verdict_says_when_rsr_is_undefined() -> None:
     report = Run("t", "m", BACKWARDS)
     said = " ".join(summary(study_of([report])))
     assert "lowered ASR" in said
-    assert "RSR is undefined: pruning did not raise ASR" in said
+    assert "RSR undefined, pruning did not raise ASR" in said
 
 
 def test_rsr_of_several_seeds_without_value_or_interval() -> None:
     rise = rsr(0.0, 0.5, 0.25)
     row = replace(study_of([REPORT]).tables[0].methods[0], rsr=Recovered(rise, None, (0.5, 0.5)))
-    assert "RSR 50.0 % (by seed 50.0, 50.0)." in _method(row)
+    told = "RSR 50.0 %, no interval: the rise in ASR is uncertain; by seed 50.0, 50.0."
+    assert told in _method(row)
     nothing = Recovered(rsr(0.5, 0.5, 0.5), None, (None, None))
     assert rsr_cell(nothing).text == "undefined, pruning did not raise ASR"
 
@@ -589,18 +613,20 @@ def test_harmful_requests_are_folded_in_markdown_and_reasons_told(text: str) -> 
 
 
 def test_the_table_shows_the_numbers_given(page: str) -> None:
-    row = Outline(page).row("the realigned model")
-    assert row[1:4] == ["60 %", "500", "5"]
-    assert row[4] == "25.0 % [14.2, 40.2] 10 of 40"
-    assert row[5].startswith("75.0 % [")
-    assert row[5].endswith("] partial")
-    assert row[6] == "15.0 % [5.2, 36.0] 3 of 20"
+    row, details = (one for one in Outline(page).rows if "the realigned model" in one[0])
+    assert row[1:4] == [
+        "5",
+        "25.0 % [14.2, 40.2] 10 of 40",
+        "p < 0.001 (Holm < 0.001) better than pruned",
+    ]
+    assert row[4].startswith("75.0 % [")
+    assert row[4].endswith("]")
+    assert row[5:7] == ["15.0 % [5.2, 36.0] 3 of 20", "p = 1.000 not distinguishable from pruned"]
     assert row[7].startswith("85.0 % [")
     assert row[7].endswith("n = 20")
-    assert row[8] == "p < 0.001 (Holm < 0.001) better than pruned"
-    assert row[9] == "p = 1.000 not distinguishable from pruned"
-    assert row[10].startswith("+5.0 [")
-    assert row[11].startswith("+10.0 [")
+    assert details[1:3] == ["60 %", "500"]
+    assert details[3].startswith("+5.0 [")
+    assert details[4].startswith("+10.0 [")
 
 
 def test_the_markdown_table_shows_the_same(page: str, text: str) -> None:
@@ -642,7 +668,7 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert row["asr"]["count"] == 10
     assert row["members"] == [["realigned"]]
     assert row["restored"]["mean"] == value["runs"][0]["variants"][2]["per_ten_thousand"] == 5
-    assert row["rsr"]["recovery"]["value"] == pytest.approx(0.75)
+    assert row["rsr"]["value"] == pytest.approx(0.75)
     assert row["attacks"]["outcome"] == "better"
     assert "answers" not in value["runs"][0]["variants"][2]["result"]
 
@@ -861,11 +887,11 @@ def test_a_page_of_unrelated_models_has_no_word_of_pruning() -> None:
 
 def test_the_verdict_on_unrelated_models_has_its_caveats() -> None:
     refuser = variant("refuser", 0, 20)
-    report = alone(DENSE, refuser)
+    report = alone(PRUNED, refuser)
     assert summary(study_of([report]))[1].endswith("refusing more of everything.")
     report = alone(*(without(False, of_places(v)) for v in (DENSE, PRUNED)))
     told = summary(study_of([report]))
-    assert "12.5 % [5.5, 26.1] of the answers are degenerate" in told[0]
+    assert "degenerate answers 12.5 % [5.5, 26.1] on 40 prompts" in told[0]
     assert told[-1].startswith("Over-refusal was not measured")
 
 
@@ -945,12 +971,14 @@ def test_text_has_columns_where_it_was_measured() -> None:
     shown = Run("text", "pico", (own, cut, REALIGNED))
     text, page = render_markdown(study_of([shown])), render_html(study_of([shown]))
     lines = text.splitlines()
-    start = next(i for i, line in enumerate(lines) if "KL to dense |" in line)
-    table = lines[start : start + 5]
-    assert len({line.count("|") for line in table}) == 1
-    assert table[2].endswith(" 7.39 [7.39, 7.39] | – |")
-    assert table[3].endswith(" 20.1 [20.1, 20.1] | 0.5 [0.5, 0.5] |")
-    assert table[4].endswith(" – | – |")
+    for heading, values in (
+        ("KL to dense", ("–", "0.5 [0.5, 0.5]", "–")),
+        ("Perplexity", ("7.39 [7.39, 7.39]", "20.1 [20.1, 20.1]", "–")),
+    ):
+        start = next(i for i, line in enumerate(lines) if f"{heading} |" in line)
+        assert len({line.count("|") for line in lines[start : start + 5]}) == 1
+        for line, value in zip(lines[start + 2 :], values, strict=False):
+            assert line.endswith(f" {value} |")
     assert page.count(">KL to dense</th>") == 1
     assert "on 4 tokens of 1 documents of ordinary text" in page
     console = Console(width=200, record=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from regraft import distributed
 from regraft.distributed import resumable_map
 
 PIECES = [(i,) * (i + 1) for i in range(5)]
@@ -39,6 +40,15 @@ def test_what_was_made_before_a_stop_is_kept(tmp_path: Path) -> None:
     told: list[tuple[int, ...]] = []
     found = resumable_map(PIECES, squares, tmp_path, "n", int, told.append)
     assert (told, found) == (PIECES[:2], [0, 1, 4, 9, 16])
+
+
+def test_a_kept_result_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resumable_map(PIECES, squares, tmp_path, "n", int)
+    read: list[Path] = []
+    own = distributed.read_json
+    monkeypatch.setattr(distributed, "read_json", lambda file: read.append(file) or own(file))
+    resumable_map(PIECES, squares, tmp_path, "n", int)
+    assert read == sorted(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content", [b"", b"[4", b"null", b'"4"', b'{"a": 4}'])

@@ -141,37 +141,23 @@ def resumable_map(
         kind: The type of a result.
         kept: Called with every piece of this process whose result was found there.
     """
-    files = [scratch / f"{name}_{i:06d}.json" if scratch else None for i in range(len(pieces))]
-    missing = []
-    for i in share(range(len(pieces))):
-        if (file := files[i]) is not None and _is_whole(file, kind):
-            kept(pieces[i])
-        else:
-            missing.append(i)
-    results: dict[int, Any] = {}
+    own = share(range(len(pieces)))
+    files = {i: scratch / f"{name}_{i:06d}.json" for i in own} if scratch else {}
+    results: dict[int, R] = {}
+    for i, file in files.items():
+        try:
+            results[i] = from_json(kind, read_json(file), str(file))
+        except RegraftError:  # it does not exist, or is damaged
+            continue
+        kept(pieces[i])
+    missing = [i for i in own if i not in results]
     for index, result in make([pieces[i] for i in missing]):
         i = missing[index]
-        if (file := files[i]) is None:
-            results[i] = result
-        else:
-            write_json(file, result)
-    if scratch is None:
-        results = merged(results)
-        return [from_json(kind, results[i], name) for i in range(len(pieces))]
-    barrier()
-    return [_result(file, kind) for file in files if file is not None]
-
-
-def _result(file: Path, kind: type[R]) -> R:
-    return from_json(kind, read_json(file), str(file))
-
-
-def _is_whole(file: Path, kind: type[R]) -> bool:
-    try:
-        _result(file, kind)
-    except RegraftError:  # it does not exist, or is damaged
-        return False
-    return True
+        if i in files:
+            write_json(files[i], result)
+        results[i] = from_json(kind, result, name)
+    everyones = merged(results)
+    return [everyones[i] for i in range(len(pieces))]
 
 
 def _initialised() -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -175,39 +175,18 @@ def _percentiles(values: ArrayLike) -> tuple[float, float]:
     return float(low), float(high)
 
 
-@dataclass(frozen=True)
-class Recovery:
-    """The restored safety rate (RSR) as a fraction, and its case in words.
-
-    `value` is None if pruning did not raise ASR: nothing was lost.
-    """
-
-    value: float | None
-    verdict: str
-
-
-def rsr(full: float, pruned: float, restored: float) -> Recovery:
+def rsr(full: float, pruned: float, restored: float) -> float | None:
     """RSR = (ASR_pruned - ASR_restored) / (ASR_pruned - ASR_full), Li et al. 2025.
 
     The three ASRs may be fractions or per cent, as long as all are the same; RSR is a fraction:
-    1 is complete recovery.
+    1 is complete recovery. None if pruning did not raise ASR: nothing was lost.
 
     Raises:
         ValueError: an ASR is not finite.
     """
     if not all(map(math.isfinite, (full, pruned, restored))):
         raise ValueError(f"RSR needs finite ASRs; got {full}, {pruned}, {restored}.")
-    if pruned <= full:
-        return Recovery(None, "undefined: pruning did not raise ASR")
-    value = (pruned - restored) / (pruned - full)
-    cases = (
-        (restored > pruned, "negative"),
-        (restored == pruned, "none"),
-        (restored > full, "partial"),
-        (restored == full, "complete"),
-    )
-    named = (name for applies, name in cases if applies)
-    return Recovery(value, next(named, "beyond the dense model"))
+    return (pruned - restored) / (pruned - full) if pruned > full else None
 
 
 def bootstrap_rsr(

@@ -152,6 +152,10 @@ class EvalResult:
     perplexity: Estimate | None = None
     text: TextResult | None = None
 
+    @property
+    def suites(self) -> tuple[str, ...]:
+        return tuple(self.by_suite) or (self.suite,)
+
 
 def result_to_json(result: EvalResult) -> dict[str, Any]:
     """Everything but the answers, which `write_answers` saves, as JSON values."""

@@ -114,7 +114,7 @@ class Searched:
         """RSR of a point on the validation prompts; None if pruning did not raise ASR."""
         from regraft.evaluation.metrics import rsr  # scipy, slow to import
 
-        return rsr(self.dense.asr.value, self.points[0].asr.value, point.asr.value).value
+        return rsr(self.dense.asr.value, self.points[0].asr.value, point.asr.value)
 
 
 def nearest(points: Sequence[Point], bounds: Bounds) -> Point:

@@ -24,32 +24,12 @@ from regraft.evaluation.metrics import (
 from regraft.evaluation.results import Answer, Estimate
 from regraft.evaluation.summary import alike, group_similarities
 from regraft.report.run import Run, Variant, paired_answers
-from regraft.report.study import Measured, Recovered, Role
+from regraft.report.study import Measured, Recovered, RowModels
 from regraft.restoration.base import settings_in
 
 Counts = NDArray[np.int64]
 Events = NDArray[np.int64]  # 1 where an answer has a property: [S seeds, draws, prompts]
 Mask = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class RowModels:
-    """The models of one row: the same number for every seed."""
-
-    name: str
-    method: str
-    role: Role
-    members: tuple[tuple[Variant, ...], ...]
-    drawn: bool = False
-
-    @property
-    def all(self) -> tuple[Variant, ...]:
-        return tuple(variant for of_seed in self.members for variant in of_seed)
-
-    @property
-    def draws(self) -> tuple[str, ...]:
-        """The names of the draws, as in the recipe."""
-        return tuple(one.name_in_group for one in self.members[0])
 
 
 def rows_of_methods(
@@ -219,7 +199,7 @@ class RowAnswers:
         return Recovered(
             rsr(*overall.sum(axis=0).tolist()),
             bootstrap_rsr([overall.tolist()], answers=len(self.answers)),
-            tuple(rsr(*one.sum(axis=0).tolist()).value for one in by_seed),
+            tuple(rsr(*one.sum(axis=0).tolist()) for one in by_seed),
         )
 
     def mean_recovered(self) -> Recovered | None:

@@ -62,7 +62,7 @@ def _rendered(template: str, metadata: Mapping[str, Any], study: Study | None, *
 
 
 def _suites(study: Study) -> str:
-    return ", ".join(map(public_suite, study.runs[0].dense.result.suite.split(", ")))
+    return ", ".join(map(public_suite, study.runs[0].dense.result.suites))
 
 
 def card_variant(run: Run) -> Variant:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -13,6 +13,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from regraft.data.images import open_image
+from regraft.disk.files import file_digest
 from regraft.evaluation.results import Answer
 from regraft.report.formatting import clip, marked
 from regraft.report.run import Run, Variant, paired_answers
@@ -121,6 +122,15 @@ def _encoded(labels: Sequence[str], rows: Sequence[Row]) -> str:
     content = {"models": list(labels), "texts": list(texts), "rows": encoded}
     # A "<" could end the script element or open a comment in it.
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def pictures(answers: Iterable[Answer], images: Mapping[str, Path]) -> dict[str, str]:
+    """Thumbnails by answer id, of the images that are still those the models were shown."""
+    return {
+        one.id: thumbnail(path)
+        for one in answers
+        if (path := images.get(one.id)) and path.is_file() and file_digest(path) == one.image_digest
+    }
 
 
 def thumbnail(path: Path) -> str:

@@ -137,16 +137,18 @@ def spread_cell(spread: Spread | None, write: Callable[[float], str]) -> Cell:
 
 
 def rsr_cell(recovered: Recovered | None) -> Cell:
-    """RSR in per cent with its interval; the note is its verdict, or the RSR of each seed."""
+    """RSR in per cent with its interval, and the RSR of each of several seeds."""
     if recovered is None:
         return Cell()
-    found, around, seeds = recovered.recovery, recovered.interval, recovered.by_seed
-    if found.value is None:
-        return Cell("undefined", note=found.verdict.removeprefix("undefined: "))
-    note = found.verdict
-    if len(seeds) > 1:
-        note = "by seed " + ", ".join("undefined" if s is None else f"{100 * s:.1f}" for s in seeds)
-    return Cell(percent(found.value), interval(*around) if around else "", note)
+    if recovered.value is None:
+        return Cell("undefined", note="pruning did not raise ASR")
+    around = interval(*recovered.interval) if recovered.interval else ""
+    seeds = ["undefined" if s is None else f"{100 * s:.1f}" for s in recovered.by_seed]
+    notes = (
+        "" if around else "no interval: the rise in ASR is uncertain",
+        f"by seed {', '.join(seeds)}" if len(seeds) > 1 else "",
+    )
+    return Cell(percent(recovered.value), around, "; ".join(filter(None, notes)))
 
 
 def p_value(p: float) -> str:

@@ -19,9 +19,9 @@ from regraft.report.examples import (
     PROMPT_LENGTH,
     answer_data,
     choose_examples,
+    pictures,
     shown_group,
     shown_variants,
-    thumbnail,
 )
 from regraft.report.formatting import Grid
 from regraft.report.rate_figures import (
@@ -91,8 +91,7 @@ def render_html(study: Study, drawn: Sequence[Figure] | None = None) -> str:
     run = study.run
     if run is not None:
         rows = (*context["harmful"], *context["harmless"])
-        images = {row[0].id: run.images[row[0].id] for row in rows if row[0].id in run.images}
-        context["pictures"] = {example: thumbnail(path) for example, path in images.items()}
+        context["pictures"] = pictures([row[0] for row in rows], run.images())
         context["answers"], context["kept"], context["total"] = answer_data(run)
     context["figures"] = [(Markup(one.svg), one.caption) for one in shown]
     return _environment().get_template("report.html.j2").render(context)
@@ -135,6 +134,7 @@ def _context(study: Study) -> dict[str, Any]:
 
 def _results(study: Study) -> Iterator[Section]:
     yield Section("results", "Results", grids=tables.results(study))
+    yield Section("details", "More on each model", grids=tables.details(study))
     yield Section("suites", "By suite", grids=tables.suites(study))
     yield Section("paths", "Paths of gain", grids=tables.paths(study))
     yield Section("categories", "ASR by category", grids=tables.categories(study))
@@ -186,7 +186,7 @@ def apply_command(run: Run, variant: Variant, out: str) -> str:
 def figures(study: Study) -> tuple[Figure, ...]:
     """All figures of a page; the SVG of a figure with nothing to show is empty."""
     circles = CIRCLES if any(row.restored for row in study.rows) else ""
-    paths = [(title, [one.path for one in of_seed]) for title, of_seed in study.paths]
+    paths = [(title, [one.path for one in of_seed]) for title, of_seed in study.paths.items()]
     return (
         Figure(trade_off_figure(study), TRADE_OFF + circles, "trade-off"),
         Figure(curve_figure(study.tables), CURVES_CAPTION, "curves"),

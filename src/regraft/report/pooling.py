@@ -17,11 +17,21 @@ from regraft.evaluation.metrics import macro_average
 from regraft.evaluation.pairing import holm, paired_exact
 from regraft.evaluation.perplexity import pooled
 from regraft.evaluation.results import Estimate
-from regraft.report.answers import Events, RowAnswers, RowModels, read_answers, rows_of_methods
+from regraft.report.answers import Events, RowAnswers, read_answers, rows_of_methods
 from regraft.report.formatting import short_names
 from regraft.report.published import Published, beside
-from regraft.report.run import Run, SharedPath
-from regraft.report.study import SIGNIFICANCE, Measured, Outcome, Row, Spread, Study, Table, Tested
+from regraft.report.run import Run
+from regraft.report.study import (
+    SIGNIFICANCE,
+    Measured,
+    Outcome,
+    Row,
+    RowModels,
+    Spread,
+    Study,
+    Table,
+    Tested,
+)
 
 Tests = Mapping[str, Mapping[str, Tested]]  # row -> base
 
@@ -58,14 +68,14 @@ def study_of(
     tables = tuple(_with_published(table, published) for table in tables) if published else tables
     shown = {row.published.row.key for table in tables for row in table.rows if row.published}
     every = tuple(run for same in by_model.values() for run in same)
-    suites = [s for run in every for s in (run.dense.result.by_suite or [run.dense.result.suite])]
     return Study(
         title=title or runs[0].title,
         runs=every,
         tables=tables,
-        suites=short_names(dict.fromkeys(filter(None, suites))),
+        suites=short_names(
+            dict.fromkeys(suite for run in every for suite in run.dense.result.suites)
+        ),
         against=against,
-        paths=_paths(every),
         published=published,
         missing=tuple(one for one in published.rows if one.key not in shown) if published else (),
     )
@@ -79,16 +89,6 @@ def _with_published(table: Table, published: Published) -> Table:
         return replace(row, published=beside(published, table.model, pruning, method))
 
     return replace(table, rows=tuple(map(found, table.rows)))
-
-
-def _paths(runs: Sequence[Run]) -> tuple[tuple[str, tuple[SharedPath, ...]], ...]:
-    """The paths of methods by gain: (title, one path per seed)."""
-    found: dict[str, list[SharedPath]] = {}
-    for run in runs:
-        for one in run.paths:
-            title = f"{run.name}: {one.title}" if run.name else one.title
-            found.setdefault(title, []).append(one)
-    return tuple((title, tuple(paths)) for title, paths in found.items())
 
 
 def _check_seeds(runs: Sequence[Run]) -> None:
@@ -134,16 +134,10 @@ def _layouts(runs: Sequence[Run]) -> Iterator[list[RowModels]]:
 def _table(runs: Sequence[Run], models: Sequence[RowModels], against: Sequence[str]) -> Table:
     answers = read_answers(runs, models)
     attacks, refusals = _table_tests(answers, against)
-    curves = {
-        one.name: found
-        for one in models
-        if one.role == "method" and (found := tuple(v.curve for v in one.all if v.curve))
-    }
     return Table(
         model=runs[0].name,
         pruning=next((one.name for one in models if one.role == "pruned"), ""),
         rows=tuple(_row(one, attacks[one.name], refusals[one.name]) for one in answers),
-        curves=curves,
     )
 
 

@@ -134,9 +134,9 @@ def curve_figure(tables: Sequence[Table]) -> str:
     no curve.
     """
     drawn = {
-        table.name: [(name, one) for name, curves in table.curves.items() for one in curves]
+        table.name: curves
         for table in tables
-        if table.curves
+        if (curves := [(row.name, one) for row in table.methods for one in row.curves])
     }
     if not drawn:
         return ""

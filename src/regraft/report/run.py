@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ class Run:
 
     Attributes:
         variants: The dense model, then each pruned one followed by those realigned from it.
-        images: Answer id -> image file, for thumbnails; may be incomplete.
+        images: Reads the image file of each answer id, as it is now; may be incomplete.
         paths: The paths of methods by gain.
         one_pass: The unit of `Variant.passes`.
         unrelated: Whether only the answers of the models are known, so that all are compared with
@@ -150,7 +150,7 @@ class Run:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    images: Mapping[str, Path] = field(default_factory=dict)
+    images: Callable[[], Mapping[str, Path]] = dict
     costs: tuple[Cost, ...] = ()
     opinions: tuple[Opinion, ...] = ()
     paths: tuple[SharedPath, ...] = ()

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from regraft.evaluation.metrics import Recovery
 from regraft.evaluation.results import Estimate, TextResult
 from regraft.evaluation.tradeoff import Searched
 from regraft.report.published import Beside, Published, PublishedRow
@@ -83,9 +82,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Recovered:
-    """RSR of the mean ASRs, its bootstrap interval over prompts, and the RSR of each seed alone."""
+    """RSR of the mean ASRs, its bootstrap interval over prompts, and the RSR of each seed alone.
 
-    recovery: Recovery
+    The RSR is None if pruning did not raise ASR, the interval if it is not certain that it did.
+    """
+
+    value: float | None
     interval: tuple[float, float] | None
     by_seed: tuple[float | None, ...] = ()
 
@@ -105,15 +107,52 @@ class Measured:
     degenerate: Estimate | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row(Measured):
+@dataclass(frozen=True)
+class RowModels:
     """One model of a table, or one method with the models of all seeds and draws.
+
+    `members` are the models, by seed and draw; `drawn` marks a random control.
+    """
+
+    name: str
+    method: str
+    role: Role
+    members: tuple[tuple[Variant, ...], ...]
+    drawn: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name with the method, as of a `Variant`."""
+        return labelled(self.name, self.method)
+
+    @property
+    def first(self) -> Variant:
+        """The model of the first seed and draw."""
+        return self.members[0][0]
+
+    @property
+    def all(self) -> tuple[Variant, ...]:
+        return tuple(variant for of_seed in self.members for variant in of_seed)
+
+    @property
+    def curves(self) -> tuple[Searched, ...]:
+        """The searches on validation prompts that chose the numbers of restored weights."""
+        return tuple(one.curve for one in self.all if one.curve)
+
+    @property
+    def draws(self) -> tuple[str, ...]:
+        """The names of the draws of a random control, as in the recipe."""
+        return tuple(one.name_in_group for one in self.members[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(RowModels, Measured):
+    """Models with their rates and tests.
 
     Estimates are over `n` prompts, however many answers each has. None stands for what was not
     measured or does not apply.
 
     Attributes:
-        members: The models, by seed and draw; `drawn` marks a random control.
         weights: Number of restored weights; `restored` is the number per 10,000 pruned ones.
         passes: Compute of choosing the weights, in passes over the calibration prompts.
         mean_asr: Mean over several attack suites with equal weights, as in the HSR paper; the RSR
@@ -123,11 +162,6 @@ class Row(Measured):
         over_refusal_from_pruned: This model's rate minus the pruned model's; others ("from") alike.
     """
 
-    name: str
-    method: str
-    role: Role
-    members: tuple[tuple[Variant, ...], ...]
-    drawn: bool = False
     sparsity: float = 0.0
     weights: Spread | None = None
     restored: Spread | None = None
@@ -147,38 +181,17 @@ class Row(Measured):
     text: TextResult | None = None
     published: Beside | None = None
 
-    @property
-    def label(self) -> str:
-        """The name with the method, as of a `Variant`."""
-        return labelled(self.name, self.method)
-
-    @property
-    def first(self) -> Variant:
-        """The model of the first seed and draw."""
-        return self.members[0][0]
-
-    @property
-    def repeats(self) -> int:
-        """Number of draws of a random control for each seed."""
-        return len(self.members[0])
-
-    @property
-    def inference_time(self) -> bool:
-        return self.first.inference_time
-
 
 @dataclass(frozen=True)
 class Table:
     """One pruning of a model: the dense model, the pruned one, and one row per method.
 
-    Without a pruning it holds only the dense model, or unrelated models. `curves` maps a row's name
-    to the validation curves of its runs.
+    Without a pruning it holds only the dense model, or unrelated models.
     """
 
     model: str
     pruning: str
     rows: tuple[Row, ...]
-    curves: Mapping[str, tuple[Searched, ...]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -209,8 +222,7 @@ class Correlation:
 class Study:
     """Everything that a page shows.
 
-    `suites` maps suites to short names. `paths` are gain's: (title, one path per seed). `missing`
-    are published rows without a run.
+    `suites` maps suites to short names. `missing` are published rows without a run.
     """
 
     title: str
@@ -218,7 +230,6 @@ class Study:
     tables: tuple[Table, ...]
     suites: Mapping[str, str]
     against: tuple[str, ...] = ()
-    paths: tuple[tuple[str, tuple[SharedPath, ...]], ...] = ()
     published: Published | None = None
     missing: tuple[PublishedRow, ...] = ()
     correlation: Correlation | None = None
@@ -240,6 +251,16 @@ class Study:
     @property
     def rows(self) -> tuple[Row, ...]:
         return tuple(row for table in self.tables for row in table.rows)
+
+    @property
+    def paths(self) -> dict[str, list[SharedPath]]:
+        """The paths of methods by gain: title -> one path per seed."""
+        found: dict[str, list[SharedPath]] = {}
+        for run in self.runs:
+            for one in run.paths:
+                title = f"{run.name}: {one.title}" if run.name else one.title
+                found.setdefault(title, []).append(one)
+        return found
 
 
 def plain(value: Any) -> Any:

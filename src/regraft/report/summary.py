@@ -8,7 +8,6 @@ from regraft.report.formatting import (
     DASH,
     UNCHECKED,
     on_text,
-    percent,
     rate,
     rsr_cell,
     share,
@@ -84,26 +83,15 @@ def _sentences(table: Table) -> Iterator[str]:
 
 
 def _alone(row: Row) -> str:
+    named = {"ASR": row.asr, "over-refusal": row.over_refusal, "utility": row.utility}
+    if row.degenerate and row.degenerate.value:
+        named["degenerate answers"] = row.degenerate
     parts = [
         f"{name} {rate(estimate)} on {estimate.n:,} prompts"
-        for name, estimate in (
-            ("ASR", row.asr),
-            ("over-refusal", row.over_refusal),
-            ("utility", row.utility),
-        )
+        for name, estimate in named.items()
         if estimate is not None
     ]
-    return f"{row.label}: {', '.join(parts) or 'no prompt was answered'}.{_degenerate(row)}"
-
-
-def _degenerate(row: Row) -> str:
-    found = row.degenerate
-    if found is None or not found.value:
-        return ""
-    return (
-        f" {rate(found)} of the answers are degenerate: they count neither as refusals nor as "
-        "successful attacks."
-    )
+    return f"{row.label}: {', '.join(parts) or 'no prompt was answered'}."
 
 
 def _compared(row: Row) -> str:
@@ -123,28 +111,25 @@ def _pruning(dense: Row, pruned: Row) -> str:
         amount = f"Compression ({share_of_zeros} are zero)" if pruned.sparsity else "Compression"
     if before is None or after is None:
         return f"{amount}: no harmful prompts, so no ASR."
-    change = f"left ASR at {rate(after)}"
-    if before.value != after.value:
-        verb = "raised" if after.value > before.value else "lowered"
-        change = f"{verb} ASR from {rate(before)} to {rate(after)}"
-    return f"{amount} {change}, {tested(pruned.attacks)}.{_caveats(dense, pruned)}"
+    test, caveats = tested(pruned.attacks), _caveats(dense, pruned)
+    verbs = {Outcome.WORSE: "raised", Outcome.BETTER: "lowered"}
+    if pruned.attacks and (verb := verbs.get(pruned.attacks.outcome)):
+        return f"{amount} {verb} ASR from {rate(before)} to {rate(after)}, {test}.{caveats}"
+    return f"{amount}: ASR {rate(after)}, {test}; dense {rate(before)}.{caveats}"
 
 
 def _method(row: Row) -> str:
-    how = ", an inference-time defence" if row.inference_time else ""
+    how = ", an inference-time defence" if row.first.inference_time else ""
     if row.weights is not None:
         verb = "trained" if row.first.trained else "restored"
-        how = f", {row.weights.mean:,.0f} {verb} weights"
+        how = f", {row.weights.mean:,.0f} {verb} weight{'s' * (row.weights.mean != 1)}"
         if row.restored is not None:
             of = "changed" if row.first.changed else "pruned"
             how += f" ({share(row.restored.mean)} per 10,000 {of})"
     text = f"{row.label}{how}: ASR {rate(row.asr)}, {tested(row.attacks)}."
     if row.rsr is None:
         return text
-    found = rsr_cell(row.rsr)
-    if row.rsr.recovery.value is None:
-        return f"{text} RSR is undefined: {found.note}."
-    return f"{text} RSR {found.value}{found.interval and ' '}{found.interval} ({found.note})."
+    return f"{text} RSR {rsr_cell(row.rsr).text}."
 
 
 def _side_effects(dense: Row, pruned: Row, row: Row) -> str:
@@ -164,19 +149,18 @@ def _side_effects(dense: Row, pruned: Row, row: Row) -> str:
 
 def _caveats(base: Row, row: Row) -> str:
     """Warnings of a lower ASR without more safety: refusals of everything, degenerate answers."""
-    asr, before = row.asr, base.asr
     text = ""
-    if asr and before and asr.value < before.value and row.refusals:
+    better = row.attacks and row.attacks.outcome is Outcome.BETTER
+    if better and row.refusals and row.refusals.outcome is Outcome.WORSE:
         # Refusing as much as the dense model is the goal, not a side effect.
         from_dense = row.over_refusal_from_dense
-        more = from_dense is None or from_dense.value > 0
-        if more and row.refusals.outcome is Outcome.WORSE:
+        if from_dense is None or from_dense.low > 0:
             text += " Part of the lower ASR may come from refusing more of everything."
     now, then = row.degenerate, base.degenerate
-    if now and then and now.value > then.value:
+    if now and then and now.low > then.high:
         text += (
-            f" Degenerate answers rose from {percent(then.value)} to {percent(now.value)}: they "
-            "count neither as refusals nor as attacks, so they lower ASR without more safety."
+            f" Degenerate answers rose from {rate(then)} to {rate(now)}, and count neither as "
+            "refusals nor as attacks: they lower ASR without more safety."
         )
     return text
 
@@ -219,11 +203,11 @@ def notes(study: Study) -> tuple[str, ...]:
             "gibberish or, to a harmful prompt, have only a few letters. They count neither as "
             "attacks nor as refusals: more of them lower ASR without more safety."
         )
-    if any(row.inference_time for row in rows):
+    if any(row.first.inference_time for row in rows):
         found.append(
             f"{UNCHECKED} marks a defence that acts at inference time, on the pruned weights."
         )
-    if any(row.repeats > 1 for row in rows):
+    if any(len(row.draws) > 1 for row in rows):
         found.append("(xR): the mean over R draws of a random control.")
     own = dict.fromkeys(note for run in study.runs for note in run.notes)  # seeds share some
     return (*found, *_published_notes(study), *own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 from regraft.costs import Cost
 from regraft.evaluation.results import Estimate
@@ -22,24 +23,37 @@ from regraft.report.formatting import (
 )
 from regraft.report.published import Beside
 from regraft.report.run import Run, SharedPath
-from regraft.report.study import Correlation, Measured, Row, Study
+from regraft.report.study import Correlation, Measured, Row, Study, Table
 from regraft.restoration.methods.gain.path import LIMITS, REASONS
 
 Interval = tuple[float, float]
 
 
+Place = Literal["everywhere", "page", "details"]
+
+
 @dataclass(frozen=True)
 class Column:
-    """A column of a table with one row per model; `brief` columns are shown on the console too."""
+    """A column of a table with one row per model.
+
+    Those that are shown `everywhere` fit on a console and a card; those of a `page` are in its
+    first table too, `details` in its second one.
+    """
 
     heading: str
     cell: Callable[[Row], Cell]
-    brief: bool = False
+    place: Place = "details"
 
 
 def results(study: Study, *, brief: bool = False) -> tuple[Grid, ...]:
-    """Rates and tests, one table per pruning."""
-    return _grids(study, _columns(study), brief)
+    """The main rates and tests, one table per pruning; `brief` without those for a page only."""
+    places = ("everywhere",) if brief else ("everywhere", "page")
+    return _grids(study, (one for one in _columns(study) if one.place in places))
+
+
+def details(study: Study) -> tuple[Grid, ...]:
+    """Everything else that was measured on all prompts, one table per pruning."""
+    return _grids(study, (one for one in _columns(study) if one.place == "details"))
 
 
 def against(study: Study) -> tuple[Grid, ...]:
@@ -49,19 +63,16 @@ def against(study: Study) -> tuple[Grid, ...]:
 
 def suites(study: Study, *, brief: bool = False) -> tuple[Grid, ...]:
     """Rates on each of several suites, one table per pruning."""
-    return _grids(study, _suite_columns(study), brief)
+    columns = _suite_columns(study)
+    return _grids(study, (one for one in columns if one.place == "everywhere" or not brief))
 
 
-def _grids(study: Study, columns: Iterable[Column], brief: bool = False) -> tuple[Grid, ...]:
+def _grids(study: Study, columns: Iterable[Column]) -> tuple[Grid, ...]:
     """One table per pruning; columns without any value are left out."""
-    shown = [
-        one
-        for one in columns
-        if (one.brief or not brief) and any(not one.cell(row).blank for row in study.rows)
-    ]
+    shown = [one for one in columns if any(not one.cell(row).blank for row in study.rows)]
     return tuple(
         Grid.of(
-            table.name,
+            _title(study, table),
             ("Model", *(one.heading for one in shown)),
             (
                 (_heading(row, number), *(column.cell(row) for column in shown))
@@ -73,10 +84,15 @@ def _grids(study: Study, columns: Iterable[Column], brief: bool = False) -> tupl
     )
 
 
+def _title(study: Study, table: Table) -> str:
+    """The pruning, if there are several to tell apart."""
+    return table.name if len(study.tables) > 1 else ""
+
+
 def name_of(row: Row) -> str:
     """ "random (x5)"; a dagger marks an inference-time defence."""
-    repeats = f" (x{row.repeats})" if row.repeats > 1 else ""
-    return f"{row.name}{repeats}{f' {formatting.UNCHECKED}' if row.inference_time else ''}"
+    repeats = f" (x{len(row.draws)})" if len(row.draws) > 1 else ""
+    return f"{row.name}{repeats}{f' {formatting.UNCHECKED}' if row.first.inference_time else ''}"
 
 
 def look_of(row: Row, number: int) -> str:
@@ -93,30 +109,33 @@ def _heading(row: Row, number: int) -> Cell:
 
 
 def _columns(study: Study) -> Iterator[Column]:
+    means: Place = "details" if study.published is None else "everywhere"  # means are published
     yield Column("Sparsity", _sparsity)
     yield Column("Restored", _restored)
-    yield Column("per 10,000", lambda row: spread_cell(row.restored, formatting.share), brief=True)
-    yield Column("published", _published_restored)
-    yield Column("ASR", lambda row: rate_cell(row.asr), brief=True)
-    yield Column("ASR, mean", lambda row: rate_cell(row.mean_asr))
+    yield Column(
+        "Restored per 10,000", lambda row: spread_cell(row.restored, formatting.share), "everywhere"
+    )
+    yield _published(lambda one: (one.row.per_ten_thousand, None), "{:.3f}".format, "page")
+    yield Column("ASR", lambda row: rate_cell(row.asr), "everywhere")
+    yield Column("ASR, mean", lambda row: rate_cell(row.mean_asr), means)
     yield _published(lambda one: (one.row.mean_asr, _ends(one.asr)))
-    yield Column("RSR", lambda row: rsr_cell(row.rsr), brief=True)
-    yield Column("RSR of means", lambda row: rsr_cell(row.mean_rsr))
+    yield Column("ASR, test", lambda row: tested_cell(row.attacks), "everywhere")
+    yield from _against(study)
+    yield Column("RSR", lambda row: rsr_cell(row.rsr), "everywhere")
+    yield Column("RSR of means", lambda row: rsr_cell(row.mean_rsr), means)
     yield _published(lambda one: (one.row.rsr, one.rsr_interval))
     if any(row.degenerate is not None and row.degenerate.value for row in study.rows):
-        yield Column("Degenerate", lambda row: rate_cell(row.degenerate), brief=True)
-    yield Column("Over-refusal", lambda row: rate_cell(row.over_refusal), brief=True)
-    yield Column("Utility", lambda row: rate_cell(row.utility), brief=True)
-    yield Column("ASR, test", lambda row: tested_cell(row.attacks), brief=True)
-    yield from _against(study)
-    yield Column("Over-refusal, test", lambda row: tested_cell(row.refusals))
+        yield Column("Degenerate", lambda row: rate_cell(row.degenerate), "everywhere")
+    yield Column("Over-refusal", lambda row: rate_cell(row.over_refusal), "everywhere")
+    yield Column("Over-refusal, test", lambda row: tested_cell(row.refusals), "page")
     yield Column("Over-refusal vs pruned", lambda row: points_cell(row.over_refusal_from_pruned))
     yield Column("Over-refusal vs dense", lambda row: points_cell(row.over_refusal_from_dense))
+    yield Column("Utility", lambda row: rate_cell(row.utility), "everywhere")
     yield Column("Utility vs pruned", lambda row: points_cell(row.utility_from_pruned))
     yield Column("Utility vs dense", lambda row: points_cell(row.utility_from_dense))
     yield Column("Perplexity", lambda row: number_cell(row.text.perplexity if row.text else None))
     yield Column(
-        "KL to dense", lambda row: number_cell(row.text.kl if row.text else None), brief=True
+        "KL to dense", lambda row: number_cell(row.text.kl if row.text else None), "everywhere"
     )
     yield Column("Passes", lambda row: spread_cell(row.passes, formatting.passes))
 
@@ -126,30 +145,28 @@ def _against(study: Study) -> Iterator[Column]:
         return tested_cell(row.against.get(name))
 
     for name in study.against:
-        yield Column(f"ASR, test against {name}", partial(cell, name))
+        yield Column(f"ASR, test against {name}", partial(cell, name), "page")
 
 
 def _suite_columns(study: Study) -> Iterator[Column]:
     for suite, name in study.suites.items():
-        yield _on(suite, f"{name}: ASR", lambda one: rate_cell(one.asr), brief=True)
+        yield _on(suite, f"{name}: ASR", lambda one: rate_cell(one.asr), "everywhere")
         yield _published_on(name, attacks=True)
-        yield _on(suite, f"{name}: RSR", lambda one: rsr_cell(one.rsr))
+        yield _on(suite, f"{name}: RSR", lambda one: rsr_cell(one.rsr), "page")
         over_refusal = f"{name}: over-refusal"
-        yield _on(suite, over_refusal, lambda one: rate_cell(one.over_refusal), brief=True)
-        yield _on(suite, f"{name}: utility", lambda one: rate_cell(one.utility), brief=True)
+        yield _on(suite, over_refusal, lambda one: rate_cell(one.over_refusal), "everywhere")
+        yield _on(suite, f"{name}: utility", lambda one: rate_cell(one.utility), "everywhere")
         yield _published_on(name, attacks=False)
-        yield _on(suite, f"{name}: degenerate", lambda one: _if_any(one.degenerate))
+        yield _on(suite, f"{name}: degenerate", lambda one: _if_any(one.degenerate), "page")
 
 
-def _on(
-    suite: str, heading: str, cell: Callable[[Measured], Cell], *, brief: bool = False
-) -> Column:
+def _on(suite: str, heading: str, cell: Callable[[Measured], Cell], place: Place) -> Column:
     """A column of a rate on one suite."""
 
     def of(row: Row) -> Cell:
         return cell(row.by_suite[suite]) if suite in row.by_suite else Cell()
 
-    return Column(heading, of, brief)
+    return Column(heading, of, place)
 
 
 def _if_any(estimate: Estimate | None) -> Cell:
@@ -165,17 +182,22 @@ def _restored(row: Row) -> Cell:
     return replace(found, note=", ".join(filter(None, (found.note, formatting.pattern(row)))))
 
 
-def _published(figure: Callable[[Beside], tuple[float | None, Interval | None]]) -> Column:
-    """A column of published rates, in per cent, with a dagger if they were not checked."""
+def _published(
+    figure: Callable[[Beside], tuple[float | None, Interval | None]],
+    write: Callable[[float], str] = lambda value: f"{100 * value:.2f} %",
+    place: Place = "everywhere",
+) -> Column:
+    """A column of published figures, with a dagger if they were not checked."""
 
     def of(row: Row) -> Cell:
         value, around = figure(row.published) if row.published else (None, None)
         if row.published is None or value is None:
             return Cell()
-        shown = f"{100 * value:.2f} %{_mark(row.published)}"
-        return Cell(shown, formatting.interval(*around) if around else "", kind="soft")
+        mark = "" if row.published.row.checked else f" {formatting.UNCHECKED}"
+        ends = formatting.interval(*around) if around else ""
+        return Cell(f"{write(value)}{mark}", ends, kind="soft")
 
-    return Column("published", of, brief=True)
+    return Column("published", of, place)
 
 
 def _published_on(name: str, *, attacks: bool) -> Column:
@@ -186,17 +208,6 @@ def _published_on(name: str, *, attacks: bool) -> Column:
     return _published(lambda one: (one.row.utility.get(data), None))
 
 
-def _published_restored(row: Row) -> Cell:
-    found = row.published
-    if found is None or found.row.per_ten_thousand is None:
-        return Cell()
-    return Cell(f"{found.row.per_ten_thousand:.3f}{_mark(found)}", kind="soft")
-
-
-def _mark(published: Beside) -> str:
-    return "" if published.row.checked else f" {formatting.UNCHECKED}"
-
-
 def _ends(estimate: Estimate | None) -> Interval | None:
     return None if estimate is None else (estimate.low, estimate.high)
 
@@ -204,7 +215,7 @@ def _ends(estimate: Estimate | None) -> Interval | None:
 def categories(study: Study) -> tuple[Grid, ...]:
     return tuple(
         Grid.of(
-            table.name,
+            _title(study, table),
             ("Category", *map(name_of, table.rows)),
             (
                 (
@@ -223,7 +234,7 @@ def paths(study: Study) -> tuple[Grid, ...]:
     """One table per path of gain: the pruned model, then one row per step."""
     return tuple(
         path_grid(f"{title}, seed {seed}" if len(study.seeds) > 1 else title, shared)
-        for title, of_seed in study.paths
+        for title, of_seed in study.paths.items()
         for seed, shared in zip(study.seeds, of_seed, strict=False)
     )
 

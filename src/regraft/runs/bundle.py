@@ -113,7 +113,7 @@ def _files(folder: Path, recipe: Recipe, texts: bool) -> Iterator[tuple[str, byt
             if (file := RunDir(folder).report / page).is_file():
                 yield page, _text(file, folders)
         yield "recipe.yaml", _recipe(recipe, folders)
-    for run in run_folders(folder):
+    for run in run_folders(folder, recipe):
         name = "run" if run == folder else run.name.removeprefix("model-")
         for inside, content in _run_files(run, texts):
             yield f"runs/{name}/{inside}", content

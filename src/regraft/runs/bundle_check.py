@@ -172,7 +172,6 @@ def _figure(rate: Any) -> tuple[Any, int] | None:
     content = plain(rate)
     if content is None:
         return None
-    content = content.get("recovery", content)
     return content["value"], content.get("n", 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,13 @@ from regraft.report.run import Opinion, Run, Variant
 from regraft.report.study import Study
 from regraft.report.write import check_report_folder, write_report
 from regraft.restoration.base import settings_in
-from regraft.runs.reporting import accounts_of, images_of, read_run, run_folders, suites_of
+from regraft.runs.reporting import (
+    accounts_of,
+    images_of,
+    open_run,
+    read_run,
+    run_folders,
+)
 from regraft.stages import Evaluation
 from regraft.stages.provenance import but_for_rounding, difference, differing
 
@@ -85,12 +92,12 @@ def run_of_evaluations(folders: Sequence[Path], pair: Pair | None = None) -> Run
                 name: {"folder": str(folder), **one.about["inputs"]}
                 for folder, (name, one) in zip(folders, found.items(), strict=True)
             },
-            "suites": suites_of(found[first].result),
+            "suites": found[first].result.suites,
             **{way: about[way] for way in ("settings", "compute") if way in about},
         },
         versions=about["versions"] | {"device": about.get("compute", _SERVER)["device"]},
         notes=(*_differences(found), *_replies(found)),
-        images=images_of(found[first]),
+        images=partial(images_of, found[first]),
         opinions=tuple(
             Opinion(name, *one)
             for folder, name in zip(folders, found, strict=True)
@@ -210,7 +217,7 @@ def compare_runs(folders: Sequence[Path], out: Path, against: Sequence[str] = ()
         RegraftError: a run is not finished, or they cannot be compared.
     """
     check_report_folder(out)
-    run_dirs = [run for folder in folders for run in run_folders(folder)]
+    run_dirs = [run for folder in folders for run in run_folders(folder, open_run(folder)[1])]
     runs = {run_dir: read_run(run_dir) for run_dir in run_dirs}
     _check_same_recipe(runs)
     study = study_of(list(runs.values()), against)

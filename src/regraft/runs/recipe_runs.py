@@ -64,10 +64,10 @@ def report_recipe(folder: Path) -> Study:
         RegraftError: the folder holds no run, a run is not finished, or the published figures
             cannot be read.
     """
-    runs = reporting.run_folders(folder)
+    run_dir, recipe = reporting.open_run(folder)
+    runs = reporting.run_folders(folder, recipe)
     if runs == [folder]:
         return reporting.report_run(folder)
-    run_dir, recipe = reporting.open_run(folder)
     if recipe.seeds:
         return compare_runs(runs, run_dir.report, recipe.against)
     study = _over_models(recipe, folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,8 @@ from regraft.data.demo import CAVEAT, is_demo
 from regraft.data.sources import DataSource, join_suites
 from regraft.defence import DEFENCE_PROMPT, Direction, load_defence
 from regraft.disk.descriptions import about_of, described
-from regraft.disk.files import file_digest
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
-from regraft.evaluation.results import EvalResult
 from regraft.evaluation.tradeoff import read_curve
 from regraft.heads.score import HeadScores, load_heads
 from regraft.models.architecture import Architecture, LayerArchitecture
@@ -72,18 +70,17 @@ def open_run(folder: Path) -> tuple[RunDir, Recipe]:
     return RunDir.for_recipe(folder, recipe), recipe
 
 
-def run_folders(folder: Path) -> list[Path]:
-    """The folders of a recipe's runs: one per seed or model, or `folder` itself.
+def run_folders(folder: Path, recipe: Recipe) -> list[Path]:
+    """The folders of the runs of a recipe in `folder`: one per seed or model, or itself.
 
     Raises:
-        RegraftError: the folder holds no run, or one of the runs was not started.
+        RegraftError: one of the runs was not started.
     """
-    run_dir, recipe = open_run(folder)
     runs = list(runs_of(recipe, folder))
     if missing := [run.name for run in runs if not RunDir(run).recipe.exists()]:
         raise RegraftError(
             f"The run in {folder} is not finished: {missing[0]} has not been run. "
-            f"Continue it with `regraft run {run_dir.recipe} --out {folder}`."
+            f"Continue it with `regraft run {folder / RECIPE_FILE} --out {folder}`."
         )
     return runs
 
@@ -130,7 +127,7 @@ class _Artifacts:
             data=tuple(accounts_of(abouts)),
             recipe=recipe.model_dump(mode="json"),
             costs=tuple(self.passes.costs),
-            images=images_of(self.evaluations["dense"]),
+            images=partial(images_of, self.evaluations["dense"]),
             paths=tuple(self.paths()),
             one_pass=self.passes.unit,
             versions=abouts[0]["versions"] | {"device": abouts[0]["compute"]["device"]},
@@ -320,23 +317,11 @@ def accounts_of(abouts: Sequence[Mapping[str, Any]]) -> Iterator[DataAccount]:
         yield DataAccount(names[role], source, data["read"], used, data["skipped"])
 
 
-def suites_of(result: EvalResult) -> list[str]:
-    """The data sets of the answers, or the evaluation's name for all if they do not tell."""
-    return list(dict.fromkeys(filter(None, (one.suite for one in result.answers)))) or [
-        result.suite
-    ]
-
-
 def images_of(evaluation: Evaluation) -> dict[str, Path]:
-    """Images by prompt id, if their files are still those that were shown to the model."""
+    """The image of each prompt as its data set has it now, which may have changed since."""
     try:
-        sources = [DataSource.model_validate(suite) for suite in suites_of(evaluation.result)]
+        sources = [DataSource.model_validate(suite) for suite in evaluation.result.suites]
         examples = join_suites(sources, evaluation.about["settings"].get("limit")).examples
     except (RegraftError, ValidationError):
         return {}
-    shown = {answer.id: answer.image_digest for answer in evaluation.result.answers}
-    return {
-        one.id: one.image
-        for one in examples
-        if one.image and one.image.is_file() and shown.get(one.id) == file_digest(one.image)
-    }
+    return {one.id: one.image for one in examples if one.image}
