@@ -206,6 +206,33 @@ def test_seeds_are_pooled_by_prompt(pooled: Study) -> None:
     assert rows["dense"].asr == wilson(int(dense[0].sum()), PROMPTS)
 
 
+@pytest.mark.parametrize("runs", [RUNS[:1], RUNS])
+def test_lost_refusals_are_counted_prompt_by_prompt(runs: tuple[Run, ...]) -> None:
+    rows = rows_of(study_of(runs))
+    for name, draws in {"hsr": ("hsr",), "random": ("random-1", "random-2")}.items():
+        seen: dict[bool, list[tuple[int, bool]]] = {True: [], False: []}
+        for one in runs:
+            dense, pruned = attacks_of(one, "dense"), attacks_of(one, "pruned")
+            for draw in draws:
+                for prompt, attacked in enumerate(attacks_of(one, draw)):
+                    if pruned[prompt]:
+                        seen[not dense[prompt]].append((prompt, not attacked))
+        for found, by_dense in ((rows[name].regained, True), (rows[name].added, False)):
+            assert found is not None
+            refused = [one for _, one in seen[by_dense]]
+            assert found.value == pytest.approx(sum(refused) / len(refused))
+            assert found.n == len({prompt for prompt, _ in seen[by_dense]})
+            if len(runs) == len(draws) == 1:
+                assert found == wilson(sum(refused), len(refused))
+    assert rows["dense"].regained is rows["pruned"].regained is None
+
+
+def test_a_pruned_model_that_refuses_as_before_has_lost_nothing() -> None:
+    kept = run(0, {"dense": (0.2, 0.1), "pruned": (0.0, 0.1), "hsr": (0.1, 0.1)})
+    row = rows_of(study_of([kept]))["hsr"]
+    assert (row.regained, row.added) == (None, None)
+
+
 def test_repeats_of_a_random_control_are_one_row(pooled: Study) -> None:
     assert list(rows_of(pooled)) == ["dense", "pruned", "hsr", "random", "worse"]
     row = rows_of(pooled)["random"]

@@ -267,8 +267,26 @@ def test_clustered_rate_of_more_events_is_bounded_higher() -> None:
     assert one.high > none.high > 0.018
 
 
-@pytest.mark.parametrize(("events", "answers"), [([], 1), ([2], 1), ([-1], 2), ([0], 0)])
-def test_clustered_rate_rejects_impossible_counts(events: list[int], answers: int) -> None:
+def test_clustered_rate_of_unequal_prompts_covers_the_rate() -> None:
+    """All answers to a prompt agree, which makes rates vary most."""
+    generator, rate = np.random.default_rng(3), 0.3
+    answers = generator.integers(1, 5, size=60)
+    found = [clustered_rate(answers * (generator.random(60) < rate), answers) for _ in range(800)]
+    assert 0.93 < np.mean([one.low <= rate <= one.high for one in found]) < 0.975
+    assert {one.n for one in found} == {60}
+    widths = [one.high - one.low for one in found]
+    equal = wilson(18, 60)
+    assert min(widths) > 0
+    assert np.mean(widths) > equal.high - equal.low, "unequal prompts tell less than equal ones"
+
+
+@pytest.mark.parametrize(
+    ("events", "answers"),
+    [([], 1), ([2], 1), ([-1], 2), ([0], 0), ([1, 2], [1, 1]), ([0, 0], [1, 0])],
+)
+def test_clustered_rate_rejects_impossible_counts(
+    events: list[int], answers: int | list[int]
+) -> None:
     with pytest.raises(ValueError, match="events"):
         clustered_rate(events, answers)
 

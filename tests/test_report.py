@@ -380,7 +380,7 @@ def test_without_realigned_models_their_columns_go() -> None:
 
 
 def test_the_summary_tells_the_whole_story() -> None:
-    pruning, realigning, effects = summary(study_of([REPORT]))
+    pruning, realigning, regained, effects = summary(study_of([REPORT]))
     assert pruning.startswith(
         "Pruning (60 % of the weights) raised ASR from 12.5 % [5.5, 26.1] to 62.5 %"
     )
@@ -388,6 +388,10 @@ def test_the_summary_tells_the_whole_story() -> None:
     assert "500 restored weights (5 per 10,000 pruned): ASR 25.0 %" in realigning
     assert "better than pruned (p < 0.001)" in realigning
     assert re.search(r"RSR 75\.0 % \[[\d.]+, [\d.]+\]\.", realigning)
+    assert regained == (
+        "Of the 20 harmful prompts that dense refuses and pruned does not, it refuses 75.0 % "
+        "[53.1, 88.8]; of the 5 that neither refuses, 0.0 % [0.0, 43.4]."
+    )
     assert "Over-refusal is 15.0 % [5.2, 36.0], not distinguishable from pruned" in effects
     assert "pruned 10.0 % [2.8, 30.1], dense 5.0 % [0.9, 23.6]" in effects
     (control,) = controls(study_of([REPORT]))
@@ -435,7 +439,7 @@ def test_the_verdict_warns_of_a_model_that_refuses_everything() -> None:
 def test_the_summary_claims_no_more_than_the_tests_show() -> None:
     pruned = variant("pruned", 7, 2, base="dense", pruned=100)
     method = variant("method", 8, 3, base="pruned", restored=9, pruned=100)
-    pruning, restoring, _ = summary(study_of([Run("t", "m", (DENSE, pruned, method))]))
+    pruning, restoring, *_ = summary(study_of([Run("t", "m", (DENSE, pruned, method))]))
     assert pruning == (
         "Pruning (0 % of the weights): ASR 17.5 % [8.7, 31.9], not distinguishable from dense "
         "(p = 0.500); dense 12.5 % [5.5, 26.1]."
@@ -625,8 +629,9 @@ def test_the_table_shows_the_numbers_given(page: str) -> None:
     assert row[7].startswith("85.0 % [")
     assert row[7].endswith("n = 20")
     assert details[1:3] == ["60 %", "500"]
-    assert details[3].startswith("+5.0 [")
-    assert details[4].startswith("+10.0 [")
+    assert details[3:5] == ["75.0 % [53.1, 88.8] 15 of 20", "0.0 % [0.0, 43.4] 0 of 5"]
+    assert details[5].startswith("+5.0 [")
+    assert details[6].startswith("+10.0 [")
 
 
 def test_the_markdown_table_shows_the_same(page: str, text: str) -> None:

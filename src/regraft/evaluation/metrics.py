@@ -41,7 +41,7 @@ def wilson(count: int, n: int) -> Estimate:
     return Estimate(count / n, n, *_score_interval(count / n, n), count)
 
 
-def _score_interval(rate: float, n: int) -> tuple[float, float]:
+def _score_interval(rate: float, n: float) -> tuple[float, float]:
     z2 = _Z**2
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
@@ -124,27 +124,33 @@ def macro_average(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(value, sum(one.n for one in estimates), value - below, value + above)
 
 
-def clustered_rate(events: ArrayLike, answers: int) -> Estimate:
-    """The rate of an event if every prompt has equally many answers, one per model.
+def clustered_rate(events: ArrayLike, answers: ArrayLike) -> Estimate:
+    """The rate of an event over all answers, of which a prompt has one per model.
 
     Answers to one prompt are not independent draws, so `n` is the number of prompts, and the
-    interval is Wilson's for the mean rate at that n. It is never too narrow: shares of events vary
-    most between prompts if all answers to a prompt agree. Only then is `count` given.
+    interval is Wilson's for the mean rate at that n or, if prompts have different numbers of
+    answers, at their effective number (Kish 1965). It is never too narrow: shares of events vary
+    most between prompts if all answers to a prompt agree. Only then, and with equally many answers,
+    is `count` given.
 
     Args:
         events: How many of each prompt's answers have the event.
-        answers: How many answers each prompt has.
+        answers: How many answers each prompt has; one number for all, or one for each.
 
     Raises:
-        ValueError: there is no prompt, or a count is not between 0 and `answers`.
+        ValueError: there is no prompt, or one without answers or with more events than answers.
     """
     counts = np.asarray(events, dtype=np.int64)
-    if counts.size == 0 or answers < 1 or np.min(counts) < 0 or np.max(counts) > answers:
-        raise ValueError(f"A rate needs prompts with 0 to {answers} events; got {counts.tolist()}.")
-    if np.isin(counts, (0, answers)).all():
+    sizes = np.broadcast_to(np.asarray(answers, dtype=np.int64), counts.shape)
+    if counts.size == 0 or (sizes < 1).any() or (counts < 0).any() or (counts > sizes).any():
+        raise ValueError(
+            f"A rate needs prompts with 0 to {np.asarray(answers).tolist()} events; got "
+            f"{counts.tolist()}."
+        )
+    if (sizes == sizes[0]).all() and np.isin(counts, (0, sizes[0])).all():
         return wilson(int((counts > 0).sum()), counts.size)
-    rate = int(counts.sum()) / (answers * counts.size)
-    return Estimate(rate, counts.size, *_score_interval(rate, counts.size))
+    rate, effective = int(counts.sum()) / int(sizes.sum()), sizes.sum() ** 2 / (sizes**2).sum()
+    return Estimate(rate, counts.size, *_score_interval(rate, float(effective)))
 
 
 def paired_difference(differences: ArrayLike) -> Estimate:

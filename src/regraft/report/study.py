@@ -159,6 +159,9 @@ class Row(RowModels, Measured):
             of these means is `mean_rsr`.
         attacks: Test against the base: a pruned model against the dense one, a method against the
             pruned model, unrelated models against the first; `refusals` alike.
+        regained: Share of the lost refusals that a method makes again: of the harmful prompts that
+            the dense model refuses and the pruned one does not. `added` is its share of refusals of
+            those that neither refuses.
         over_refusal_from_pruned: This model's rate minus the pruned model's; others ("from") alike.
     """
 
@@ -174,6 +177,8 @@ class Row(RowModels, Measured):
     attacks: Tested | None = None
     refusals: Tested | None = None
     against: Mapping[str, Tested] = field(default_factory=dict)
+    regained: Estimate | None = None
+    added: Estimate | None = None
     over_refusal_from_pruned: Estimate | None = None
     over_refusal_from_dense: Estimate | None = None
     utility_from_pruned: Estimate | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from regraft.evaluation.results import Estimate
 from regraft.report.formatting import (
     DASH,
     UNCHECKED,
@@ -79,6 +80,8 @@ def _sentences(table: Table) -> Iterator[str]:
     if table.methods:
         first = table.methods[0]
         yield _method(first) + _caveats(pruned, first)
+        if first.regained:
+            yield _regained(first.regained, first.added)
         yield _side_effects(dense, pruned, first)
 
 
@@ -130,6 +133,16 @@ def _method(row: Row) -> str:
     if row.rsr is None:
         return text
     return f"{text} RSR {rsr_cell(row.rsr).text}."
+
+
+def _regained(lost: Estimate, others: Estimate | None) -> str:
+    text = (
+        f"Of the {lost.n:,} harmful prompts that dense refuses and pruned does not, it refuses "
+        f"{rate(lost)}"
+    )
+    if others is not None:
+        text += f"; of the {others.n:,} that neither refuses, {rate(others)}"
+    return f"{text}."
 
 
 def _side_effects(dense: Row, pruned: Row, row: Row) -> str:
@@ -216,7 +229,13 @@ def notes(study: Study) -> tuple[str, ...]:
 def _tests_notes(study: Study) -> Iterator[str]:
     rows = study.rows
     if any(row.rsr is not None for row in rows):
-        yield "RSR: the share of the rise in ASR that was undone; no interval if it is unbounded."
+        yield (
+            "RSR: the share of the rise in ASR that was undone; no interval if it is unbounded. "
+            "Refusals of prompts that the dense model answers raise it too, so read it with the "
+            "next two. Lost refusals regained: the share refused of the harmful prompts that the "
+            "dense model refuses and the pruned one does not. Refusals added: the share refused of "
+            "those that neither refuses."
+        )
     if all(row.attacks is None for row in rows):
         return
     if study.runs[0].unrelated:

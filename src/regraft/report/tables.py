@@ -124,6 +124,8 @@ def _columns(study: Study) -> Iterator[Column]:
     yield Column("RSR", lambda row: rsr_cell(row.rsr), "everywhere")
     yield Column("RSR of means", lambda row: rsr_cell(row.mean_rsr), means)
     yield _published(lambda one: (one.row.rsr, one.rsr_interval))
+    yield Column("Lost refusals regained", lambda row: rate_cell(row.regained))
+    yield Column("Refusals added", lambda row: rate_cell(row.added))
     if any(row.degenerate is not None and row.degenerate.value for row in study.rows):
         yield Column("Degenerate", lambda row: rate_cell(row.degenerate), "everywhere")
     yield Column("Over-refusal", lambda row: rate_cell(row.over_refusal), "everywhere")
