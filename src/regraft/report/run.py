@@ -150,7 +150,7 @@ class Run:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    images: Callable[[], Mapping[str, Path]] = dict
+    images: Callable[[], Mapping[str, Path]] = field(default=dict, compare=False)
     costs: tuple[Cost, ...] = ()
     opinions: tuple[Opinion, ...] = ()
     paths: tuple[SharedPath, ...] = ()
