@@ -34,6 +34,7 @@ from regraft.models.loaded import (
     describe_unused,
     enough_memory,
     parameter_tensors,
+    reads,
     refuse_tokens_without_embedding,
 )
 from regraft.models.placement import PlacedModel
@@ -285,8 +286,10 @@ def load_processor(source: Source) -> Any:
 def placed(batch: Batch, model: nn.Module) -> Batch:
     """The batch on the model's device, pixels in the dtype of its first floating-point weight.
 
-    If every weight is offloaded, accelerate's hooks move the batch.
+    The model is about to read it, see `loaded.reads`. If every weight is offloaded, accelerate's
+    hooks move the batch.
     """
+    reads(model, batch)
     parameters = [one for one in model.parameters() if one.is_floating_point()]
     first = next((p for p in parameters if not p.is_meta), None)
     device = torch.device("cpu") if first is None else first.device
