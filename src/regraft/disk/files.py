@@ -26,6 +26,7 @@ try:
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
+_CHUNK = 2**20  # bytes
 WORKERS = min(4, os.cpu_count() or 1)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # Lustre or NFS mounted without locks
 Item = TypeVar("Item")
@@ -326,7 +327,11 @@ def digest(*parts: bytes | str | memoryview) -> str:
     return hasher.hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def file_digest(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
+    """SHA-256 of a file's bytes, as hex; `advance` is called with the number of bytes just read."""
+    hasher = hashlib.sha256()
+    with path.open("rb", buffering=0) as handle:
+        while chunk := handle.read(_CHUNK):
+            hasher.update(chunk)
+            advance(len(chunk))
+    return hasher.hexdigest()
