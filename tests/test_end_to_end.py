@@ -287,6 +287,21 @@ def test_report_of_several_prunings(several: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("replaced, by", [("hsr", "hsr-a"), ("hsr-a", "hsr")])
+def test_a_report_is_not_written_on_another_patch(
+    several: Path, tmp_path: Path, replaced: str, by: str
+) -> None:
+    """hsr was evaluated as a checkpoint, hsr-a with its patch."""
+    run = Path(shutil.copytree(several / "run", tmp_path / "run"))
+    patches = run / "patches" / "mine"
+    shutil.copyfile(patches / f"{by}.safetensors", patches / f"{replaced}.safetensors")
+    before = tree(run)
+    with pytest.raises(RegraftError, match=rf"{replaced}\.safetensors is not the patch with which"):
+        recipe_runs.report_recipe(run)
+    assert tree(run) == before
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_several_prunings_go_on_where_they_stopped(several: Path, tmp_path: Path) -> None:
     recipe = _recipe(several, **SEVERAL)
     stops = {"Evaluating the mine model": "wanda-50/hsr", "Realigning: mine/hsr": "mine/hsr"}
