@@ -224,7 +224,10 @@ def image_cache() -> Path:
 
 @contextmanager
 def kept_if_read() -> Iterator[None]:
-    """Delete what the block wrote into the cache if its input turns out to be bad."""
+    """Delete what the block wrote into the cache if its input turns out to be bad.
+
+    Blocks may be nested: an outer one also deletes what finished inner ones wrote.
+    """
     before = len(_written)
     try:
         yield
@@ -238,9 +241,8 @@ def kept_if_read() -> Iterator[None]:
                 shutil.rmtree(doomed, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-        raise
-    finally:
         del _written[before:]
+        raise
 
 
 @contextmanager
