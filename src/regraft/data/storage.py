@@ -248,9 +248,14 @@ def kept_if_read() -> Iterator[None]:
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
     """Make a cache folder if needed, and lock it: other processes wait until the block ends."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = folder / ".lock"
-        lock.touch()
-    with locked(lock, folder, wait=True):
-        yield
+    try:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = folder / ".lock"
+            lock.touch()
+        with locked(lock, folder, wait=True):
+            yield
+    except PassingError as error:
+        raise PassingError(
+            f"{error} It is in the cache: the variable {CACHE_VARIABLE} names another folder."
+        ) from error
