@@ -859,8 +859,10 @@ def test_output_places(world: World, refused: Refused) -> None:
     has(refused("apply", "pruned", world.patch, "--out", "pruned"), "itself", "a new folder")
 
 
-def test_words_that_are_no_text(refused: Refused) -> None:
-    has(refused("analyse", "model", "a\udce9"), "is not UTF-8, as all names must be")
+def test_words_that_are_no_text(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    has(refused("analyse", "model", "a\udce9"), "is not UTF-8, as all names must be. Rename it.")
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    has(refused("analyse", "model", "a\udcc3\udca9"), "for ascii in this locale: set PYTHONUTF8=1")
 
 
 def test_numbers_that_no_artifact_could_hold(world: World, refused: Refused) -> None:

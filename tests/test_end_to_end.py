@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -299,6 +300,10 @@ def test_a_report_is_not_written_on_another_patch(
     with pytest.raises(RegraftError, match=rf"{replaced}\.safetensors is not the patch with which"):
         recipe_runs.report_recipe(run)
     assert tree(run) == before
+    (patches / f"{replaced}.safetensors").unlink()
+    os.mkfifo(patches / f"{replaced}.safetensors")
+    with pytest.raises(RegraftError, match="is a device, a pipe or a socket"):
+        recipe_runs.report_recipe(run)
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from regraft.defence import DEFENCE_PROMPT, Direction, load_defence
 from regraft.disk.descriptions import about_of, described
 from regraft.disk.files import file_digest
 from regraft.disk.parsing import read_json
+from regraft.disk.paths import require_file
 from regraft.errors import RegraftError
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.tradeoff import read_curve
@@ -187,10 +188,9 @@ class _Artifacts:
         """One pruned model, then the variants realigned from it and its defences."""
         recipe, run_dir = self.recipe, self.run_dir
         variants = recipe.variants_of(pruning)
-        files = {one.name: run_dir.patch(pruning.name, one.name) for one in variants}
         patches = {
-            name: load_patch(self.evaluated(file, "patch", pruning.name, name))
-            for name, file in files.items()
+            one.name: load_patch(self.evaluated("patch", run_dir.patch, pruning.name, one.name))
+            for one in variants
         }
         own, dense = self.evaluations[pruning.name], self.evaluations["dense"]
         zeroed = own.about["zeros"] - dense.about["zeros"]
@@ -207,8 +207,8 @@ class _Artifacts:
             yield self.realigned(pruning, one, patches[one.name], layers)
         for defence in recipe.defences_of(pruning):
             name = run_dir.name(pruning.name, defence.name)
-            file = run_dir.defence(pruning.name, defence.name)
-            how = _defence_label(self.evaluated(file, "defence", pruning.name, defence.name))
+            file = self.evaluated("defence", run_dir.defence, pruning.name, defence.name)
+            how = _defence_label(file)
             by_prompt = not isinstance(defence, RefusalDirectionSettings)
             yield _variant(
                 name,
@@ -219,13 +219,13 @@ class _Artifacts:
                 passes=self.passes.of_defence(name, by_prompt=by_prompt),
             )
 
-    def evaluated(self, file: Path, role: str, pruning: str, name: str) -> Path:
+    def evaluated(self, role: str, of: Callable[[str, str], Path], pruning: str, name: str) -> Path:
         """The file of a variant's patch or defence, if it is that of the variant's evaluation."""
-        applied = self.run_dir.realigned(pruning, name) / stages.ABOUT_FILE
-        about: Mapping[str, Any] = self.evaluations[f"{pruning}/{name}"].about
-        if applied.exists():
-            about = described(read_json(applied), str(applied))
-        if file.exists() and about["inputs"].get(role) not in (None, file_digest(file)):
+        file, applied = of(pruning, name), self.run_dir.realigned(pruning, name) / stages.ABOUT_FILE
+        require_file(file, f"It should hold a {role}.")
+        own = self.evaluations[f"{pruning}/{name}"].about
+        about = described(read_json(applied), str(applied)) if applied.exists() else own
+        if about["inputs"].get(role) not in (None, file_digest(file)):
             raise RegraftError(
                 f"{file} is not the {role} with which {self.run_dir.name(pruning, name)} was "
                 "evaluated. Put that one back, or remove this one and continue with "
