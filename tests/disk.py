@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +23,18 @@ def tree(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): file_digest(path) if path.is_file() else ""
         for path in sorted(folder.rglob("*"))
     }
+
+
+@contextmanager
+def full_beyond(size: int) -> Iterator[None]:
+    """Every file of more than `size` bytes is one too many for the disk."""
+    resource = pytest.importorskip("resource", reason="limits the size of files")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def shards(folder: Path) -> dict[str, str]:

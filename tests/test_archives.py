@@ -273,7 +273,7 @@ def test_processes_that_unpack_at_once(tmp_path: Path, cache: Path) -> None:
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
-    with pytest.raises(RegraftError, match="cannot be written: there is a file where a folder"):
+    with pytest.raises(RegraftError, match=f"a file where a folder .* {CACHE_VARIABLE}"):
         cached_image(b"x")
 
 

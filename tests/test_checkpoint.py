@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,11 @@ import pico
 from disk import differing, equal_bytes, rewrite, tree
 from regraft.data.collate import prompt_batch
 from regraft.errors import RegraftError
+from regraft.models import checkpoint
 from regraft.models.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from regraft.models.checkpoint_copy import Edit, write_edited
 from regraft.models.load import open_source
+from regraft.progress import Advance, Silent
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -274,6 +278,36 @@ def test_fingerprint(small: Path, tmp_path: Path) -> None:
     shard[-1] ^= 1
     (moved / "x-2.safetensors").write_bytes(shard)
     assert open_checkpoint(moved).fingerprint not in (first, template)
+
+
+class Tasks(Silent):
+    """Records (what, announced units, units done) of every task."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, int]] = []
+
+    @contextmanager
+    def task(self, what: str, total: int, unit: str = "") -> Iterator[Advance]:
+        done: list[int] = []
+        yield lambda units: done.append(units)
+        self.seen.append((what, total, sum(done)))
+
+
+def test_only_reading_a_large_checkpoint_is_shown(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = Tasks()
+    fingerprint = open_checkpoint(small).fingerprint_shown(tasks)
+    assert fingerprint == open_checkpoint(small).fingerprint
+    assert not tasks.seen
+    monkeypatch.setattr(checkpoint, "_LARGE", 1)
+    found = open_checkpoint(small)
+    assert [found.fingerprint_shown(tasks) for _ in range(2)] == [fingerprint] * 2
+    ((what, announced, done),) = tasks.seen
+    assert str(small) in what and announced == found.bytes == done
+    known = open_checkpoint(small)
+    assert known.fingerprint == known.fingerprint_shown(tasks)
+    assert len(tasks.seen) == 1
 
 
 def test_outline(small: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from regraft.data.sources import DataSource
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.files import write_json
 from regraft.errors import RegraftError
-from regraft.models.checkpoint import open_checkpoint
+from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.load import load_processor, open_source
 from regraft.pruning.base import prune_settings
 from regraft.pruning.pruners.wanda import Wanda
@@ -859,8 +859,10 @@ def test_output_places(world: World, refused: Refused) -> None:
     has(refused("apply", "pruned", world.patch, "--out", "pruned"), "itself", "a new folder")
 
 
-def test_words_that_are_no_text(refused: Refused) -> None:
-    has(refused("analyse", "model", "a\udce9"), "is not UTF-8, as all names must be")
+def test_words_that_are_no_text(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    has(refused("analyse", "model", "a\udce9"), "is not UTF-8, as all names must be. Rename it.")
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    has(refused("analyse", "model", "a\udcc3\udca9"), "for ascii in this locale: set PYTHONUTF8=1")
 
 
 def test_numbers_that_no_artifact_could_hold(world: World, refused: Refused) -> None:
@@ -942,6 +944,12 @@ def test_where_to_patch(world: World, refused: Refused, command: str) -> None:
     has(refused(*words, world.patch), "--out")
     has(refused(*words, "--out", "x"), "No patch is named")
     has(refused(*words, world.patch, world.pruned, "--out", "x"), "is a folder")
+
+
+def test_a_preview_of_a_run_reads_no_weights(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 70B that would take minutes."""
+    monkeypatch.setattr(Checkpoint, "fingerprint", property(lambda _: pytest.fail("weights read")))
+    run_ok("run", world.recipe(), "--out", world.root / "run", "--dry-run")
 
 
 def test_dry_run(world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,7 @@ from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
 from regraft.evaluation.metrics import wilson
 from regraft.models.load import Source, open_source
+from regraft.progress import SILENT
 from regraft.recipes.file import read_recipe
 from regraft.recipes.recipe import Recipe
 from regraft.runs import pipeline
@@ -327,7 +328,7 @@ def _evaluate(source: Source, data: DataSource, out: Path, defence: Path | None 
 
 def test_answers_under_a_direction(source: Source, data: DataSource, tmp_path: Path) -> None:
     vector = 50 * torch.randn(source.architecture.hidden_size)
-    about = describe("defend", fingerprints(model=source))
+    about = describe("defend", fingerprints(SILENT, model=source))
     for name, strength in (("none", 0.0), ("much", 1.0)):
         save_defence(tmp_path / name, Direction(vector, 1, strength, about))
     plain, none, much = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -284,6 +285,25 @@ def test_report_of_several_prunings(several: Path) -> None:
     assert {one["name"]: one["base"] for one in run["variants"][1:]} == {
         name: name.partition("/")[0] if "/" in name else "dense" for name in names[1:]
     }
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("replaced, by", [("hsr", "hsr-a"), ("hsr-a", "hsr")])
+def test_a_report_is_not_written_on_another_patch(
+    several: Path, tmp_path: Path, replaced: str, by: str
+) -> None:
+    """hsr was evaluated as a checkpoint, hsr-a with its patch."""
+    run = Path(shutil.copytree(several / "run", tmp_path / "run"))
+    patches = run / "patches" / "mine"
+    shutil.copyfile(patches / f"{by}.safetensors", patches / f"{replaced}.safetensors")
+    before = tree(run)
+    with pytest.raises(RegraftError, match=rf"{replaced}\.safetensors is not the patch with which"):
+        recipe_runs.report_recipe(run)
+    assert tree(run) == before
+    (patches / f"{replaced}.safetensors").unlink()
+    os.mkfifo(patches / f"{replaced}.safetensors")
+    with pytest.raises(RegraftError, match="is a device, a pipe or a socket"):
+        recipe_runs.report_recipe(run)
 
 
 @pytest.mark.usefixtures("undrawn")

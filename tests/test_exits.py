@@ -170,6 +170,7 @@ class PanicException(BaseException):
             BAD,
             "This machine is out of memory. Lower --batch-size",
         ),
+        (RuntimeError("can't start new thread"), BAD, "No more threads can be started"),
         (OSError(12, "Cannot allocate memory"), BAD, "This machine is out of memory"),
         (OSError(36, "File name too long", "n" * 300), BAD, "nnn: File name too long."),
         (PermissionError(13, "Permission denied", "file"), BAD, "file: Permission denied."),

@@ -244,7 +244,7 @@ def test_as_many_prompts_as_are_said_to_decide_do_so_four_times_in_five(
     margin = 0.1
     times = prompts_needed([rises(more, less, n)], margin)
     assert times is not None
-    wanted = round(times * n)
+    wanted = math.ceil(times * n)
     random = np.random.default_rng(0)
     chances = [more / n, less / n, 1 - (more + less) / n]
     decided = 0
@@ -255,6 +255,15 @@ def test_as_many_prompts_as_are_said_to_decide_do_so_four_times_in_five(
     assert decided >= 70
     if more:
         assert decided <= 95
+
+
+@pytest.mark.parametrize("margin", [0.03, 0.05, 0.1])
+def test_if_no_prompt_differs_the_number_needed_is_the_least_that_decides(margin: float) -> None:
+    least = math.ceil(math.log(LEVEL) / math.log(1 - margin))
+    assert exact_p(0, 0, least, margin) <= LEVEL < exact_p(0, 0, least - 1, margin)
+    for n in (1, 2, 3, 4, 5, 8, least - 1):
+        times = prompts_needed([rises(0, 0, n)], margin)
+        assert times is not None and math.ceil(times * n) == least
 
 
 def test_no_number_of_prompts_decides_at_the_margin() -> None:

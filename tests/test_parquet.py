@@ -19,6 +19,8 @@ from PIL import Image
 
 from disk import tree
 from regraft.data import parquet
+from regraft.data.demo import demo_model
+from regraft.data.example import KINDS
 from regraft.data.formats import read_jsonl, read_prompts
 from regraft.data.images import check_images, open_image
 from regraft.data.readers.docvqa import read_docvqa
@@ -29,6 +31,11 @@ from regraft.data.rows import table_rows
 from regraft.data.sources import DataSource, read
 from regraft.data.storage import CACHE_VARIABLE, located
 from regraft.errors import RegraftError
+from regraft.models.load import open_source
+from regraft.settings.data import CalibrationSettings
+from regraft.stages.reading import read_suites
+from regraft.stages.setup import Setup
+from regraft.stages.steps import PromptUse, Step, check_all
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +201,27 @@ def test_values_as_text(tmp_path: Path) -> None:
         "b": base64.b64encode(row["b"]).decode(),
     }
     assert found.where == f"{path}, row 1"
+
+
+def test_a_table_that_is_refused_late_leaves_no_images(tmp_path: Path, cache: Path) -> None:
+    """Its second image is damaged, which is found once all rows have been read."""
+    cells = [{"bytes": _png(1), "path": None}, {"bytes": _png(2)[:40], "path": None}]
+    rows = [
+        {"instruction": "a", "harmful": not i, "response": "b", "image": cells[i]} for i in (0, 1)
+    ]
+    source = DataSource.model_validate(str(_write(tmp_path / "t.parquet", *rows)))
+    with pytest.raises(RegraftError, match="image"):
+        read_suites(None, [source], None)
+    assert not list((cache / "images").glob("*.*g"))
+    model = open_source(demo_model())
+    setup = Setup(model, CalibrationSettings(data=source, samples=1, responses="self"))
+    drawn = [
+        Step("learn", kind, tmp_path, print, lambda kind=kind: PromptUse({kind: setup.drawn(kind)}))
+        for kind in KINDS
+    ]
+    with pytest.raises(RegraftError, match="image"):
+        check_all(drawn)  # of the second kind; the first is fine
+    assert not list((cache / "images").glob("*.*g"))
 
 
 @pytest.mark.parametrize("as_text", [False, True])

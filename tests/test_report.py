@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from disk import full_beyond, tree
 from regraft.console import show_study
 from regraft.data.example import Example
 from regraft.errors import RegraftError
@@ -41,7 +42,7 @@ from regraft.report.run import DataAccount, HeadMap, Opinion, Run, Variant, pair
 from regraft.report.study import Outcome, Recovered, Row, Table
 from regraft.report.summary import _method, controls, notes, summary
 from regraft.report.weight_figures import head_map_figure, restored_figure
-from regraft.report.write import report_to_json, write_report
+from regraft.report.write import check_report_folder, report_to_json, write_report
 from truth import mcnemar, paired_rsr
 
 JUDGE = REGRAFT_1
@@ -676,6 +677,26 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert row["rsr"]["value"] == pytest.approx(0.75)
     assert row["attacks"]["outcome"] == "better"
     assert "answers" not in value["runs"][0]["variants"][2]["result"]
+
+
+def test_a_full_disk_leaves_the_old_report_or_none(tmp_path: Path) -> None:
+    write_report(study_of([REPORT]), tmp_path / "old")
+    before = tree(tmp_path)
+    again = study_of([replace(REPORT, title="Another title, as long as that of the old one")])
+    largest = (tmp_path / "old" / "report.html").stat().st_size
+    for folder in ("old", "new"):
+        full = pytest.raises(RegraftError, match=r"disk is full.*report\.html")
+        with full, full_beyond(largest - 1):
+            write_report(again, tmp_path / folder)
+    assert tree(tmp_path) == before
+
+
+def test_a_killed_report_can_be_written_again(tmp_path: Path) -> None:
+    (tmp_path / ".report.html.regraft-tmp").write_text("half")
+    check_report_folder(tmp_path)
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(RegraftError, match="something other than a report"):
+        check_report_folder(tmp_path)
 
 
 def test_a_report_of_many_answers_stays_small(tmp_path: Path) -> None:

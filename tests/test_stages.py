@@ -605,7 +605,7 @@ def test_a_run_opens_its_pruned_model_once(
     opened, digested = [], []
 
     def counted(own: Callable[..., Any], calls: list[Path]) -> Callable[..., Any]:
-        return lambda path, **more: (calls.append(Path(path)), own(path, **more))[1]
+        return lambda path, *more, **named: (calls.append(Path(path)), own(path, *more, **named))[1]
 
     monkeypatch.setattr(compute, "open_source", counted(compute.open_source, opened))
     monkeypatch.setattr(checkpoint, "file_digest", counted(checkpoint.file_digest, digested))

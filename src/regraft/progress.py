@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from threading import Event, Lock
 from typing import Protocol
 
 from torch import nn
@@ -32,6 +33,19 @@ def expect(advance: Advance, more: int) -> None:
         advance.expect(more)
     elif more < 0:
         advance(-more)
+
+
+def thread_safe(advance: Advance, stop: Event) -> Advance:
+    """`advance` behind a lock; raises InterruptedError once `stop` is set."""
+    lock = Lock()
+
+    def locked(count: int) -> None:
+        with lock:
+            if stop.is_set():
+                raise InterruptedError
+            advance(count)
+
+    return locked
 
 
 class Pace:

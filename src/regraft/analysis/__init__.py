@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from regraft import distributed
-from regraft.disk.files import atomic_folder, write_json, write_text
+from regraft.disk.files import atomic_folder, to_json, write_texts
 from regraft.report.drawing import standalone
 
 
 def write_analysis(folder: Path, name: str, content: Any, figure: str) -> None:
     """Write NAME.json and NAME.svg to an existing folder."""
     if distributed.first():
-        write_json(folder / f"{name}.json", content)
-        write_text(folder / f"{name}.svg", standalone(figure))
+        files = {".json": to_json(content), ".svg": standalone(figure)}
+        write_texts({folder / f"{name}{suffix}": text for suffix, text in files.items()})
 
 
 def write_new(out: Path, name: str, content: Any, figure: str) -> None:

@@ -145,7 +145,10 @@ def _joined(words: Sequence[str]) -> list[str]:
     if wrong := [word for word in words if "\0" in word]:
         raise RegraftError(f"{wrong[0]!r} has a NUL character, which no argument may have.")
     if wrong := [word for word in words if not is_text(word)]:
-        raise RegraftError(f"{wrong[0]!r} is not UTF-8, as all names must be. Rename it.")
+        encoding = sys.getfilesystemencoding()
+        locale = f"Python takes names for {encoding} in this locale: set PYTHONUTF8=1."
+        fix = "Rename it." if encoding == "utf-8" else locale
+        raise RegraftError(f"{wrong[0]!r} is not UTF-8, as all names must be. {fix}")
     if not {"--data", "--validation"}.intersection(words):
         return list(words)
     from regraft.data.sources import words_of_first

@@ -46,6 +46,12 @@ _HOST = (
 )
 
 
+_THREADS = (
+    "No more threads can be started: this process may use too little memory or too few threads. "
+    "Raise the limits (`ulimit -v`, `ulimit -u`, or the container's); finished work stays."
+)
+
+
 def joined() -> AbstractContextManager[None]:
     """Join the other processes, if a launcher started this one as one of several.
 
@@ -132,6 +138,8 @@ def _message(error: BaseException) -> str | None:
         return _DEVICE
     if is_host_memory(error):
         return _HOST
+    if str(error) == "can't start new thread":
+        return _THREADS
     if isinstance(error, OSError) and error.errno is not None:
         if error.errno == errno.ENOMEM:
             return _HOST

@@ -224,7 +224,10 @@ def image_cache() -> Path:
 
 @contextmanager
 def kept_if_read() -> Iterator[None]:
-    """Delete what the block wrote into the cache if its input turns out to be bad."""
+    """Delete what the block wrote into the cache if its input turns out to be bad.
+
+    Blocks may be nested: an outer one also deletes what finished inner ones wrote.
+    """
     before = len(_written)
     try:
         yield
@@ -238,17 +241,21 @@ def kept_if_read() -> Iterator[None]:
                 shutil.rmtree(doomed, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-        raise
-    finally:
         del _written[before:]
+        raise
 
 
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
     """Make a cache folder if needed, and lock it: other processes wait until the block ends."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = folder / ".lock"
-        lock.touch()
-    with locked(lock, folder, wait=True):
-        yield
+    try:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = folder / ".lock"
+            lock.touch()
+        with locked(lock, folder, wait=True):
+            yield
+    except PassingError as error:
+        raise PassingError(
+            f"{error} It is in the cache: the variable {CACHE_VARIABLE} names another folder."
+        ) from error

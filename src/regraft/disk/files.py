@@ -9,9 +9,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from typing import IO, Any, TypeVar
@@ -26,6 +26,7 @@ try:
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
+_CHUNK = 2**20  # bytes
 WORKERS = min(4, os.cpu_count() or 1)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # Lustre or NFS mounted without locks
 Item = TypeVar("Item")
@@ -296,8 +297,16 @@ def _is_at(handle: IO[bytes], path: Path) -> bool:
 
 def write_text(target: Path, text: str) -> None:
     """Write `text` to `target` atomically, in UTF-8, with ? in place of lone surrogates."""
-    with atomic_file(target) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
+    write_texts({target: text})
+
+
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """As `write_text` for several files: all are written before the first is put into place."""
+    with ExitStack() as stack:
+        for target, text in reversed([*texts.items()]):  # the stack ends with the first
+            temporary = stack.enter_context(atomic_file(target))
+            temporary.write_text(text, encoding="utf-8", errors="replace")
+            sync(temporary)
 
 
 def to_json(value: Any) -> str:
@@ -326,7 +335,11 @@ def digest(*parts: bytes | str | memoryview) -> str:
     return hasher.hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def file_digest(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
+    """SHA-256 of a file's bytes, as hex; `advance` is called with the number of bytes just read."""
+    hasher = hashlib.sha256()
+    with path.open("rb", buffering=0) as handle:
+        while chunk := handle.read(_CHUNK):
+            hasher.update(chunk)
+            advance(len(chunk))
+    return hasher.hexdigest()

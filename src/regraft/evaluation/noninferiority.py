@@ -34,6 +34,7 @@ LEVEL = 0.05
 CHANCE = 0.8  # that the prompts of `prompts_needed` decide
 MOST_PROMPTS = 1_000_000  # more are not reported as needed
 _TIE = 1e-9  # rounding error between equal numbers
+_SETTLED = 1e-4  # relative step at which `prompts_needed` ends: 58 instead of 59 would not decide
 _GRID = np.sin(np.linspace(0, np.pi / 2, 181)) ** 2  # dense at the ends: the p value is steep there
 _PEAKS = 3  # highest points of the grid, around which a finer one is searched
 _NEGLIGIBLE = 1e-12  # a probability
@@ -141,7 +142,7 @@ def prompts_needed(parts: Sequence[Rises], margin: float) -> float | None:
     """
     z, times = float(ndtri(CHANCE)), 1.0
     units = sum(one.values.size for one in parts)
-    for _ in range(12):
+    for _ in range(20):
         if times * units > MOST_PROMPTS:
             return None
         rise = mean_rise([one.repeated(times) for one in parts])
@@ -150,10 +151,10 @@ def prompts_needed(parts: Sequence[Rises], margin: float) -> float | None:
         if abs(gap) < _TIE:
             return None
         wanted = times * ((width + z * rise.error) / gap) ** 2
-        if abs(wanted / times - 1) < 0.02:
-            break
         # widths shrink as 1 / sqrt(n) or, if hardly any prompt differs, as 1 / n: go halfway
-        times = math.sqrt(times * wanted)
+        before, times = times, math.sqrt(times * wanted)
+        if abs(times / before - 1) < _SETTLED:
+            break
     return times if times * units <= MOST_PROMPTS else None
 
 

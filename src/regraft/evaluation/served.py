@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import ExifTags
 from regraft.data.collate import batches
 from regraft.data.example import Example
 from regraft.data.images import open_image, opened
+from regraft.disk.parsing import shown
 from regraft.distributed import resumable_map
 from regraft.errors import PassingError
 from regraft.evaluation.chat_server import ChatServer, Reply, user_message
@@ -23,6 +25,9 @@ from regraft.progress import Advance, expect
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
+_ENDED = "finish_reason "
+# of OpenAI's servers and those like them, TGI and Anthropic; "" is none
+_KNOWN = {"", "stop", "length", "eos", "eos_token", "stop_sequence", "end_turn", FILTERED}
 _FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png"}  # every server reads these
 
 
@@ -63,14 +68,16 @@ def counts(replies: Sequence[Reply]) -> dict[str, int]:
     """Count the replies that are not complete greedy answers, by kind; {} if all are.
 
     "filtered" ones were withheld or cut by the server's content filter; "unfinished" ones are
-    empty, since the model spent all its tokens on thinking; "sampled" ones are not greedy.
+    empty, since the model spent all its tokens on thinking; "sampled" ones are not greedy. Those
+    with an unknown finish_reason are counted by "finish_reason " and its JSON.
     """
     by_kind = {
         "filtered": sum(one.ended == FILTERED for one in replies),
         "unfinished": sum(one.ended == "length" and not one.text for one in replies),
         "sampled": sum(not one.greedy for one in replies),
     }
-    return {kind: count for kind, count in by_kind.items() if count}
+    unknown = Counter(_ENDED + shown(one.ended) for one in replies if one.ended not in _KNOWN)
+    return {kind: count for kind, count in (by_kind | unknown).items() if count}
 
 
 def explained(counted: Mapping[str, int]) -> list[str]:
@@ -82,6 +89,11 @@ def explained(counted: Mapping[str, int]) -> list[str]:
         "--max-new-tokens",
         "sampled": "not greedy, since the model takes no temperature: another evaluation may get "
         "others",
+    }
+    text |= {
+        kind: f"with the {kind}, which is not a known one: see whether they are whole"
+        for kind in counted
+        if kind.startswith(_ENDED)
     }
     return [f"Answers {text[kind]}: {count:,}." for kind, count in counted.items() if kind in text]
 

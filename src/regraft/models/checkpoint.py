@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from regraft.disk.files import digest, file_digest
+from regraft.disk.files import digest, file_digest, in_threads
 from regraft.disk.parsing import json_object, read_json, shown
 from regraft.disk.paths import is_name, require_file, within
 from regraft.errors import RegraftError
 from regraft.models.places import Place
+from regraft.progress import Advance, Progress, thread_safe
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights that are not quantised
 _OUTLINE_BYTES = 4096  # of each tensor in `Checkpoint.outline`
+_LARGE = 2**30  # bytes; less is read in about a second
 _SAMPLE = 1024  # elements in `Checkpoint.sample`
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
 _SETTINGS = {".json", ".jinja", ".txt", ".model", ".py"}
@@ -129,11 +131,22 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the bytes of all shards and settings files, 64 hex digits."""
-        settings = [path.name for path in self._settings()]
-        names = (*self.shards, *settings)
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            digests = pool.map(lambda name: file_digest(self.folder / name), names)
-            return digest(*names, *digests)
+        return self._digest(lambda _: None)
+
+    def fingerprint_shown(self, progress: Progress) -> str:
+        """`fingerprint`, with progress if it is not known yet and the checkpoint is large."""
+        known = vars(self)
+        if "fingerprint" not in known and self.bytes >= _LARGE:
+            with progress.task(f"Reading {self.folder}", self.bytes, "bytes") as done:
+                known["fingerprint"] = self._digest(done)
+        return self.fingerprint
+
+    def _digest(self, advance: Advance) -> str:
+        settings = {path.name: file_digest(path) for path in self._settings()}
+        stop = Event()
+        advance = thread_safe(advance, stop)
+        shards = in_threads(lambda one: file_digest(self.folder / one, advance), self.shards, stop)
+        return digest(*self.shards, *settings, *shards, *settings.values())
 
     def outline(self, without: Container[str] = ()) -> str:
         """A cheap fingerprint that does not read all weights: SHA-256, 64 hex digits.

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from regraft.models.checkpoint import (
     open_checkpoint,
     read_tensor,
 )
-from regraft.progress import Advance
+from regraft.progress import Advance, thread_safe
 
 Edit = Callable[[Tensor], Tensor]
 EditShard = Callable[[Path], None]
@@ -119,7 +119,7 @@ def write_copy(
         for name, content in (files or {}).items():
             (temporary / name).write_text(content, encoding="utf-8")
         stop = Event()
-        advance = _thread_safe(advance, stop)
+        advance = thread_safe(advance, stop)
 
         def copy(shard: str) -> None:
             with (temporary / shard).open("wb", buffering=0) as writer:
@@ -188,7 +188,7 @@ def check_all_weights(source: Checkpoint, unbounded: Unbounded, advance: Advance
         RegraftError: a float tensor holds NaN, or infinity without being `unbounded`.
     """
     stop = Event()
-    advance = _thread_safe(advance, stop)
+    advance = thread_safe(advance, stop)
 
     def check(shard: str) -> None:
         for piece in _read_checked(source, shard, unbounded):
@@ -206,19 +206,6 @@ def _fill(buffer: Tensor, handle: io.FileIO, piece: range) -> memoryview:
     content = buffer[: len(piece)].numpy().data
     read_at(handle, piece.start, content)
     return content
-
-
-def _thread_safe(advance: Advance, stop: Event) -> Advance:
-    """`advance` behind a lock; raises once `stop` is set."""
-    lock = Lock()
-
-    def locked(count: int) -> None:
-        with lock:
-            if stop.is_set():
-                raise InterruptedError
-            advance(count)
-
-    return locked
 
 
 def _copy_side_files(source: Checkpoint, target: Path) -> None:

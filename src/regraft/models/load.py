@@ -34,6 +34,7 @@ from regraft.models.loaded import (
     describe_unused,
     enough_memory,
     parameter_tensors,
+    reads,
     refuse_tokens_without_embedding,
 )
 from regraft.models.placement import PlacedModel
@@ -283,14 +284,14 @@ def load_processor(source: Source) -> Any:
 
 
 def placed(batch: Batch, model: nn.Module) -> Batch:
-    """The batch on the model's device, pixels in the dtype of its first floating-point weight.
+    """The batch, about to be read, on the model's device, pixels in the dtype of its first float.
 
     If every weight is offloaded, accelerate's hooks move the batch.
     """
+    reads(model, batch)
     parameters = [one for one in model.parameters() if one.is_floating_point()]
-    first = next((p for p in parameters if not p.is_meta), None)
-    device = torch.device("cpu") if first is None else first.device
-    return batch.to(device, (first if first is not None else parameters[0]).dtype)
+    first = next((p for p in parameters if not p.is_meta), parameters[0])
+    return batch.to("cpu" if first.is_meta else first.device, first.dtype)
 
 
 def has_processor(source: Source) -> bool:

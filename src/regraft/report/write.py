@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft import distributed
-from regraft.disk.files import write_json, write_text
+from regraft.disk.files import to_json, write_texts
 from regraft.errors import RegraftError
 from regraft.report.cards import render_card
 from regraft.report.drawing import standalone
@@ -20,7 +20,8 @@ from regraft.report.summary import summary
 
 def check_report_folder(folder: Path) -> None:
     """Raise RegraftError if a folder holds something other than a report."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").exists():
+    others = folder.is_dir() and any(not one.name.startswith(".") for one in folder.iterdir())
+    if others and not (folder / "report.json").exists():
         raise RegraftError(
             f"The output folder {folder} holds something other than a report. Choose a new folder."
         )
@@ -29,9 +30,9 @@ def check_report_folder(folder: Path) -> None:
 def write_report(study: Study, folder: Path) -> None:
     """Write `report.json`, `.md` and `.html` and figures into `folder`, replacing older ones.
 
-    A run of one seed and model also gets `card.md`. The JSON holds every number of the page. The
-    page of a single run has example answers and a filter over all answers. Of several processes the
-    first one writes.
+    Nothing is replaced unless all could be written. A run of one seed and model also gets
+    `card.md`. The JSON holds every number of the page. The page of a single run has example answers
+    and a filter over all answers. Of several processes the first one writes.
 
     Raises:
         RegraftError: a file cannot be written.
@@ -39,18 +40,18 @@ def write_report(study: Study, folder: Path) -> None:
     if not distributed.first():
         return
     drawn = figures(study)
-    page, text = render_html(study, drawn), render_markdown(study)
-    write_json(folder / "report.json", report_to_json(study))
-    write_text(folder / "report.md", text)
-    for figure in drawn:
-        file = folder / f"{figure.name}.svg"
-        if figure.name and figure.svg:
-            write_text(file, standalone(figure.svg))
-        elif figure.name:
-            file.unlink(missing_ok=True)
+    texts = {
+        "report.json": to_json(report_to_json(study)),
+        "report.md": render_markdown(study),
+        "report.html": render_html(study, drawn),
+        **{f"{one.name}.svg": standalone(one.svg) for one in drawn if one.name and one.svg},
+    }
     if study.run is not None and not study.run.unrelated:
-        write_text(folder / "card.md", render_card(study))
-    write_text(folder / "report.html", page)
+        texts["card.md"] = render_card(study)
+    write_texts({folder / name: text for name, text in texts.items()})
+    for one in drawn:
+        if one.name and not one.svg:
+            (folder / f"{one.name}.svg").unlink(missing_ok=True)
 
 
 def report_to_json(study: Study) -> dict[str, Any]:

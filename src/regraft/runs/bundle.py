@@ -26,8 +26,8 @@ from regraft.errors import RegraftError
 from regraft.evaluation.results import result_to_json
 from regraft.patch.format import load_patch
 from regraft.recipes.recipe import Recipe
-from regraft.runs.reporting import evaluation_folders, open_run, read_run, run_folders
-from regraft.runs.run_dir import RunDir
+from regraft.runs.reporting import open_run, read_run, run_folders
+from regraft.runs.run_dir import RunDir, evaluation_folders
 
 FORMAT = "regraft-bundle-1"
 MANIFEST = "manifest.json"

@@ -40,7 +40,7 @@ def count_pass(setup: Setup, out: Path) -> None:
         RegraftError: see `draw_prompts`; `out` was made from other prompts or another model.
     """
     dense, readings = setup.dense, setup.imitated()
-    about = describe("calibration pass", fingerprints(dense=dense), data=readings)
+    about = describe("calibration pass", fingerprints(setup.progress, dense=dense), data=readings)
     if not is_done(out, about, lambda: about_of(out)) and distributed.first():
         processor = load_processor(dense)
         examples = [one for reading in readings.values() for one in reading.examples]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from regraft.data.sources import DataSource, join_suites
 from regraft.defence import DEFENCE_PROMPT, Direction, load_defence
 from regraft.disk.descriptions import about_of, described
 from regraft.disk.parsing import read_json
+from regraft.disk.paths import require_file
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
 from regraft.heads.score import HeadScores, load_heads
@@ -37,7 +38,7 @@ from regraft.restoration.methods.fine_tune import TRAINED_VALUES, is_trained
 from regraft.restoration.methods.gain.path import read_path
 from regraft.restoration.ranking import load_ranking
 from regraft.runs.passes import MethodPasses
-from regraft.runs.run_dir import RECIPE_FILE, RunDir, runs_of
+from regraft.runs.run_dir import RECIPE_FILE, RunDir, evaluation_folders, runs_of
 from regraft.settings.defending import RefusalDirectionSettings
 from regraft.stages import Evaluation
 
@@ -83,17 +84,6 @@ def run_folders(folder: Path, recipe: Recipe) -> list[Path]:
             f"Continue it with `regraft run {folder / RECIPE_FILE} --out {folder}`."
         )
     return runs
-
-
-def evaluation_folders(run_dir: RunDir, recipe: Recipe) -> dict[str, Path]:
-    """The evaluation folder of every model: "dense", "wanda-50", "wanda-50/hsr" ..."""
-    found = {"dense": run_dir.dense_evaluation}
-    for pruning in recipe.prune:
-        found[pruning.name] = run_dir.evaluation(pruning.name)
-        names = [one.name for one in recipe.variants_of(pruning)]
-        for name in (*names, *(one.name for one in recipe.defences_of(pruning))):
-            found[f"{pruning.name}/{name}"] = run_dir.evaluation(pruning.name, name)
-    return found
 
 
 def read_run(folder: Path, name: str = "") -> Run:
@@ -195,7 +185,10 @@ class _Artifacts:
         """One pruned model, then the variants realigned from it and its defences."""
         recipe, run_dir = self.recipe, self.run_dir
         variants = recipe.variants_of(pruning)
-        patches = {one.name: load_patch(run_dir.patch(pruning.name, one.name)) for one in variants}
+        patches = {
+            one.name: load_patch(self.evaluated("patch", run_dir.patch, pruning.name, one.name))
+            for one in variants
+        }
         own, dense = self.evaluations[pruning.name], self.evaluations["dense"]
         zeroed = own.about["zeros"] - dense.about["zeros"]
         yield _variant(
@@ -211,7 +204,8 @@ class _Artifacts:
             yield self.realigned(pruning, one, patches[one.name], layers)
         for defence in recipe.defences_of(pruning):
             name = run_dir.name(pruning.name, defence.name)
-            how = _defence_label(run_dir.defence(pruning.name, defence.name))
+            file = self.evaluated("defence", run_dir.defence, pruning.name, defence.name)
+            how = _defence_label(file)
             by_prompt = not isinstance(defence, RefusalDirectionSettings)
             yield _variant(
                 name,
@@ -221,6 +215,20 @@ class _Artifacts:
                 inference_time=True,
                 passes=self.passes.of_defence(name, by_prompt=by_prompt),
             )
+
+    def evaluated(self, role: str, of: Callable[[str, str], Path], pruning: str, name: str) -> Path:
+        """The file of a variant's patch or defence, if it is that of the variant's evaluation."""
+        file, applied = of(pruning, name), self.run_dir.realigned(pruning, name) / stages.ABOUT_FILE
+        require_file(file, f"It should hold a {role}.")
+        own = self.evaluations[f"{pruning}/{name}"].about
+        about = described(read_json(applied), str(applied)) if applied.exists() else own
+        if about["inputs"].get(role) not in (None, file_digest(file)):
+            raise RegraftError(
+                f"{file} is not the {role} with which {self.run_dir.name(pruning, name)} was "
+                "evaluated. Put that one back, or remove this one and continue with "
+                f"`regraft run {self.run_dir.recipe} --out {self.run_dir.path}`."
+            )
+        return file
 
     def realigned(
         self,

@@ -81,6 +81,17 @@ class RunDir:
         return folder / pruning if self._several else folder
 
 
+def evaluation_folders(run_dir: RunDir, recipe: Recipe) -> dict[str, Path]:
+    """The evaluation folder of every model: "dense", "wanda-50", "wanda-50/hsr" ..."""
+    found = {"dense": run_dir.dense_evaluation}
+    for pruning in recipe.prune:
+        found[pruning.name] = run_dir.evaluation(pruning.name)
+        names = [one.name for one in recipe.variants_of(pruning)]
+        for name in (*names, *(one.name for one in recipe.defences_of(pruning))):
+            found[f"{pruning.name}/{name}"] = run_dir.evaluation(pruning.name, name)
+    return found
+
+
 def folder_of_model(several: Path, name: str) -> Path:
     """The folder of the run of one model in a run of several models."""
     return several / f"model-{name}"

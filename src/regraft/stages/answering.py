@@ -141,7 +141,7 @@ def _loader(setup: Setup) -> Loader:
 
 def _answer_prompts(setup: Setup, loader: Loader, request: _Request, out: Path) -> Reading:
     """Prompts with their kept answers; all answers are written to the file `out`."""
-    inputs = fingerprints(dense=setup.dense)
+    inputs = fingerprints(setup.progress, dense=setup.dense)
     about = describe("responses", inputs, None, setup.compute, {"prompts": request.prompts})
     about["settings"] = {
         "samples": request.kept,

@@ -11,7 +11,7 @@ from typing import Any
 import regraft
 from regraft import distributed
 from regraft.data.sources import DataSource
-from regraft.disk.files import digest, new_folders, write_json, write_text
+from regraft.disk.files import digest, to_json, write_texts
 from regraft.errors import RegraftError
 from regraft.evaluation.chat_server import ENDPOINT
 from regraft.evaluation.gate import Check, compared
@@ -101,15 +101,9 @@ def check_compressed(
 
 
 def _write(out: Path, found: Check) -> None:
-    """Write all files of a verdict or, if one fails, none."""
-    with new_folders(out / _FILES[0]):
-        try:
-            write_text(out / "junit.xml", junit(found))
-            write_text(out / "summary.md", markdown(found))
-            write_json(out / "check.json", check_to_json(found))
-        except BaseException:
-            clear_check(out)
-            raise
+    texts = {"junit.xml": junit(found), "summary.md": markdown(found)}
+    texts["check.json"] = to_json(check_to_json(found))
+    write_texts({out / name: text for name, text in texts.items()})
 
 
 def check_compute(sides: Sequence[Side], compute: ComputeSettings) -> None:

@@ -67,7 +67,7 @@ def write_defence(
             "A defence is made for a checkpoint as it is: apply the patch first, and leave out "
             "another defence."
         )
-    inputs = fingerprints(model=target.model)
+    inputs = fingerprints(target.progress, model=target.model)
     if isinstance(settings, DefencePromptSettings):
         data: dict[str, Reading] = {}
         about = describe("defend", inputs, settings)

@@ -81,7 +81,7 @@ class EvaluationCache:
         self, model: Source, processor: Source, examples: Sequence[Example], max_new_tokens: int
     ) -> None:
         """As `check_lengths`, once for all models with the same config and processor."""
-        key = model.config.to_json_string(), processor.checkpoint.fingerprint
+        key = model.config.to_json_string(), _settings_of(processor)
         self.once(
             ("lengths", *key, tuple(examples), max_new_tokens),
             lambda: check_lengths(
@@ -98,7 +98,7 @@ class EvaluationCache:
             ids = [prompt_batch(processor, [one]).inputs["input_ids"] for one in some]
             return sum(one.numel() for one in ids) / max(1, len(ids))
 
-        return self.once(("tokens", model.checkpoint.fingerprint, some), mean)
+        return self.once(("tokens", _settings_of(model), some), mean)
 
     def loaded_model(
         self,
@@ -149,10 +149,13 @@ class EvaluationCache:
         the same in `checkpoints`, those of the model and of the processor; `Answerer` checks that
         their vision parts are the same, too.
         """
-        outlines = (
-            one.checkpoint.outline({*one.checkpoint.tensors, ABOUT_FILE}) for one in checkpoints
+        key = (
+            *map(_settings_of, checkpoints),
+            tuple(prompts.examples),
+            prompts.digest,
+            batch_size,
+            judge,
         )
-        key = (*outlines, tuple(prompts.examples), prompts.digest, batch_size, judge)
         if key not in self._answerers:
             kept = sum(one.kept_bytes for one in self._answerers.values())
             self._answerers[key] = Answerer(
@@ -163,3 +166,8 @@ class EvaluationCache:
                 memo_bytes=max(0, self._memo_bytes - kept),
             )
         return self._answerers[key]
+
+
+def _settings_of(source: Source) -> str:
+    """A digest of a checkpoint's settings files and layout, without reading its weights."""
+    return source.checkpoint.outline({*source.checkpoint.tensors, ABOUT_FILE})

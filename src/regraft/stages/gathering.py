@@ -51,7 +51,7 @@ def write_head_scores(
     dense, compute, progress = setup.dense, setup.compute, setup.progress
     check_scoring(dense, settings)
     data = draw_calibration(dense, setup.calibration, "safety")
-    inputs = fingerprints(dense=dense)
+    inputs = fingerprints(progress, dense=dense)
     about = describe("heads", inputs, settings, compute, {"safety": data})
     if headless := dense.architecture.headless:
         about = {**about, "skipped": headless}
@@ -166,7 +166,7 @@ def write_statistics(
     readings = {
         kind: calibration_data(setup, responses or responses_folder(out), kind) for kind in KINDS
     }
-    inputs = fingerprints(dense=setup.dense)
+    inputs = fingerprints(setup.progress, dense=setup.dense)
     about = describe("statistics", inputs, settings, setup.compute, readings)
     if not is_done(out, about, lambda: load_statistics(out).about):
         for role, reading in zip(("D^s", "D^u"), readings.values(), strict=True):

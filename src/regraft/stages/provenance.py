@@ -36,6 +36,7 @@ from regraft.disk.files import (
 from regraft.disk.parsing import read_json
 from regraft.errors import PassingError, RegraftError
 from regraft.models.load import Source, pick_device
+from regraft.progress import Progress
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 
@@ -81,9 +82,9 @@ def describe(
     return plain
 
 
-def fingerprints(**sources: Source) -> dict[str, str]:
+def fingerprints(progress: Progress, **sources: Source) -> dict[str, str]:
     """Digests of checkpoints by their role."""
-    return {role: source.checkpoint.fingerprint for role, source in sources.items()}
+    return {role: one.checkpoint.fingerprint_shown(progress) for role, one in sources.items()}
 
 
 def is_done(

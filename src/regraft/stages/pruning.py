@@ -55,8 +55,7 @@ def prune_checkpoint(
     if distributed.first() and not (out / ABOUT_FILE).exists():
         check_target(dense.checkpoint, out)
     data = _read_data(setup, settings, responses or responses_folder(out))
-    progress.note(f"Reading {dense.folder} ...")
-    about = describe("prune", fingerprints(dense=dense), settings, setup.compute, data)
+    about = describe("prune", fingerprints(progress, dense=dense), settings, setup.compute, data)
     if not is_done(out, about, marker=ABOUT_FILE):
         check_besides(dense.checkpoint, dense.unbounded)
         _warn_of_pruned(dense, progress)

@@ -19,7 +19,7 @@ from regraft.models.load import Source
 from regraft.patch.format import Patch, load_patch, save_patch
 from regraft.patch.groups import violated_groups
 from regraft.patch.pair import Survey, check_pair
-from regraft.progress import Progress
+from regraft.progress import SILENT, Progress
 from regraft.pruning.statistics import load_statistics
 from regraft.restoration.base import Context, MethodSettings, Needs, method_of, needs_of
 from regraft.restoration.ranking import KEPT, Ranking, load_ranking, patch_of, save_ranking
@@ -64,7 +64,7 @@ def write_ranking(
         answered = imitation_data(setup, inputs.responses or responses_folder(out))
         # again, since prompts with blank answers were dropped
         method.check(settings, dense, seed, setup.compute, answered)
-    pair = fingerprints(dense=dense, pruned=pruned)
+    pair = fingerprints(setup.progress, dense=dense, pruned=pruned)
     compute = setup.compute if answered else None
     about = describe("rank", {**pair, **digests}, wanted, compute, answered)
     about |= {"algorithm": method.algorithm, "seed": seed, **_compression(survey)}
@@ -251,7 +251,8 @@ def write_patch(
             f"{ranking_file} was made with other settings "
             f"({difference(ranking.about['settings'], wanted)}). Rank again, or use its settings."
         )
-    inputs = fingerprints(dense=dense, pruned=pruned) | {"ranking": file_digest(ranking_file)}
+    inputs = fingerprints(SILENT, dense=dense, pruned=pruned)  # known by now
+    inputs["ranking"] = file_digest(ranking_file)
     about = describe("realign", inputs, settings) | {"count": count}
     about |= {name: ranking.about[name] for name in _COPIED if name in ranking.about}
     if not is_done(out, about, lambda: load_patch(out).about):
@@ -265,7 +266,13 @@ def write_patch(
 
 
 def check_made_by(
-    out: Path, dense: Source, pruned: Source, settings: MethodSettings, *, searched: bool
+    out: Path,
+    dense: Source,
+    pruned: Source,
+    settings: MethodSettings,
+    progress: Progress,
+    *,
+    searched: bool,
 ) -> None:
     """Check, before long work, that the existing patch `out` was made in the same way.
 
@@ -279,7 +286,7 @@ def check_made_by(
             "output or remove it."
         )
     existing = {"inputs": found["inputs"], "settings": found["settings"]}
-    inputs = fingerprints(dense=dense, pruned=pruned)
+    inputs = fingerprints(progress, dense=dense, pruned=pruned)
     wanted = {
         "inputs": {**existing["inputs"], **inputs},
         "settings": settings.model_dump(mode="json"),

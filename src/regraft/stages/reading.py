@@ -14,6 +14,7 @@ from regraft.data.demo import demo_model, is_demo
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
 from regraft.data.sources import DataSource, join_suites, read
+from regraft.data.storage import kept_if_read
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.descriptions import described
 from regraft.disk.parsing import read_json
@@ -25,6 +26,7 @@ from regraft.settings.defending import RefusalDirectionSettings
 from regraft.settings.searching import validation_of
 
 
+@kept_if_read()
 def draw_calibration(source: Source, calibration: CalibrationSettings, kind: str) -> Reading:
     """Draw D^s (kind "safety") or D^u ("utility") and check that this model can read it.
 
@@ -39,6 +41,7 @@ def draw_calibration(source: Source, calibration: CalibrationSettings, kind: str
     return _read_calibration(draw, source, calibration, kind, answered=answered)
 
 
+@kept_if_read()
 def draw_prompts(source: Source, calibration: CalibrationSettings, kind: str) -> Reading:
     """Draw prompts of one kind by the same seed, with or without responses, which are dropped.
 
@@ -50,6 +53,7 @@ def draw_prompts(source: Source, calibration: CalibrationSettings, kind: str) ->
     return replace(reading, examples=bare)
 
 
+@kept_if_read()
 def order_calibration(source: Source, calibration: CalibrationSettings, kind: str) -> Reading:
     """All prompts of one kind, in the order in which `draw_calibration` draws them."""
     answered = responses_are_given(calibration, kind)
@@ -110,6 +114,7 @@ def responses_are_given(calibration: CalibrationSettings, kind: str) -> bool:
     return any(one.response and one.response.strip() for one in whole.examples)
 
 
+@kept_if_read()
 def read_suites(source: Source | None, suites: Sequence[DataSource], limit: int | None) -> Reading:
     """Read the prompts of suites as `join_suites`, for a checkpoint or (None) a model on a server.
 
@@ -122,6 +127,7 @@ def read_suites(source: Source | None, suites: Sequence[DataSource], limit: int 
     return _readable(source, joined)
 
 
+@kept_if_read()
 def read_validation(source: Source, settings: RefusalDirectionSettings) -> Reading:
     """Read the prompts on which a refusal direction's layer and strength are chosen.
 

@@ -80,7 +80,8 @@ class Restoration(Setup):
             self.progress.note(f"Warning: {line}.")
         if paths.patch.exists():
             searched = choice is not None
-            check_made_by(paths.patch, self.dense, pruned, settings, searched=searched)
+            pair = self.dense, pruned
+            check_made_by(paths.patch, *pair, settings, self.progress, searched=searched)
         return plan
 
     def make(self, steps: Iterable[Step]) -> None:

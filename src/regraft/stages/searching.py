@@ -86,7 +86,7 @@ class Search:
             RegraftError: see the data readers; the ranking is of other checkpoints.
         """
         out, setup = paths.curve, self.setup
-        inputs = fingerprints(dense=setup.dense, pruned=pruned) | {
+        inputs = fingerprints(setup.progress, dense=setup.dense, pruned=pruned) | {
             "ranking": file_digest(paths.ranking)
         }
         data = {"validation": self.prompts()}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from regraft.data.example import Example, Reading
 from regraft.data.sources import seen_before
+from regraft.data.storage import kept_if_read
 from regraft.stages.provenance import unfinished_bytes
 
 StepGuard = Callable[[str, str], AbstractContextManager[None]]
@@ -71,6 +72,7 @@ class Step:
         return self.out.exists()
 
 
+@kept_if_read()
 def check_all(steps: Iterable[Step]) -> PromptUse:
     """Check the input of all steps, before the first is made; returns their use of prompts."""
     found = PromptUse()

@@ -152,7 +152,7 @@ class Target(AnyTarget):
         Raises:
             RegraftError: a file is missing or is for another model.
         """
-        found = fingerprints(model=self.model)
+        found = fingerprints(self.progress, model=self.model)
         if self.patch and self._patch:
             found["patch"] = file_digest(self.patch)
         if self.defence and self.loaded_defence:

@@ -142,7 +142,7 @@ class _Tuning:
     def describe(self, data: Mapping[str, Reading]) -> dict[str, Any]:
         """Everything that determines the trials; see `describe`."""
         own = self.restoration
-        inputs = fingerprints(dense=own.dense, pruned=self.pruned)
+        inputs = fingerprints(own.progress, dense=own.dense, pruned=self.pruned)
         about = describe("tune", inputs, None, own.compute, data)
         about["settings"] = {
             "method": self.method.model_dump(mode="json"),
