@@ -9,23 +9,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start: the cores are taken
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
 import pico
-from regraft import registry
-from regraft.report import drawing, rate_figures, weight_figures
+import quick
 
-torch.set_num_threads(1)
-# Processes die here, not machines: nothing is lost by not waiting for the disk.
-os.fsync = lambda _: None
-# Plug-ins are looked for among all that is installed, which takes milliseconds, many times a test.
-registry.entry_points = cache(registry.entry_points)  # type: ignore[assignment]
+quick.hasten()
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
 
@@ -69,24 +62,10 @@ def pico_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return cache(lambda name: pico.save(name, tmp_path_factory.mktemp("pico") / name))
 
 
-@contextmanager
-def _without_figures() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (drawing, rate_figures, weight_figures):
-            patch.setattr(module, "to_svg", lambda *_, **__: "<svg/>")
-        yield
-
-
-@pytest.fixture(scope="session")
-def without_figures() -> Callable[[], AbstractContextManager[None]]:
-    """`with without_figures():` reports have none, which take most of the time of a report."""
-    return _without_figures
-
-
 @pytest.fixture
 def undrawn() -> Iterator[None]:
-    """Reports without figures in a whole test, of the rest."""
-    with _without_figures():
+    """Reports without figures in a whole test."""
+    with quick.without_figures():
         yield
 
 

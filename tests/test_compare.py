@@ -6,8 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 import pico
+import quick
 from disk import write_data
 from regraft import cli, stages
 from regraft.console import show_study
@@ -584,7 +584,6 @@ VARIANTS = [
 @pytest.fixture(scope="module")
 def world(
     tmp_path_factory: pytest.TempPathFactory,
-    without_figures: Callable[[], AbstractContextManager[None]],
 ) -> Path:
     """A study of two seeds and two prunings in `run`, with `recipe.yaml` beside it."""
     root = tmp_path_factory.mktemp("study")
@@ -601,7 +600,7 @@ def world(
         "compute": {"device": "cpu", "batch_size": 6},
     }
     (root / "recipe.yaml").write_text(write_recipe(Recipe.model_validate(content)))
-    with without_figures():
+    with quick.without_figures():
         recipe_runs.run_recipe(read_recipe(root / "recipe.yaml"), root / "run")
     return root
 

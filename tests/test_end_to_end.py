@@ -9,8 +9,6 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import forked
 import pico
+import quick
 from disk import differing, equal_bytes, shards, tree, write_data
 from methods import method, restored
 from regraft import stages
@@ -219,13 +218,12 @@ class Stopping(Silent):
 @pytest.fixture(scope="module")
 def several(
     tmp_path_factory: pytest.TempPathFactory,
-    without_figures: Callable[[], AbstractContextManager[None]],
 ) -> Path:
     """A world with a finished run of two prunings in `run`, and its recipe's `recipe.yaml`."""
     root = tmp_path_factory.mktemp("several")
     pico.save("llava", root / "dense", torch.bfloat16, "100KB")
     write_data(root / "data", 6)
-    with without_figures():
+    with quick.without_figures():
         pipeline.run_one(_recipe(root, **SEVERAL), root / "run")
     return root
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import yaml
 from scipy.stats import spearmanr
 
 import pico
+import quick
 from disk import write_data
 from paper_data import write_paper_data
 from regraft import cli, stages
@@ -65,7 +65,6 @@ def ended(words: Sequence[object], code: int) -> None:
 @pytest.fixture(scope="module")
 def made(
     tmp_path_factory: pytest.TempPathFactory,
-    without_figures: Callable[[], AbstractContextManager[None]],
 ) -> tuple[Path, Study]:
     """A run of three models and its study; see `world` and `table`."""
     root = tmp_path_factory.mktemp("several")
@@ -93,7 +92,7 @@ def made(
         "compute": {"device": "cpu", "batch_size": 12},
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(content))
-    with without_figures():
+    with quick.without_figures():
         recipe_runs.run_recipe(read_recipe(root / "recipe.yaml"), root / "run")
         _answer_otherwise(root / "run")
         for name in ("one", "two", "third"):
