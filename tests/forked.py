@@ -29,7 +29,7 @@ def start(
     *words: object, said: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> ForkServerProcess:
     """Start `regraft` with these words; all that it prints goes into the file `said`, else errors
-    to where pytest's go, and the rest nowhere."""
+    to where pytest's go, and the rest nowhere. Its reports have no figures."""
     given = [*map(str, words)], said, dict(environment or {})
     process = CONTEXT.Process(target=_run, args=given)
     process.start()
@@ -46,7 +46,8 @@ def _run(words: Sequence[str], said: Path | None, environment: Mapping[str, str]
     from regraft.cli import main
 
     quick.hasten()
-    main([*words])
+    with quick.without_figures():
+        main([*words])
 
 
 def together(count: int, *words: object, folder: Path) -> tuple[list[int | None], str]:
