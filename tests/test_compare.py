@@ -21,8 +21,9 @@ from rich.console import Console
 
 import pico
 import quick
+from commands import exit_code
 from disk import write_data
-from regraft import cli, stages
+from regraft import stages
 from regraft.console import show_study
 from regraft.data.example import Example
 from regraft.disk.files import file_digest, write_json
@@ -762,9 +763,7 @@ def test_compare_on_the_command_line(
 
 def ended(words: Sequence[object], code: int, capsys: pytest.CaptureFixture[str]) -> str:
     """What the command line printed."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(word) for word in words])
-    assert stopped.value.code == code
+    assert exit_code(*words) == code
     return "".join(capsys.readouterr())
 
 
