@@ -347,22 +347,9 @@ def test_random_heads_are_seeded_distinct_and_of_the_model(pico_dir):
 # From checkpoints to positions
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next-vicuna", "mllama", "gemma3"])
-def test_rankings_find_the_mask_regions_and_thresholds(family, pico_dir, tmp_path):
-    """On two checkpoints, every pruned weight by its own: who pruned does not matter."""
-    dense = truth.opened(pico_dir(family)).source
-    pruned, masks = truth.pruned_at_random(dense, tmp_path / "pruned", share=0.4)
-    generator = torch.Generator().manual_seed(1)
-    safety, utility = (truth.random_statistics(dense.architecture, generator) for _ in range(2))
-    heads = [(0, 1), (1, 0), (1, 1), (3, 2)]
-    kept = {}
-
-    def band(share):
-        kept[len(kept)] = share
-        return Band(0.5, share, share + 0.2)
-
-    saved = SavedStatistics(safety, utility, {})
-    context = Context(
+def compared(dense, pruned, statistics, tmp_path):
+    """What a method gets of two checkpoints."""
+    return Context(
         dense,
         pruned,
         survey(dense, pruned),
@@ -371,8 +358,24 @@ def test_rankings_find_the_mask_regions_and_thresholds(family, pico_dir, tmp_pat
         compute=ComputeSettings(device="cpu"),
         progress=Silent(),
         work=tmp_path,
-        statistics=saved,
+        statistics=statistics,
     )
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next-vicuna", "mllama", "gemma3"])
+def test_rankings_find_the_mask_regions_and_thresholds(family, pico_dir, tmp_path):
+    """On two checkpoints, every pruned weight by its own: who pruned does not matter."""
+    dense = truth.opened(pico_dir(family)).source
+    pruned, masks = truth.pruned_at_random(dense, tmp_path / "pruned", share=0.4)
+    generator = torch.Generator().manual_seed(1)
+    safety, utility = (truth.random_statistics(dense.architecture, generator) for _ in range(2))
+    heads, shares = [(0, 1), (1, 0), (1, 1), (3, 2)], []
+
+    def band(share):
+        shares.append(share)
+        return Band(0.5, share, share + 0.2)
+
+    context = compared(dense, pruned, SavedStatistics(safety, utility, {}), tmp_path)
     regions = regions_of(dense, heads)
     ranking = by_importance(context, regions, band, "wanda", hsr_scores).ranked(heads)
     assert ranking.about["heads"] == [list(head) for head in heads]
@@ -381,41 +384,28 @@ def test_rankings_find_the_mask_regions_and_thresholds(family, pico_dir, tmp_pat
     for one in context.matrices():
         all_of_them.add(one.index, everything(one.free, regions(one.linear)))
     whole = patch_of(all_of_them.ranked(), dense, pruned)
-    by_key = {
-        li.tensor: (layer, li) for layer in pruned.architecture.layers for li in layer.linears
-    }
-    assert {by_key[name][0].index for name in whole.tensors} == {0, 1, 3}
-    assert {by_key[name][1].role for name in whole.tensors} == {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    }
-    assert list(kept.values()) == [
-        pytest.approx(1 - masks[by_key[name][1].key].float().mean()) for name in whole.tensors
-    ]
-    for name, one in whole.tensors.items():
-        layer, linear = by_key[name]
+    layers = pruned.architecture.layers
+    places = {li.tensor: (layer, li) for layer in layers for li in layer.linears}
+    assert {places[name][0].index for name in whole.tensors} == {0, 1, 3}
+    roles = {places[name][1].role for name in whole.tensors}
+    assert roles == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for (name, one), kept in zip(whole.tensors.items(), shares, strict=True):
+        layer, linear = places[name]
+        assert kept == pytest.approx(1 - masks[linear.key].float().mean())
         weight = dense.checkpoint.read(linear.tensor)
         mask = masks[linear.key] & (weight != 0)
         blocks = blocks_of(layer, linear, [h for i, h in heads if i == layer.index])
         assert torch.equal(one.positions, scored(everything(mask, blocks)))
         assert torch.equal(one.values, weight.flatten()[one.positions])
         share = int(((weight != 0) & ~mask).sum()) / mask.numel()
-        expected = select_hsr(
-            mask,
-            by_wanda(weight, safety.of(linear)),
-            by_wanda(weight, utility.of(linear)),
-            blocks,
-            Band(0.5, share, share + 0.2),
-        )
+        importance = (by_wanda(weight, one.of(linear)) for one in (safety, utility))
+        expected = select_hsr(mask, *importance, blocks, Band(0.5, share, share + 0.2))
         assert len(expected), f"{name}: nothing to compare"
         assert torch.equal(patch.tensors[name].positions, expected)
         assert torch.equal(patch.tensors[name].values, weight.flatten()[expected])
-    counts = restored_by_module(whole, pruned.architecture.layers)
-    assert sum(sum(row) for row in counts.values()) == sum(
-        len(one.positions) for one in whole.tensors.values()
-    )
+    counts = restored_by_module(whole, layers)
+    restored = [len(one.positions) for one in whole.tensors.values()]
+    assert sum(map(sum, counts.values())) == sum(restored)
     assert not any(counts["mlp.down_proj"])
 
 
