@@ -27,11 +27,12 @@ settings.load_profile("untimed")
 # Before them the one whose device autograd must know when it first runs in a process.
 LONGEST = (
     "test_cuda",
-    *("test_end_to_end", "test_stages", "test_families", "test_fuzz", "test_several"),
-    *("test_goldens", "test_noninferiority", "test_cli", "test_types_table", "test_gaining"),
-    *("test_tuning", "test_distributed", "test_compare", "test_plugin_pruner"),
-    *("test_method_plugin", "test_ships", "test_paper", "test_selection"),
-    *("test_reader_benchmark", "test_real_benchmark", "test_defence", "test_endpoint"),
+    *("test_end_to_end", "test_families", "test_stages", "test_fuzz", "test_types_table"),
+    *("test_several", "test_goldens", "test_noninferiority", "test_answerer", "test_cli"),
+    *("test_gaining", "test_selection", "test_window", "test_distributed", "test_endpoint"),
+    *("test_ranking", "test_paper", "test_compare", "test_replay", "test_analysis"),
+    *("test_defence", "test_tuning", "test_method_plugin", "test_real_benchmark", "test_check"),
+    *("test_reader_benchmark", "test_ships", "test_exporting", "test_pruner"),
 )
 
 
