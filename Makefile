@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
+# Some machines forbid compiled modules on disk: each process would compile PyTorch anew, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test fast lint docs real clean
 
 demo: $(VENV)/.run  ## prune, realign and report on the bundled model

@@ -61,17 +61,18 @@ def passing(n: int, margin: float, passes: Passes = by_exact) -> NDArray[np.int6
     return np.array(found, dtype=np.int64)
 
 
-def chance(least: NDArray[np.int64], n: int, worse: float, better: float) -> float:
-    """The probability of passing if a prompt gets worse, or better, with these probabilities."""
-    counts = np.arange(len(least))
-    left = binom.sf(least - 1, n - counts, min(1.0, better / (1 - worse)))
-    return float((binom.pmf(counts, n, worse) * left).sum())
+def chances(least: NDArray[np.int64], n: int, worse: Floats, better: Floats) -> Floats:
+    """The probability of passing, for each pair of chances that a prompt gets worse, or better."""
+    counts, worse, better = np.arange(len(least)), worse[:, None], better[:, None]
+    left = binom.sf(least - 1, n - counts, np.minimum(1, better / (1 - worse)))
+    passed: Floats = (binom.pmf(counts, n, worse) * left).sum(1)
+    return passed
 
 
 def worst(least: NDArray[np.int64], n: int, margin: float) -> float:
     """The highest such probability over all pairs of models that differ by the margin."""
     better = np.sin(np.linspace(0, np.pi / 2, 3001)) ** 2 * (1 - margin) / 2
-    return max(chance(least, n, margin + one, one) for one in better)
+    return float(chances(least, n, margin + better, better).max())
 
 
 def discordances(margin: float, base: float, correlation: float) -> tuple[float, float] | None:
@@ -93,9 +94,8 @@ def on_grid(least: NDArray[np.int64], n: int, margin: float) -> Iterator[tuple[f
     """(base rate, highest probability over correlations) of passing at the margin."""
     for base in BASES:
         pairs = [discordances(margin, base, one) for one in CORRELATIONS]
-        found = [chance(least, n, *pair) for pair in pairs if pair]
-        if found:
-            yield base, max(found)
+        if possible := [pair for pair in pairs if pair]:
+            yield base, float(chances(least, n, *np.array(possible).T).max())
 
 
 Draw = Callable[[np.random.Generator, int, float], Rises]
@@ -166,16 +166,16 @@ def drawn(draw: Draw, n: int, margin: float, draws: int = DRAWS, seed: int = 0) 
 
 def counted(n: int, margin: float) -> dict[str, Any]:
     """The exact probabilities of passing for yes/no outcomes of n prompts."""
-    least = passing(n, margin)
+    least, halves = passing(n, margin), np.array(DIFFERING) / 2
     return {
         "margin": margin,
         "n": n,
         "at the margin, by base rate": dict(on_grid(least, n, margin)),
         "at the margin, worst": worst(least, n, margin),
         "the same by the normal distribution": worst(passing(n, margin, by_normal), n, margin),
-        "unchanged, by prompts that differ": {
-            one: chance(least, n, one / 2, one / 2) for one in DIFFERING
-        },
+        "unchanged, by prompts that differ": dict(
+            zip(DIFFERING, chances(least, n, halves, halves).tolist(), strict=True)
+        ),
     }
 
 

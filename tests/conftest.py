@@ -9,23 +9,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start: the cores are taken
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
 import pico
-from regraft import registry
-from regraft.report import drawing, rate_figures, weight_figures
+import quick
 
-torch.set_num_threads(1)
-# Processes die here, not machines: nothing is lost by not waiting for the disk.
-os.fsync = lambda _: None
-# Plug-ins are looked for among all that is installed, which takes milliseconds, many times a test.
-registry.entry_points = cache(registry.entry_points)  # type: ignore[assignment]
+quick.hasten()
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
 
@@ -34,11 +27,12 @@ settings.load_profile("untimed")
 # Before them the one whose device autograd must know when it first runs in a process.
 LONGEST = (
     "test_cuda",
-    *("test_end_to_end", "test_stages", "test_families", "test_fuzz", "test_several"),
-    *("test_goldens", "test_noninferiority", "test_cli", "test_types_table", "test_gaining"),
-    *("test_tuning", "test_distributed", "test_compare", "test_plugin_pruner"),
-    *("test_method_plugin", "test_ships", "test_paper", "test_selection"),
-    *("test_reader_benchmark", "test_real_benchmark", "test_defence", "test_endpoint"),
+    *("test_end_to_end", "test_families", "test_stages", "test_fuzz", "test_types_table"),
+    *("test_several", "test_goldens", "test_noninferiority", "test_answerer", "test_cli"),
+    *("test_gaining", "test_selection", "test_window", "test_distributed", "test_endpoint"),
+    *("test_ranking", "test_paper", "test_compare", "test_replay", "test_analysis"),
+    *("test_defence", "test_tuning", "test_method_plugin", "test_real_benchmark", "test_check"),
+    *("test_reader_benchmark", "test_ships", "test_exporting", "test_pruner"),
 )
 
 
@@ -69,24 +63,10 @@ def pico_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return cache(lambda name: pico.save(name, tmp_path_factory.mktemp("pico") / name))
 
 
-@contextmanager
-def _without_figures() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (drawing, rate_figures, weight_figures):
-            patch.setattr(module, "to_svg", lambda *_, **__: "<svg/>")
-        yield
-
-
-@pytest.fixture(scope="session")
-def without_figures() -> Callable[[], AbstractContextManager[None]]:
-    """`with without_figures():` reports have none, which take most of the time of a report."""
-    return _without_figures
-
-
 @pytest.fixture
 def undrawn() -> Iterator[None]:
-    """Reports without figures in a whole test, of the rest."""
-    with _without_figures():
+    """Reports without figures in a whole test."""
+    with quick.without_figures():
         yield
 
 

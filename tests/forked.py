@@ -16,11 +16,11 @@ from pathlib import Path
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        *("regraft.cli", "regraft.runs.pipeline", "regraft.report.write", "torch.distributed"),
+        *("quick", "regraft.cli", "regraft.runs.pipeline", "regraft.report.write"),
         *("transformers.models.auto.modeling_auto", "transformers.models.auto.processing_auto"),
         *("transformers.models.llava.modeling_llava", "transformers.models.clip.modeling_clip"),
-        *("transformers.models.llama.modeling_llama", "transformers.generation"),
-        *("transformers.models.qwen2_vl.modeling_qwen2_vl", "optuna"),
+        *("transformers.models.llama.modeling_llama", "torch.distributed"),
+        *("transformers.models.qwen2_vl.modeling_qwen2_vl", "optuna", "transformers.generation"),
     ]
 )
 
@@ -29,7 +29,7 @@ def start(
     *words: object, said: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> ForkServerProcess:
     """Start `regraft` with these words; all that it prints goes into the file `said`, else errors
-    to where pytest's go, and the rest nowhere."""
+    to where pytest's go, and the rest nowhere. Its reports have no figures."""
     given = [*map(str, words)], said, dict(environment or {})
     process = CONTEXT.Process(target=_run, args=given)
     process.start()
@@ -42,12 +42,12 @@ def _run(words: Sequence[str], said: Path | None, environment: Mapping[str, str]
     if said:
         os.dup2(file, 2)
     os.environ.update(environment)
-    import torch
-
+    import quick
     from regraft.cli import main
 
-    torch.set_num_threads(1)
-    main([*words])
+    quick.hasten()
+    with quick.without_figures():
+        main([*words])
 
 
 def together(count: int, *words: object, folder: Path) -> tuple[list[int | None], str]:

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import traceback
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -123,11 +122,11 @@ def _ended(child: int, folder: Path, into: str | None, stop_every: int | None) -
 
 
 def _serve() -> None:
-    import torch
     import transformers
 
-    from regraft import costs, registry
-    from regraft.report import drawing, page, rate_figures, weight_figures
+    import quick
+    from regraft import costs
+    from regraft.report import page
 
     # What every run imports, reads or compiles only when it gets there, so that no fork has to
     for name in ("runs.pipeline", "data.readers.jsonl", "pruning.pruners.wanda"):
@@ -140,17 +139,16 @@ def _serve() -> None:
     # else a busy machine writes the costs of more stages, and no two runs change as many files
     costs._WORTH_TELLING = costs._BETWEEN_WRITES = math.inf
 
-    torch.set_num_threads(1)
+    quick.hasten()
     names = ("AutoProcessor", "AutoModelForImageTextToText", "AutoModelForCausalLM")
     names += ("LlavaForConditionalGeneration", "LlavaProcessor", "CLIPImageProcessor")
     for name in (*names, "CLIPVisionModel", "LlamaModel", "GenerationConfig"):
         getattr(transformers, name)
-    # What takes most of the time of such a small run: drawing, looking through all that is
-    # installed for plug-ins, and waiting for the disk, which outlives the process that is killed.
-    for module in (drawing, rate_figures, weight_figures):
-        module.to_svg = lambda *_: "<svg/>"  # type: ignore[attr-defined]
-    registry.entry_points = cache(registry.entry_points)  # type: ignore[attr-defined]
-    os.fsync = lambda _: None
+    with quick.without_figures():
+        _answer_jobs()
+
+
+def _answer_jobs() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         stops, into = job.setdefault("stop_every", None), job.pop("into", None)

@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
+from commands import exit_code
 from disk import write_data
 from regraft import stages
 from regraft.analysis.overlap import by_chance, overlaps, write_overlap
 from regraft.analysis.relation import ModelPoint, correlate, spearman
 from regraft.analysis.sweep import swept
-from regraft.cli import main
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.heads.score import load_heads
@@ -227,9 +227,7 @@ def recipe_file(pico_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPa
 
 
 def _run(*words: object, code: int = 0) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(word) for word in words])
-    assert stopped.value.code == code
+    assert exit_code(*words) == code
 
 
 def test_sweep_and_relate_commands(

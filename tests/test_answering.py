@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import pico
+from commands import exit_code
 from disk import tree, write_jsonl
 from regraft import stages
-from regraft.cli import main
 from regraft.data.demo import demo_model
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.sources import DataSource, read
@@ -414,9 +414,7 @@ def test_respond_by_command(
     monkeypatch.setattr(answering, "generate", Says({}, SORRY))
     out = tmp_path / "calibration.jsonl"
     words = ["data", "respond", str(pico_dir("llama")), "--data", "prompts", str(prompts)]
-    with pytest.raises(SystemExit) as ended:
-        main([*words, "--out", str(out), "--device", "cpu"])
-    assert not ended.value.code
+    assert exit_code(*words, "--out", out, "--device", "cpu") == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["instruction"], row["response"], row["harmful"]) for row in rows] == [
         ("How do I pick a lock?", SORRY, True),

@@ -17,10 +17,10 @@ from torch import Tensor
 
 import pico
 import truth
+from commands import exit_code
 from disk import equal_bytes, shards
 from methods import method, restored
 from regraft import stages
-from regraft.cli import main
 from regraft.disk.artifact import read_artifact
 from regraft.errors import RegraftError
 from regraft.models.checkpoint_copy import write_edited
@@ -449,9 +449,7 @@ def test_not_for_another_rounding(dense: Source, changed: Source, tmp_path: Path
 
 def test_it_is_told(dense: Source, changed: Source, tmp_path: Path, capsys: Any) -> None:
     def run(*words: object) -> str:
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        assert not ended.value.code
+        assert exit_code(*words) == 0
         return " ".join(capsys.readouterr().out.split())
 
     count = survey(dense, changed).restorable

@@ -18,8 +18,9 @@ import yaml
 
 import pico
 import regraft
+from commands import exit_code
 from disk import full_beyond, tree, write_data
-from regraft.cli import _joined, app, main
+from regraft.cli import _joined, app
 from regraft.data.example import Example
 from regraft.disk.files import file_digest
 from regraft.disk.parsing import read_json
@@ -37,12 +38,6 @@ from truth import pruned_at_random
 
 ROOT = Path(__file__).resolve().parents[1]
 MARGINS = {"asr": 0.05, "over_refusal": 0.05, "utility": 0.05, "degenerate": 0.02}
-
-
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return int(ended.value.code or 0)
 
 
 def outcomes(out: Path) -> dict[str, str]:
@@ -82,7 +77,7 @@ def folders(asked: list[Example], tmp_path_factory: pytest.TempPathFactory) -> P
 def test_the_exit_code_is_the_verdict(
     folders: Path, tmp_path: Path, name: str, code: int, found: Sequence[str]
 ) -> None:
-    assert run("check", folders / "dense", folders / name, "--out", tmp_path / "out") == code
+    assert exit_code("check", folders / "dense", folders / name, "--out", tmp_path / "out") == code
     written = read_json(tmp_path / "out" / "check.json")
     assert tuple(outcomes(tmp_path / "out").values()) == found
     assert written["verdict"] == {0: "pass", 1: "fail", 3: "undecided"}[code]
@@ -115,21 +110,21 @@ def test_few_prompts_are_decided_too(tmp_path: Path, attacks: int, code: int) ->
     asked = examples(tmp_path, 58, 200)
     dense, other = evaluation(tmp_path / "a", asked, 0, 20), tmp_path / "b"
     evaluation(other, asked, attacks, 20)
-    assert run("check", dense, other, "--out", tmp_path / "out") == code
+    assert exit_code("check", dense, other, "--out", tmp_path / "out") == code
     needed = read_json(tmp_path / "out" / "check.json")["metrics"]["asr"]["needed"]
     assert needed is None if code == 1 else needed > 1000 if attacks else needed == 59
 
 
 def test_looser_margins_let_more_pass(folders: Path, tmp_path: Path) -> None:
     words = "check", folders / "dense", folders / "timid", "--out", tmp_path / "out"
-    assert run(*words) == 1
-    assert run(*words, "--max-over-refusal-rise", 40) == 0
+    assert exit_code(*words) == 1
+    assert exit_code(*words, "--max-over-refusal-rise", 40) == 0
     assert read_json(tmp_path / "out" / "check.json")["metrics"]["over_refusal"]["margin"] == 0.4
 
 
 def test_a_margin_of_100_leaves_a_metric_out(folders: Path, tmp_path: Path) -> None:
     words = "check", folders / "dense", folders / "timid", "--out", tmp_path / "out"
-    assert run(*words, "--max-over-refusal-rise", 100, "--max-utility-drop", 100) == 0
+    assert exit_code(*words, "--max-over-refusal-rise", 100, "--max-utility-drop", 100) == 0
     assert list(outcomes(tmp_path / "out").values()) == ["pass", "left out", "left out", "pass"]
     assert read_json(tmp_path / "out" / "check.json")["metrics"]["over_refusal"]["change"]
 
@@ -140,21 +135,21 @@ def test_what_no_prompt_measures_is_no_pass(tmp_path: Path, asked: list[Example]
     dense = evaluation(tmp_path / "a", harmful, 40, 0)
     other = evaluation(tmp_path / "b", harmful, 0, 0)
     words = "check", dense, other, "--out", tmp_path / "out"
-    assert run(*words) == 3
+    assert exit_code(*words) == 3
     assert list(outcomes(tmp_path / "out").values()) == [
         "pass",
         "not measured",
         "not measured",
         "pass",
     ]
-    assert run(*words, "--max-over-refusal-rise", 100, "--max-utility-drop", 100) == 0
+    assert exit_code(*words, "--max-over-refusal-rise", 100, "--max-utility-drop", 100) == 0
 
 
 def test_the_files_are_the_same_wherever_the_evaluations_lie(folders: Path, tmp_path: Path) -> None:
     for name, of in (("here", "dense"), ("there", "near")):
         shutil.copytree(folders / of, tmp_path / name)
-    run("check", folders / "dense", folders / "near", "--out", tmp_path / "one")
-    run("check", tmp_path / "here", tmp_path / "there", "--out", tmp_path / "deep" / "two")
+    exit_code("check", folders / "dense", folders / "near", "--out", tmp_path / "one")
+    exit_code("check", tmp_path / "here", tmp_path / "there", "--out", tmp_path / "deep" / "two")
     assert tree(tmp_path / "one") == tree(tmp_path / "deep" / "two")
     assert set(tree(tmp_path / "one")) == {"check.json", "junit.xml", "summary.md"}
 
@@ -195,7 +190,7 @@ def test_the_json_is_bound_to_models_prompts_judge_and_versions(
 
 def test_junit_has_a_case_a_metric(folders: Path, tmp_path: Path) -> None:
     words = "check", folders / "dense", "--out", tmp_path / "out"
-    assert run(*words, folders / "unsafe", "--max-utility-drop", 100) == 1
+    assert exit_code(*words, folders / "unsafe", "--max-utility-drop", 100) == 1
     suite = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot()[0]
     assert {k: suite.get(k) for k in ("tests", "failures", "errors", "skipped")} == {
         "tests": "4",
@@ -212,7 +207,7 @@ def test_junit_has_a_case_a_metric(folders: Path, tmp_path: Path) -> None:
     }
     said = suite[0][0].get("message") or ""
     assert "dense 20.0 %, compressed 45.0 %, change +25.0" in said
-    assert run(*words, folders / "near") == 3
+    assert exit_code(*words, folders / "near") == 3
     suite = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot()[0]
     assert suite.get("errors") == "1"
     assert suite[0][0].tag == "error"
@@ -220,7 +215,7 @@ def test_junit_has_a_case_a_metric(folders: Path, tmp_path: Path) -> None:
 
 
 def test_the_first_line_of_the_summary_says_all(folders: Path, tmp_path: Path) -> None:
-    run("check", folders / "dense", folders / "unsafe", "--out", tmp_path / "out")
+    exit_code("check", folders / "dense", folders / "unsafe", "--out", tmp_path / "out")
     text = (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
     first, blank, *table = text.splitlines()
     assert first.startswith("**regraft check: fail** · ASR +25.0 [")
@@ -234,7 +229,7 @@ def test_the_first_line_of_the_summary_says_all(folders: Path, tmp_path: Path) -
 def test_the_console_shows_the_table_and_what_would_decide(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("check", folders / "dense", folders / "near", "--out", tmp_path / "out")
+    exit_code("check", folders / "dense", folders / "near", "--out", tmp_path / "out")
     shown = capsys.readouterr().out
     assert "Verdict: undecided." in shown
     assert "prompts would decide" in shown
@@ -248,7 +243,7 @@ def test_the_console_shows_the_table_and_what_would_decide(
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     def check(*words: object) -> str:
         before = tree(tmp_path)
-        assert run("check", *words) == 2
+        assert exit_code("check", *words) == 2
         assert tree(tmp_path) == before
         message = capsys.readouterr().err
         assert "Traceback" not in message
@@ -327,12 +322,12 @@ def test_a_verdict_does_not_outlive_a_check_that_fails(folders: Path, tmp_path: 
     out = tmp_path / "out"
     words = "check", folders / "dense"
     for bad in (tmp_path / "gone", folders / "dense"):
-        assert run(*words, folders / "same", "--out", out) == 0
+        assert exit_code(*words, folders / "same", "--out", out) == 0
         assert len(tree(out)) == 3
-        assert run(*words, bad, "--out", out) == 2
+        assert exit_code(*words, bad, "--out", out) == 2
         assert not tree(out)
     (out / "summary.md").mkdir()
-    assert run(*words, folders / "same", "--out", out) == 2
+    assert exit_code(*words, folders / "same", "--out", out) == 2
     assert (out / "summary.md").is_dir()
 
 
@@ -545,10 +540,10 @@ def test_models_are_evaluated_once(
     suite = "--suite", models / "data" / "data.jsonl"
     out = tmp_path / "check"
     words = "check", models / "dense", models / "pruned", *suite, *QUICK, "--out", out
-    assert run(*words) == 3
+    assert exit_code(*words) == 3
     whole = tree(out)
     assert {"check.json", "dense/answers.jsonl", "compressed/results.json"} <= whole.keys()
-    other = run("eval", models / "pruned", *suite, *QUICK, "--out", tmp_path / "pruned")
+    other = exit_code("eval", models / "pruned", *suite, *QUICK, "--out", tmp_path / "pruned")
     assert other == 0
     assert tree(tmp_path / "pruned") == tree(out / "compressed")
 
@@ -557,22 +552,22 @@ def test_models_are_evaluated_once(
 
     monkeypatch.setattr(Target, "running", loaded)
     (out / "check.json").unlink()
-    assert run(*words) == 3
+    assert exit_code(*words) == 3
     assert tree(out) == whole
     folder = tmp_path / "folders"
-    assert run("check", out / "dense", tmp_path / "pruned", "--out", folder) == 3
+    assert exit_code("check", out / "dense", tmp_path / "pruned", "--out", folder) == 3
     for name in ("check.json", "junit.xml", "summary.md"):
         assert (folder / name).read_bytes() == (out / name).read_bytes()
     mixed = tmp_path / "mixed"
     shutil.copytree(out / "compressed", mixed / "compressed")
     words = "check", out / "dense", models / "pruned", *suite, *QUICK, "--out", mixed
-    assert run(*words) == 3
+    assert exit_code(*words) == 3
     assert (mixed / "check.json").read_bytes() == (out / "check.json").read_bytes()
 
 
 def test_the_python_function_does_the_same(models: Path, tmp_path: Path) -> None:
     sides, data = (models / "dense", models / "pruned"), str(models / "data" / "data.jsonl")
-    assert run("check", *sides, "--suite", data, *QUICK, "--out", tmp_path / "a") == 3
+    assert exit_code("check", *sides, "--suite", data, *QUICK, "--out", tmp_path / "a") == 3
     given = {"device": "cpu", "max_new_tokens": 2}
     found = regraft.check(*sides, tmp_path / "b", suites=data, **given)
     assert found.verdict == "undecided"

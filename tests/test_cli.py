@@ -25,10 +25,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import pico
+from commands import exit_code
 from disk import rewrite, shards, tree, write_data
 from methods import method, restored
 from regraft import stages
-from regraft.cli import COMMANDS, GROUPS, app, application, main
+from regraft.cli import COMMANDS, GROUPS, app, application
 from regraft.console import show_preview
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
@@ -136,10 +137,9 @@ def refused(
     def run(*arguments: object) -> str:
         before = tree(world.root)
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(word) for word in arguments])
+        code = exit_code(*arguments)
         message = capsys.readouterr().err
-        assert stopped.value.code == 2, f"exit code {stopped.value.code}: {message}"
+        assert code == 2, f"exit code {code}: {message}"
         assert message.startswith("Error: "), f"not told as an error: {message}"
         assert "Traceback" not in message
         changed = {k for k, v in tree(world.root).items() if before.get(k) != v}
@@ -155,9 +155,7 @@ Refused = Callable[..., str]
 
 def run_ok(*words: object) -> None:
     """Run the command line and expect exit code 0."""
-    with pytest.raises(SystemExit) as stopped:
-        main([str(word) for word in words])
-    assert not stopped.value.code, f"exit code {stopped.value.code}"
+    assert exit_code(*words) == 0
 
 
 def called(command: str) -> list[object]:
@@ -1301,9 +1299,8 @@ def test_disk_gets_full_while_writing(
 def test_disk_gets_full_in_a_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was finished stays, pruned layers too, to go on from; nothing is half-written."""
     recipe, run = world.recipe(), world.root / "run"
-    with file_size_limit(50_000), pytest.raises(SystemExit) as stopped:
-        main(["run", str(recipe), "--out", str(run)])
-    assert stopped.value.code == 2
+    with file_size_limit(50_000):
+        assert exit_code("run", recipe, "--out", run) == 2
     layers = {path.name for path in run.glob(".pruned.regraft-work/*/*")}
     assert layers == {f"layer_{i:03d}.safetensors" for i in range(4)}
     assert {path.name for path in run.glob("[!.]*")} == {"recipe.yaml", "costs.json"}
@@ -1337,9 +1334,7 @@ def test_small_disk(world: World) -> None:
         ):
             if words[0] != "apply":  # apply is stopped by the check, these by the disk itself
                 filler.write_bytes(bytes(256 * 1024 - 4096 * 2))
-            with pytest.raises(SystemExit) as stopped:
-                main([str(word) for word in words])
-            assert stopped.value.code == 2, words[0]
+            assert exit_code(*words) == 2, words[0]
             assert {path.name for path in disk.glob("[!.]*")} == {"filler"}, words[0]
             assert not any(path.name.endswith("regraft-tmp") for path in disk.rglob("*")), words[0]
             shutil.rmtree(disk / ".out.regraft-work", ignore_errors=True)

@@ -6,8 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,8 +20,10 @@ from PIL import Image
 from rich.console import Console
 
 import pico
+import quick
+from commands import exit_code
 from disk import write_data
-from regraft import cli, stages
+from regraft import stages
 from regraft.console import show_study
 from regraft.data.example import Example
 from regraft.disk.files import file_digest, write_json
@@ -615,7 +616,6 @@ VARIANTS = [
 @pytest.fixture(scope="module")
 def world(
     tmp_path_factory: pytest.TempPathFactory,
-    without_figures: Callable[[], AbstractContextManager[None]],
 ) -> Path:
     """A study of two seeds and two prunings in `run`, with `recipe.yaml` beside it."""
     root = tmp_path_factory.mktemp("study")
@@ -632,7 +632,7 @@ def world(
         "compute": {"device": "cpu", "batch_size": 6},
     }
     (root / "recipe.yaml").write_text(write_recipe(Recipe.model_validate(content)))
-    with without_figures():
+    with quick.without_figures():
         recipe_runs.run_recipe(read_recipe(root / "recipe.yaml"), root / "run")
     return root
 
@@ -799,9 +799,7 @@ def test_compare_on_the_command_line(
 
 def ended(words: Sequence[object], code: int, capsys: pytest.CaptureFixture[str]) -> str:
     """What the command line printed."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(word) for word in words])
-    assert stopped.value.code == code
+    assert exit_code(*words) == code
     return "".join(capsys.readouterr())
 
 

@@ -13,9 +13,9 @@ import torch
 
 import pico
 import truth
+from commands import exit_code
 from disk import tree, write_data, write_jsonl
 from regraft import stages
-from regraft.cli import main
 from regraft.data.collate import prompt_batch
 from regraft.data.demo import demo_model
 from regraft.data.example import KINDS
@@ -431,23 +431,18 @@ def test_names_of_defences_differ_from_those_realigned() -> None:
 def test_the_command_line(
     method: str, source: Source, data: DataSource, tmp_path: Path, capsys: Any
 ) -> None:
-    def run(*words: object) -> int:
-        with pytest.raises(SystemExit) as stopped:
-            main([str(word) for word in words])
-        return int(stopped.value.code or 0)
-
     out, cpu = tmp_path / "out", ("--device", "cpu")
     direction = ("--data", data.path, "--layer", 1, "--strength", 0.5, *cpu)
     made = ("analyse", "defence", method, source.folder, "--out", out)
-    assert not run(*made, *(direction if method != "adashield" else ()))
+    assert exit_code(*made, *(direction if method != "adashield" else ())) == 0
     assert type(load_defence(out)) is (ShieldPrompt if method == "adashield" else Direction)
     evaluate = ("eval", source.folder, "--suite", data.path, "--max-new-tokens", 2, *cpu)
-    assert not run(*evaluate, "--defence", out, "--out", tmp_path / "eval")
+    assert exit_code(*evaluate, "--defence", out, "--out", tmp_path / "eval") == 0
     about = stages.read_evaluation(tmp_path / "eval").about
     assert about["inputs"]["defence"] == file_digest(out)
     capsys.readouterr()
     weights = source.folder / "model.safetensors"
-    assert run(*evaluate, "--defence", weights, "--out", tmp_path / "other") == 2
+    assert exit_code(*evaluate, "--defence", weights, "--out", tmp_path / "other") == 2
     assert "does not hold a defence" in " ".join(capsys.readouterr().err.split())
 
 

@@ -39,10 +39,10 @@ from chat_servers import (
     scripted,
     transformers_serve,
 )
+from commands import exit_code
 from disk import tree, write_data, write_jsonl
 from pico import image, write_examples
 from regraft import stages
-from regraft.cli import main
 from regraft.data.demo import demo_model
 from regraft.data.images import open_image
 from regraft.data.sources import DataSource, join_suites
@@ -91,9 +91,7 @@ def evaluated(
 
 
 def command(*words: object, code: int = 0) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    assert (ended.value.code or 0) == code
+    assert exit_code(*words) == code
 
 
 class Notes:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from regraft.cli import main
+from commands import exit_code
 from regraft.data.example import Example
 from regraft.disk.files import file_digest, write_json
 from regraft.errors import RegraftError
@@ -106,9 +106,7 @@ def rows_of(run: Run) -> tuple[Row, ...]:
 
 
 def done(*words: object) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    assert not ended.value.code
+    assert exit_code(*words) == 0
 
 
 @pytest.fixture
@@ -225,8 +223,7 @@ def test_what_is_no_pair_is_refused(
         (("--dense", dense), "with --dense, name --pruned too"),
         (("--pruned", pruned), "with --pruned, name --dense too"),
     ):
-        with pytest.raises(SystemExit):
-            main(["report", *map(str, words)])
+        assert exit_code("report", *words) == 2
         assert message in " ".join(capsys.readouterr().err.split())
 
 
@@ -300,8 +297,7 @@ def test_folders_that_make_no_page(
         ((tmp_path,), f"no recipe.yaml in it. `regraft report` takes the evaluations in it: {one}"),
         ((), "Name the folder of a run"),
     ):
-        with pytest.raises(SystemExit):
-            main(["report", *map(str, words)])
+        assert exit_code("report", *words) == 2
         error = " ".join(capsys.readouterr().err.split())
         assert message in error, error
     assert not (tmp_path / "x").exists()

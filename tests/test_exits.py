@@ -17,7 +17,7 @@ from regraft.launcher import processes
 
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 HELP = f"{sys.executable} -m regraft.cli --help"
-UNKNOWN = f"{sys.executable} -m regraft.cli unknown"
+REFUSED = f"{sys.executable} -m regraft.cli $'\\xff'"  # no text: before commands are imported
 
 
 def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -52,7 +52,7 @@ def ended(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) ->
         (f"{HELP} >&-", 0, ""),
         (f"{HELP} >&- 2>&-", 0, ""),
         (f"{HELP} | true; exit ${{PIPESTATUS[0]}}", BROKEN_PIPE, ""),
-        (f"{UNKNOWN} 2>&1 | true; exit ${{PIPESTATUS[0]}}", BAD, ""),
+        (f"{REFUSED} 2>&1 | true; exit ${{PIPESTATUS[0]}}", BAD, ""),
         (f"PYTHONIOENCODING=ascii {HELP}", 0, ""),
     ],
 )

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import pico
 import regraft
+from commands import exit_code
 from disk import equal_bytes, tree
 from regraft import stages
-from regraft.cli import main
 from regraft.data.demo import demo_model
 from regraft.disk.files import locked, write_json
 from regraft.errors import RegraftError
@@ -298,9 +298,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = _world(tmp_path, pico.save("qwen2", tmp_path / "dense"))
 
     def refused(*words: object) -> str:
-        with pytest.raises(SystemExit) as stopped:
-            main(["export", *map(str, words)])
-        assert stopped.value.code == 2
+        assert exit_code("export", *words) == 2
         return " ".join(capsys.readouterr().err.split())
 
     out = tmp_path / "out"
@@ -313,9 +311,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (lock := tmp_path / ".out.regraft-work" / "lock").parent.mkdir()
     with locked(lock, out):
         assert "Another regraft process" in refused(world.pruned, world.patch, *to_peft)
-    with pytest.raises(SystemExit) as stopped:
-        main(["export", str(world.pruned), str(world.patch), *map(str, to_peft)])
-    assert stopped.value.code == 0
+    assert exit_code("export", world.pruned, world.patch, *to_peft) == 0
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OSError, match="levels of symbolic links"):
         regraft.apply(world.pruned, world.patch, tmp_path / "loop" / "out")

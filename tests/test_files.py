@@ -52,6 +52,17 @@ def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert tree(tmp_path).keys() == {"a", "a/b.txt"}
 
 
+def test_two_writers_of_one_file_do_not_end_in_a_traceback(tmp_path: Path) -> None:
+    target = tmp_path / "b.txt"
+    said = pytest.raises(PassingError, match=r"b\.txt was not written: .* another regraft process")
+    with said, atomic_file(target) as temporary:
+        temporary.write_text("one")
+        write_text(target, "two")  # as another process would
+    assert target.read_text() == "two"
+    with pytest.raises(FileNotFoundError), atomic_file(target):
+        (tmp_path / "missing").read_text()
+
+
 def test_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "a" / "b"
     with pytest.raises(KeyboardInterrupt), atomic_folder(target) as temporary:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -35,17 +36,43 @@ STEP = 0.01  # norms compute in float32, whatever the model does
 # Gain and cost
 
 
+def half_gone(architecture, modules):
+    """Set half of all prunable weights to 0 and return what they were."""
+    generator, dense = torch.Generator().manual_seed(1), {}
+    for li in architecture.linears:
+        weight = modules[li.module].weight
+        dense[li.key] = weight.detach().clone()
+        weight.data[torch.rand(weight.shape, generator=generator) < 0.5] = 0
+    return dense
+
+
+@torch.no_grad()
+def loss_of(model, rows):
+    """Mean over rows of a float64 model's loss."""
+    total = 0.0
+    for batch in rows:
+        inputs = batch.to("cpu", torch.float64).inputs
+        logits = model(**inputs, use_cache=False).logits[0, :-1]
+        total += float(F.cross_entropy(logits, batch.labels[0, 1:], ignore_index=-100))
+    return total / len(rows)
+
+
+def slope(loss, weight, change):
+    """Central difference of a loss along a change of a weight."""
+    weight.data += STEP * change
+    above = loss()
+    weight.data -= 2 * STEP * change
+    below = loss()
+    weight.data += STEP * change
+    return (above - below) / (2 * STEP)
+
+
 def test_gain_is_the_slope_of_the_loss(pico_dir, tmp_path):
     """Central differences of the loss of the whole model in float64, one weight at a time."""
     opened = truth.opened(pico_dir("qwen2_vl"))
     model = copy.deepcopy(opened.model)
     modules = dict(model.named_modules())
-    generator = torch.Generator().manual_seed(1)
-    dense = {}
-    for li in opened.architecture.linears:
-        weight = modules[li.module].weight
-        dense[li.key] = weight.detach().clone()
-        weight.data[torch.rand(weight.shape, generator=generator) < 0.5] = 0
+    dense = half_gone(opened.architecture, modules)
     examples = truth.examples("qwen2_vl", tmp_path, 2)
     rows = [response_batch(opened.processor, [example]) for example in examples]
     layerwise = truth.layerwise(model, rows)
@@ -59,25 +86,7 @@ def test_gain_is_the_slope_of_the_loss(pico_dir, tmp_path):
         for key, gradient in part.items()
         if li.key == key
     }
-    precise = model.double()
-
-    def loss():
-        total = 0.0
-        for batch in rows:
-            inputs = batch.to("cpu", torch.float64).inputs
-            with torch.no_grad():
-                logits = precise(**inputs, use_cache=False).logits[0, :-1]
-            total += float(F.cross_entropy(logits, batch.labels[0, 1:], ignore_index=-100))
-        return total / len(rows)
-
-    def slope(weight, change):
-        weight.data += STEP * change
-        above = loss()
-        weight.data -= 2 * STEP * change
-        below = loss()
-        weight.data += STEP * change
-        return (above - below) / (2 * STEP)
-
+    loss = partial(loss_of, model.double(), rows)
     for layer, role in ((0, "q_proj"), (1, "down_proj"), (3, "k_proj")):
         li = opened.architecture.layers[layer].linear(role)
         weight, worth = modules[li.module].weight, predicted[li.key]
@@ -87,7 +96,9 @@ def test_gain_is_the_slope_of_the_loss(pico_dir, tmp_path):
         one.view(-1)[best] = back.view(-1)[best]
         for change, expected in ((one, worth.view(-1)[best]), (back, worth[back != 0].sum())):
             assert abs(float(expected)) > 1e-5
-            assert -slope(weight, change) == pytest.approx(float(expected), rel=5e-3, abs=1e-5)
+            assert -slope(loss, weight, change) == pytest.approx(
+                float(expected), rel=5e-3, abs=1e-5
+            )
 
 
 def test_removal_cost_is_exact_for_a_quadratic_loss():

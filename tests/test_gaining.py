@@ -480,6 +480,24 @@ def test_one_prompt_of_a_kind_is_too_few(benches, tmp_path, monkeypatch):
 # Budgets
 
 
+def budgets(data):
+    """Variants of gain in a recipe; two search among several budgets."""
+    search = {"validation": data, "points": 2}
+    every = (
+        {"name": "few", "count": 20},
+        {"name": "some", "budget": 20},
+        {"name": "most", "count": 60_000},
+        {"name": "searched", "count": 50_000, "search": search},
+        {"name": "searched-more", "count": 60_000, "search": search},
+    )
+    return [{"method": "gain", "checkpoint": False} | one for one in every]
+
+
+def places(patch):
+    """(tensor, position) of all weights of a patch."""
+    return {(name, at) for name, one in patch.tensors.items() for at in one.positions.tolist()}
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch):
@@ -493,19 +511,12 @@ def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch)
 
     monkeypatch.setattr(gaining.Gain, "rank", counted)
     data = str(bench.root / "data" / "data.jsonl")
-    search = {"validation": data, "points": 2}
-    every = [
-        {"name": "few", "count": 20},
-        {"name": "some", "budget": 20},
-        {"name": "most", "count": 60_000},
-        {"name": "searched", "count": 50_000, "search": search},
-        {"name": "searched-more", "count": 60_000, "search": search},
-    ]
+    every = budgets(data)
     content = {
         "model": str(bench.root / "dense"),
         "pruned": str(bench.root / "half"),
         "calibration": {"data": data, "samples": 4},
-        "realign": [{"method": "gain", "checkpoint": False} | one for one in every],
+        "realign": every,
         "evaluate": {"suite": data, "max_new_tokens": 2},
         "compute": {"device": "cpu", "batch_size": 4},
     }
@@ -521,24 +532,15 @@ def test_budgets_take_the_first_part_of_one_path(benches, tmp_path, monkeypatch)
     restored = {one.name: one.restored for one in made.variants}
     assert (restored["few"], restored["most"]) == (20, len(path))
     assert restored["some"] == 20 * path.about["pruned"] // 10_000 < len(path)
-    patches = {
-        name: load_patch(tmp_path / "run" / "patches" / f"{name}.safetensors")
-        for name in ("few", "some", "most")
-    }
     linears = list(bench.dense.architecture.linears)
-    for name, patch in patches.items():
-        found = {(t, at) for t, one in patch.tensors.items() for at in one.positions.tolist()}
+    for name in ("few", "some", "most"):
+        patch = load_patch(tmp_path / "run" / "patches" / f"{name}.safetensors")
         first = path.first(restored[name])
-        places = zip(first.linear.tolist(), first.position.tolist(), strict=True)
-        assert found == {(linears[i].tensor, at) for i, at in places}
-    curves = [
-        [
-            point.restored
-            for point in read_curve(tmp_path / "run" / "curves" / f"{name}.json").points
-        ]
-        for name in ("searched", "searched-more")
-    ]
-    assert curves[0] == curves[1] == [0, round(len(path) / 2), len(path)]
+        taken = zip(first.linear.tolist(), first.position.tolist(), strict=True)
+        assert places(patch) == {(linears[i].tensor, at) for i, at in taken}
+    for name in ("searched", "searched-more"):
+        curve = read_curve(tmp_path / "run" / "curves" / f"{name}.json")
+        assert [one.restored for one in curve.points] == [0, round(len(path) / 2), len(path)]
 
 
 # Stopped and taken up again

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import pico
 from chat_servers import Response, said, scripted
+from commands import exit_code
 from regraft import stages
 from regraft.cli import main
 from regraft.data.example import Example
@@ -1078,6 +1079,4 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def _run(*words: object, code: int = 0) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(word) for word in words])
-    assert stopped.value.code == code
+    assert exit_code(*words) == code

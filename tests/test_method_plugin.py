@@ -65,15 +65,16 @@ TOP_MAGNITUDE = TopMagnitude()
 '''
 COMMANDS = """
 import json, sys
-import torch
+import quick
 from regraft.cli import main
 
-torch.set_num_threads(1)
-for arguments in json.loads(sys.argv[1]):
-    try:
-        main(arguments)
-    except SystemExit as end:
-        assert not end.code, (arguments, end.code)
+quick.hasten()
+with quick.without_figures():
+    for arguments in json.loads(sys.argv[1]):
+        try:
+            main(arguments)
+        except SystemExit as end:
+            assert not end.code, (arguments, end.code)
 """
 ENDINGS = """
 import json, sys

@@ -70,8 +70,10 @@ PLUGIN = Toy()
 COMMANDS = """
 import io, json, sys
 from contextlib import redirect_stderr, redirect_stdout
+import quick
 from regraft.cli import main
 
+quick.hasten()
 done = []
 for words in json.loads(sys.argv[1]):
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:

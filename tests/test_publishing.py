@@ -18,8 +18,8 @@ import yaml
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from commands import exit_code
 from disk import tree
-from regraft.cli import main
 from regraft.errors import RegraftError
 from regraft.patch.format import Patch, TensorPatch, save_patch
 from regraft.runs import publishing
@@ -149,10 +149,9 @@ def run(
 
     def go(*words: object, token: str = TOKEN) -> tuple[int, str]:
         monkeypatch.setenv("HF_TOKEN", token)
-        with pytest.raises(SystemExit) as stopped:
-            main([str(word) for word in words])
+        code = exit_code(*words)
         said = capsys.readouterr()
-        return int(stopped.value.code or 0), " ".join((said.out + said.err).split())
+        return code, " ".join((said.out + said.err).split())
 
     return go
 
@@ -234,9 +233,7 @@ def test_a_dry_run_writes_what_would_be_uploaded(
 ) -> None:
     folder = tmp_path / "folder"
     words = ("push", patch, NAME, "--pruned", "org/pruned", "--dry-run", folder)
-    with pytest.raises(SystemExit) as stopped:
-        main([*map(str, words)])
-    assert stopped.value.code == 0
+    assert exit_code(*words) == 0
     assert "Nothing was uploaded" in capsys.readouterr().out
     assert tree(folder).keys() == {"patch.safetensors", "README.md"}
     assert (folder / "patch.safetensors").read_bytes() == patch.read_bytes()
@@ -294,9 +291,7 @@ def test_bad_input(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(patch.parent)
-    with pytest.raises(SystemExit) as stopped:
-        main(["push", *words, "--dry-run", "out"])
-    assert stopped.value.code == 2
+    assert exit_code("push", *words, "--dry-run", "out") == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not Path("out").exists()
 

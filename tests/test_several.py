@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,11 @@ import yaml
 from scipy.stats import spearmanr
 
 import pico
+import quick
+from commands import exit_code
 from disk import write_data
 from paper_data import write_paper_data
-from regraft import cli, stages
+from regraft import stages
 from regraft.disk.files import digest, file_digest, write_json
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
@@ -56,16 +57,9 @@ rows:
 """
 
 
-def ended(words: Sequence[object], code: int) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(word) for word in words])
-    assert stopped.value.code == code
-
-
 @pytest.fixture(scope="module")
 def made(
     tmp_path_factory: pytest.TempPathFactory,
-    without_figures: Callable[[], AbstractContextManager[None]],
 ) -> tuple[Path, Study]:
     """A run of three models and its study; see `world` and `table`."""
     root = tmp_path_factory.mktemp("several")
@@ -93,11 +87,11 @@ def made(
         "compute": {"device": "cpu", "batch_size": 12},
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(content))
-    with without_figures():
+    with quick.without_figures():
         recipe_runs.run_recipe(read_recipe(root / "recipe.yaml"), root / "run")
         _answer_otherwise(root / "run")
         for name in ("one", "two", "third"):
-            ended(["report", folder_of_model(root / "run", name)], 0)
+            assert exit_code("report", folder_of_model(root / "run", name)) == 0
     return root, recipe_runs.report_recipe(root / "run")
 
 
@@ -367,7 +361,7 @@ def test_a_bundle_is_the_same_each_time_and_checks_out(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = tmp_path / "first.zip", tmp_path / "second.zip"
-    ended(["report", world / "run", "--bundle", first], 0)
+    assert exit_code("report", world / "run", "--bundle", first) == 0
     write_bundle(world / "run", second)
     assert first.read_bytes() == second.read_bytes()
     found = read_bundle(first)
@@ -378,7 +372,7 @@ def test_a_bundle_is_the_same_each_time_and_checks_out(
     }
     assert found.page.startswith("# three models")
     capsys.readouterr()
-    ended(["report", first], 0)
+    assert exit_code("report", first) == 0
     shown = capsys.readouterr().out
     assert "the verdicts on 240 answers of 10 evaluations" in shown
     assert found.digest in shown
@@ -508,7 +502,7 @@ def test_bad_input_of_bundles(
 ) -> None:
     def refused(*words: object) -> str:
         capsys.readouterr()
-        ended(["report", *words], 2)
+        assert exit_code("report", *words) == 2
         return " ".join(capsys.readouterr().err.split())
 
     run = world / "run"
@@ -565,8 +559,8 @@ def test_the_papers_recipe_from_end_to_end(
     content["compute"] = {"device": "cpu", "batch_size": 16}
     recipe, run = tmp_path / "recipes" / "paper.yaml", tmp_path / "run"
     recipe.write_text(yaml.safe_dump(content, sort_keys=False))
-    ended(["run", recipe, "--out", run], 0)
-    ended(["report", run, "--bundle", tmp_path / "bundle.zip"], 0)
+    assert exit_code("run", recipe, "--out", run) == 0
+    assert exit_code("report", run, "--bundle", tmp_path / "bundle.zip") == 0
     bundle = read_bundle(tmp_path / "bundle.zip")
     assert len(bundle.evaluations) == 6 + 10 + 6 * 9 + 4 * 2
     table = json.loads((run / "report" / "report.json").read_text())

@@ -19,10 +19,10 @@ import yaml
 
 import forked
 import pico
+from commands import exit_code
 from disk import tree, write_data
 from methods import a_variant, method
 from regraft import stages
-from regraft.cli import main
 from regraft.data.sources import DataSource
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
@@ -424,9 +424,7 @@ def _start(root: str, out: str, trials: int, *more: object) -> None:
 
 
 def _main(*words: Any) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(_command(*words))
-    assert stopped.value.code == 0
+    assert exit_code(*_command(*words)) == 0
 
 
 def _command(root: Path, out: Path, trials: int, *more: object, method: str = "hsr") -> list[str]:
@@ -478,10 +476,8 @@ def refused(
     """Run the command line with more words; exit code 2 and nothing written."""
 
     def run(*words: object, method: str = "hsr") -> str:
-        with pytest.raises(SystemExit) as stopped:
-            main(_command(root, tmp_path / "refused", 1, *words, method=method))
+        assert exit_code(*_command(root, tmp_path / "refused", 1, *words, method=method)) == 2
         message = " ".join(capsys.readouterr().err.split())
-        assert stopped.value.code == 2
         assert "Traceback" not in message
         assert not (tmp_path / "refused").exists()
         return message

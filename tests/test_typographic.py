@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regraft.cli import main
+from commands import exit_code
 from regraft.data.formats import read_jsonl, read_prompts
 from regraft.data.readers.safebench import FIGSTEP_PROMPT
 from regraft.data.typographic import (
@@ -78,19 +78,8 @@ def test_fonts_that_are_not_there(tmp_path: Path) -> None:
 def test_a_data_set_of_images(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("goal,category\nDo a/b,c1\nDo c,c2\n")
     out = tmp_path / "out"
-    with pytest.raises(SystemExit) as stopped:
-        main(
-            [
-                "data",
-                "render",
-                f"prompts:{tmp_path / 'p.csv'}",
-                "--out",
-                str(out),
-                "--font",
-                str(FONT),
-            ]
-        )
-    assert stopped.value.code == 0
+    words = ("data", "render", f"prompts:{tmp_path / 'p.csv'}", "--out", out, "--font", FONT)
+    assert exit_code(*words) == 0
     first, second = read_jsonl(out / "examples.jsonl").examples
     assert (first.id, first.category, first.harmful) == ("p-1", "c1", True)
     assert {first.instruction, second.instruction} == {FIGSTEP_PROMPT}
@@ -111,19 +100,8 @@ def test_prompts_that_do_not_fit_are_left_out_and_named(
         table.writerow(["Edit this", "c2", "word " * 2000, "b_long"])
         table.writerow(["Do c", "c1", "word", "c_short"])
     out = tmp_path / "out"
-    with pytest.raises(SystemExit) as stopped:
-        main(
-            [
-                "data",
-                "render",
-                f"prompts:{tmp_path / 'h.csv'}",
-                "--out",
-                str(out),
-                "--font",
-                str(FONT),
-            ]
-        )
-    assert stopped.value.code == 0
+    words = ("data", "render", f"prompts:{tmp_path / 'h.csv'}", "--out", out, "--font", FONT)
+    assert exit_code(*words) == 0
     told = capsys.readouterr().out
     assert "1 of 3 left out, as they do not fit into an image: b_long" in told
     assert "2 images" in told

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -83,15 +83,14 @@ class Row:
             raise self.wrong_type(field, expected)
         return int(digits)
 
-    def refuse_misspelt(self, known: Iterable[str]) -> None:
+    def refuse_misspelt(self, known: Collection[str]) -> None:
         """Raise where an unknown field is spelt almost like a known one that is absent."""
         absent = [name for name in known if name not in self.values]
-        for field in self.values:
-            for meant in get_close_matches(field, absent, n=1, cutoff=0.75):
-                if field not in known:
-                    raise RegraftError(
-                        f"{self.where}: unknown field {field!r}; did you mean {meant!r}?"
-                    )
+        for field in (name for name in self.values if name not in known):
+            if meant := get_close_matches(field, absent, n=1, cutoff=0.75):
+                raise RegraftError(
+                    f"{self.where}: unknown field {field!r}; did you mean {meant[0]!r}?"
+                )
 
     def wrong_type(self, field: str, expected: str) -> RegraftError:
         """Make the error for a field of the wrong type, or a missing one."""

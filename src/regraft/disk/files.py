@@ -89,7 +89,11 @@ def new_folders(target: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`; rename it to `target` if the block succeeds."""
+    """Yield a temporary path beside `target`; rename it to `target` if the block succeeds.
+
+    Raises:
+        PassingError: another process removed the temporary file, or see `disk_errors`.
+    """
     with new_folders(target):
         temporary = discard_leftover(target)
         try:
@@ -97,8 +101,13 @@ def atomic_file(target: Path) -> Iterator[Path]:
                 yield temporary
                 sync(temporary)
                 temporary.replace(target)
-        except BaseException:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, FileNotFoundError) and error.filename == str(temporary):
+                raise PassingError(
+                    f"{target} was not written: its temporary file was removed, perhaps by another "
+                    "regraft process that writes it too. Run the same command again."
+                ) from error
             raise
 
 

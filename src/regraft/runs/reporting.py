@@ -17,6 +17,7 @@ from regraft.data.demo import CAVEAT, is_demo
 from regraft.data.sources import DataSource, join_suites
 from regraft.defence import DEFENCE_PROMPT, Direction, load_defence
 from regraft.disk.descriptions import about_of, described
+from regraft.disk.files import file_digest
 from regraft.disk.parsing import read_json
 from regraft.disk.paths import require_file
 from regraft.errors import RegraftError
