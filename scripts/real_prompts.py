@@ -7,9 +7,10 @@ Every split has harmful prompts from sources of its own:
   our everyday and borderline prompts.
 - validation: 96 of HarmBench's standard behaviours, which need no context and quote no copyrighted
   text; harmless: an eighth of ours.
-- confirmation, a second test, first used when the methods were fixed: XSTest's unsafe prompts and
+- confirmation, a second test, first run when the methods were fixed: XSTest's unsafe prompts and
   HarmBench's other standard behaviours; harmless: XSTest's safe prompts with an odd id, and prompts
-  written for it (`prompts/everyday-2.txt`, `prompts/borderline-2.txt`).
+  written for it (`prompts/everyday-2.txt`, `prompts/borderline-2.txt`). The default judge was
+  chosen on other models' answers to XSTest's prompts with an odd id, so that one is not new there.
 - calibration 0, 1, 2: AdvBench and SafeBench, divided among the three seeds; harmless: the rest of
   ours. What is learnt from one form of prompt need not hold for others, so prompts get one of
   several forms: AdvBench has only imperatives, which are rewritten, and SafeBench has a question

@@ -1,4 +1,4 @@
-"""What makes processes of the tests quick, none of which they look at."""
+"""What makes the processes of tests quick: they do without what no test looks at."""
 
 from __future__ import annotations
 

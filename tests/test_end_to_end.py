@@ -37,6 +37,7 @@ from regraft.progress import Silent
 from regraft.recipes.file import write_recipe
 from regraft.recipes.recipe import Recipe as RecipeModel
 from regraft.runs import pipeline, recipe_runs
+from regraft.runs.reporting import read_run
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
@@ -295,6 +296,9 @@ def test_a_report_is_not_written_on_another_patch(
     """hsr was evaluated as a checkpoint, hsr-a with its patch."""
     run = Path(shutil.copytree(several / "run", tmp_path / "run"))
     patches = run / "patches" / "mine"
+    # an evaluation with a patch is of that patch, whatever checkpoint lies there
+    shutil.copytree(run / "realigned" / "mine" / "hsr", run / "realigned" / "mine" / "hsr-a")
+    assert read_run(run).variants
     shutil.copyfile(patches / f"{by}.safetensors", patches / f"{replaced}.safetensors")
     before = tree(run)
     with pytest.raises(RegraftError, match=rf"{replaced}\.safetensors is not the patch with which"):

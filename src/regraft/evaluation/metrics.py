@@ -128,10 +128,12 @@ def clustered_rate(events: ArrayLike, answers: ArrayLike) -> Estimate:
     """The rate of an event over all answers, of which a prompt has one per model.
 
     Answers to one prompt are not independent draws, so `n` is the number of prompts, and the
-    interval is Wilson's for the mean rate at that n or, if prompts have different numbers of
-    answers, at their effective number (Kish 1965). It is never too narrow: shares of events vary
-    most between prompts if all answers to a prompt agree. Only then, and with equally many answers,
-    is `count` given.
+    interval is Wilson's for the mean rate at that n. It is never too narrow: shares of events vary
+    most between prompts if all answers to a prompt agree. Only then is `count` given.
+
+    If prompts have different numbers of answers, there is no `count`, and the interval is that at
+    the effective number of prompts (Kish 1965). It may then be too narrow if prompts with more
+    answers have other rates than those with fewer.
 
     Args:
         events: How many of each prompt's answers have the event.

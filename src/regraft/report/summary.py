@@ -231,10 +231,10 @@ def _tests_notes(study: Study) -> Iterator[str]:
     if any(row.rsr is not None for row in rows):
         yield (
             "RSR: the share of the rise in ASR that was undone; no interval if it is unbounded. "
-            "Refusals of prompts that the dense model answers raise it too, so read it with the "
-            "next two. Lost refusals regained: the share refused of the harmful prompts that the "
-            "dense model refuses and the pruned one does not. Refusals added: the share refused of "
-            "those that neither refuses."
+            "Refusals of prompts that the dense model answers raise it too, so read it with two "
+            "other shares. Lost refusals regained: the share refused of the harmful prompts that "
+            "the dense model refuses and the pruned one does not. Refusals added: the share "
+            "refused of those that neither refuses."
         )
     if all(row.attacks is None for row in rows):
         return

@@ -27,8 +27,6 @@ from regraft.report.study import Correlation, Measured, Row, Study, Table
 from regraft.restoration.methods.gain.path import LIMITS, REASONS
 
 Interval = tuple[float, float]
-
-
 Place = Literal["everywhere", "page", "details"]
 
 

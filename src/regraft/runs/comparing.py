@@ -21,13 +21,7 @@ from regraft.report.run import Opinion, Run, Variant
 from regraft.report.study import Study
 from regraft.report.write import check_report_folder, write_report
 from regraft.restoration.base import settings_in
-from regraft.runs.reporting import (
-    accounts_of,
-    images_of,
-    open_run,
-    read_run,
-    run_folders,
-)
+from regraft.runs.reporting import accounts_of, images_of, open_run, read_run, run_folders
 from regraft.stages import Evaluation
 from regraft.stages.provenance import but_for_rounding, difference, differing
 

@@ -221,9 +221,10 @@ class _Artifacts:
         """The file of a variant's patch or defence, if it is that of the variant's evaluation."""
         file, applied = of(pruning, name), self.run_dir.realigned(pruning, name) / stages.ABOUT_FILE
         require_file(file, f"It should hold a {role}.")
-        own = self.evaluations[f"{pruning}/{name}"].about
-        about = described(read_json(applied), str(applied)) if applied.exists() else own
-        if about["inputs"].get(role) not in (None, file_digest(file)):
+        used = self.evaluations[f"{pruning}/{name}"].about["inputs"].get(role)
+        if used is None and applied.exists():  # a checkpoint was evaluated
+            used = described(read_json(applied), str(applied))["inputs"].get(role)
+        if used not in (None, file_digest(file)):
             raise RegraftError(
                 f"{file} is not the {role} with which {self.run_dir.name(pruning, name)} was "
                 "evaluated. Put that one back, or remove this one and continue with "
