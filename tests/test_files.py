@@ -29,6 +29,7 @@ from regraft.disk.files import (
     size_of,
     write_json,
     write_text,
+    write_texts,
 )
 from regraft.disk.parsing import read_json
 from regraft.errors import PassingError, RegraftError
@@ -50,6 +51,15 @@ def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     write_text(target, "two")
     assert target.read_text() == "two"
     assert tree(tmp_path).keys() == {"a", "a/b.txt"}
+
+
+def test_several_files_are_written_or_none(tmp_path: Path) -> None:
+    (tmp_path / "b.md").mkdir()
+    write_text(tmp_path / "a.json", "old")
+    with pytest.raises(PassingError, match=r"b\.md cannot be written: .* a folder where a file"):
+        write_texts({tmp_path / "a.json": "new", tmp_path / "b.md": "new"})
+    assert (tmp_path / "a.json").read_text() == "old"
+    assert tree(tmp_path).keys() == {"a.json", "b.md"}
 
 
 def test_two_writers_of_one_file_do_not_end_in_a_traceback(tmp_path: Path) -> None:

@@ -98,6 +98,8 @@ def atomic_file(target: Path) -> Iterator[Path]:
         temporary = discard_leftover(target)
         try:
             with disk_errors(target):
+                if target.is_dir():  # found now, before other files are put into place
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
                 yield temporary
                 sync(temporary)
                 temporary.replace(target)
