@@ -23,7 +23,8 @@ from commands import exit_code
 from disk import equal_bytes, tree
 from regraft import stages
 from regraft.data.demo import demo_model
-from regraft.disk.files import locked, write_json
+from regraft.disk.files import write_json
+from regraft.disk.locks import locked
 from regraft.errors import RegraftError
 from regraft.models.checkpoint import Checkpoint, TensorRecord, open_checkpoint
 from regraft.models.checkpoint_copy import write_edited

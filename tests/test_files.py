@@ -21,7 +21,6 @@ from regraft.disk.files import (
     digest,
     disk_errors,
     in_threads,
-    locked,
     read_at,
     require_empty,
     require_new,
@@ -31,6 +30,7 @@ from regraft.disk.files import (
     write_text,
     write_texts,
 )
+from regraft.disk.locks import locked
 from regraft.disk.parsing import read_json
 from regraft.errors import PassingError, RegraftError
 from regraft.stages.provenance import working

@@ -19,9 +19,9 @@ from regraft.disk.files import (
     atomic_folder,
     digest,
     disk_errors,
-    locked,
     require_space,
 )
+from regraft.disk.locks import locked
 from regraft.disk.paths import at_home, real, require_file
 from regraft.errors import PassingError, RegraftError
 

@@ -1,4 +1,4 @@
-"""Write to disk so that nothing is ever half-written; locks, threads and digests of files."""
+"""Write to disk so that nothing is ever half-written; threads and digests of files."""
 
 from __future__ import annotations
 
@@ -14,21 +14,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Event
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from regraft.disk.paths import real, require_file
+from regraft.disk.paths import real
 from regraft.errors import PassingError, RegraftError
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None  # type: ignore[assignment]
 
 _CHUNK = 2**20  # bytes
 WORKERS = min(4, os.cpu_count() or 1)
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # Lustre or NFS mounted without locks
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -259,51 +253,6 @@ def in_threads(
                 stop.set()
             raise
         return [future.result() for future in futures]
-
-
-@contextmanager
-def locked(path: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a lock on the file `path`, created if missing, while the block runs.
-
-    `what` is the output that it protects, for messages. With `wait`, wait while another process
-    holds the lock.
-
-    Raises:
-        RegraftError: another process holds it and `wait` is off, or the file system has no locks.
-    """
-    if path.exists():
-        require_file(path)  # opening a pipe would wait for its reader
-    with path.open("ab") as handle:
-        if fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError as error:
-                raise RegraftError(
-                    f"Another regraft process is writing {what} at this moment. Wait for it, or "
-                    "choose another output."
-                ) from error
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                raise RegraftError(
-                    f"{path.parent} is on a file system without file locks (such as Lustre mounted "
-                    "without flock, or NFS without a lock daemon), where another process could "
-                    f"write {what} too. Mount it with locks, or choose an output elsewhere."
-                ) from error
-            if not _is_at(handle, path):
-                raise RegraftError(
-                    f"Another regraft process has just written {what}. Run the same command again; "
-                    "it continues from there."
-                )
-        yield
-
-
-def _is_at(handle: IO[bytes], path: Path) -> bool:
-    """Whether the open file is still the one at `path`; its last holder may have removed it."""
-    try:
-        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def write_text(target: Path, text: str) -> None:

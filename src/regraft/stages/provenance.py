@@ -26,13 +26,13 @@ from regraft.disk.files import (
     digest,
     discard_leftover,
     leftover_bytes,
-    locked,
     new_folders,
     require_empty,
     require_new,
     size_of,
     to_json,
 )
+from regraft.disk.locks import locked
 from regraft.disk.parsing import read_json
 from regraft.errors import PassingError, RegraftError
 from regraft.models.load import Source, pick_device

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regraft.disk.files import disk_errors, locked, require_empty, write_json
+from regraft.disk.files import disk_errors, require_empty, write_json
+from regraft.disk.locks import locked
 from regraft.errors import PassingError, RegraftError
 from regraft.heads.ships import HeadSettings, most_rank
 from regraft.models.load import Source
