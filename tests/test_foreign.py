@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -337,8 +336,7 @@ def test_tokens_without_an_embedding_are_named(model: Path, tmp_path: Path) -> N
     (model / "tokenizer.json").write_text(json.dumps(content))
     source, prompts = open_answering(model), pico.write_examples(tmp_path, 1, images=False)
     answerer = Answerer(load_processor(source), prompts, batch_size=1, judge=None)
-    name = re.escape(repr(prompts[0].id))
-    message = f"prompt {name} the token 1,000,000, but the model of .* has 473 embeddings"
+    message = r"the token 1,000,000, but the model of .* has 473 embeddings"
     with pytest.raises(RegraftError, match=message):
         answerer.answers(load_model(source), max_new_tokens=1)
     placed = load_placed(source, dtype="auto", device="cpu", placement="resident")

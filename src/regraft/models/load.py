@@ -34,7 +34,6 @@ from regraft.models.loaded import (
     describe_unused,
     enough_memory,
     parameter_tensors,
-    reads,
     refuse_tokens_without_embedding,
 )
 from regraft.models.placement import PlacedModel
@@ -284,11 +283,10 @@ def load_processor(source: Source) -> Any:
 
 
 def placed(batch: Batch, model: nn.Module) -> Batch:
-    """The batch, about to be read, on the model's device, pixels in the dtype of its first float.
+    """The batch on the model's device, pixels in the dtype of its first float.
 
     If every weight is offloaded, accelerate's hooks move the batch.
     """
-    reads(model, batch)
     parameters = [one for one in model.parameters() if one.is_floating_point()]
     first = next((p for p in parameters if not p.is_meta), parameters[0])
     return batch.to("cpu" if first.is_meta else first.device, first.dtype)

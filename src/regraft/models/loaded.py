@@ -7,19 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from regraft.data.collate import Batch
 from regraft.disk.artifact import require_finite
 from regraft.errors import RegraftError, is_host_memory
 from regraft.models.architecture import Architecture, LinearArchitecture
 from regraft.models.checkpoint import FLOATS, Checkpoint
 from regraft.models.layout import Layout, Tiling
-
-_READ: WeakKeyDictionary[nn.Module, Batch] = WeakKeyDictionary()  # each model's latest batch
 
 
 def check_loading(folder: Path, loading: Mapping[str, Any]) -> None:
@@ -131,8 +127,7 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint, architecture: Archit
 def refuse_tokens_without_embedding(model: nn.Module, folder: Path) -> None:
     """Make a model raise `RegraftError` at such a token: on a GPU it would end the process.
 
-    The message names the first prompt with it of the batch that `reads` announced. Only what
-    reaches the embeddings is checked: tokens of images, which need none, do not.
+    Only what reaches the embeddings is checked: tokens of images, which need none, do not.
     """
     try:
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
@@ -146,25 +141,12 @@ def refuse_tokens_without_embedding(model: nn.Module, folder: Path) -> None:
     def check(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         for ids in inputs:
             if (ids >= rows).any():
-                token = int(ids.max())
                 raise RegraftError(
-                    f"The tokenizer gives {_prompt_with(token, model)} the token {token:,}, but "
-                    f"the model of {folder} has {rows:,} embeddings. Use the tokenizer of the base "
-                    "model."
+                    f"The tokenizer gives a prompt the token {int(ids.max()):,}, but the model of "
+                    f"{folder} has {rows:,} embeddings. Use the tokenizer of the base model."
                 )
 
     embeddings.register_forward_pre_hook(check)
-
-
-def reads(model: nn.Module, batch: Batch) -> None:
-    """Announce the batch that a model is about to read, so that errors can name its prompts."""
-    _READ[model] = batch
-
-
-def _prompt_with(token: int, model: nn.Module) -> str:
-    batch = _READ.get(model)
-    rows = () if batch is None else zip(batch.ids, batch.inputs["input_ids"], strict=False)
-    return next((f"the prompt {name!r}" for name, ids in rows if token in ids), "a prompt")
 
 
 def _one_of_each(architecture: Architecture) -> list[LinearArchitecture]:

@@ -22,7 +22,6 @@ from regraft.models.architecture import (
     layer_list,
     text_decoder,
 )
-from regraft.models.loaded import reads
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,7 @@ class PlacedModel:
     streamed: bool = False
 
     def place(self, batch: Batch) -> Batch:
-        """The batch that the model is about to read, on the device, pixels in its dtype."""
-        reads(self.network, batch)
+        """The batch on the device, pixels in the model's dtype."""
         return batch.to(self.device, self.dtype)
 
     @contextmanager
