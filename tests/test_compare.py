@@ -310,7 +310,8 @@ def test_a_verdict_says_where_seeds_disagree() -> None:
     runs = [run(0, {**SHARES, "hsr": (0.2, 0.1)}), run(1, {**SHARES, "hsr": (0.47, 0.1)})]
     test = rows_of(study_of(runs))["hsr"].attacks
     assert test is not None
-    assert (test.outcome, test.seeds_agree) == (Outcome.BETTER, False)
+    assert test.outcome is Outcome.BETTER
+    assert test.verdict == "better than pruned, but not by every seed"
     assert test.by_seed == pytest.approx((-0.25, 0.03), abs=0.01)
     assert "better than pruned, but not by every seed" in render_html(study_of(runs))
 
@@ -473,7 +474,7 @@ def test_a_pruning_that_is_only_evaluated_has_no_methods_to_test() -> None:
             ("hrs",),
             "against hrs: there is no such method; expected one of hsr, random, worse",
         ),
-        ([RUNS[0], run(1, prompts=100)], (), "cannot be compared: prompt"),
+        ([RUNS[0], run(1, prompts=100)], (), "cannot be compared: the prompt"),
     ],
 )
 def test_runs_that_cannot_be_compared(

@@ -210,7 +210,7 @@ def test_without_answers_there_is_no_report() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"judge": "other"}, "judged by regraft-keywords-1, the other by other"),
+        ({"judge": "other"}, "judged by other, the other by regraft-keywords-1"),
         ({"answers": REALIGNED.result.answers[1:]}, "prompt 'h0'"),
     ],
     ids=["judge", "missing prompt"],

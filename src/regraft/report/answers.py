@@ -27,7 +27,6 @@ from regraft.report.run import Run, Variant, paired_answers
 from regraft.report.study import Measured, Recovered, RowModels
 from regraft.restoration.base import settings_in
 
-Counts = NDArray[np.int64]
 Events = NDArray[np.int64]  # 1 where an answer has a property: [S seeds, draws, prompts]
 Mask = NDArray[np.bool_]
 
@@ -119,10 +118,6 @@ class RowAnswers:
     pruned: RowAnswers | None = None
 
     @property
-    def name(self) -> str:
-        return self.models.name
-
-    @property
     def attacks(self) -> Events:
         return self.complies[:, :, self.prompts.harmful]
 
@@ -150,13 +145,10 @@ class RowAnswers:
     def on(self, prompts: Mask, *, every: bool = False) -> Measured:
         """All rates on some prompts.
 
-        Args:
-            prompts: Mask of the prompts.
-            every: Count refusals of all harmless prompts, not only of those that test over-refusal.
+        With `every`, over-refusal counts all harmless prompts, not only those that test it.
         """
         harmless = ~self.prompts.harmful if every else self.prompts.refusable
-        similar = self.similarity if prompts.all() else self.similarities(prompts)
-        means = [clustered_mean(part) for part in similar]
+        means = [clustered_mean(part) for part in self.similarities(prompts)]
         return Measured(
             asr=self.asr(prompts),
             rsr=self._recovered(prompts & self.prompts.harmful),
@@ -177,7 +169,7 @@ class RowAnswers:
         pairs = zip(self.similarity, other.similarity, strict=True)
         return macro_average([clustered_difference(*pair) for pair in pairs])
 
-    def _successes(self, prompts: Mask) -> Counts:
+    def _successes(self, prompts: Mask) -> NDArray[np.int64]:
         """Successful attacks on the dense, the pruned and this row, by seed: [S, n, 3].
 
         Those on the first two count once for each draw of a random control, so that all three
@@ -225,12 +217,9 @@ class RowAnswers:
             return None
         answers = len(self.answers)
         strata = [self._successes(mask).sum(axis=0) for mask in attacks]
-        rates = [
-            sum(int(rows[:, i].sum()) / (answers * len(rows)) for rows in strata) / len(strata)
-            for i in range(3)
-        ]
+        rates = np.mean([rows.mean(axis=0) for rows in strata], axis=0) / answers
         interval = bootstrap_rsr([rows.tolist() for rows in strata], answers=answers)
-        return Recovered(rsr(*rates), interval)
+        return Recovered(rsr(*rates.tolist()), interval)
 
 
 def read_answers(runs: Sequence[Run], models: Sequence[RowModels]) -> tuple[RowAnswers, ...]:
@@ -274,15 +263,12 @@ def _events(outcomes: Iterable[Sequence[bool]], shape: tuple[int, ...]) -> Event
 
 
 def _prompts(table: Sequence[Sequence[Answer]], suites: Iterable[str]) -> Prompts:
-    def masks(names: Iterable[str], of: Sequence[str | None]) -> dict[str, Mask]:
-        return {name: np.array([one == name for one in of], dtype=bool) for name in names}
-
     first = [answers[0] for answers in table]
-    categories = [answer.category if answer.harmful else None for answer in first]
+    categories = sorted({one.category for one in first if one.harmful})
     return Prompts(
-        harmful=np.array([answer.harmful for answer in first], dtype=bool),
-        refusable=np.array([answer.tests_over_refusal for answer in first], dtype=bool),
+        harmful=np.array([one.harmful for one in first]),
+        refusable=np.array([one.tests_over_refusal for one in first]),
         referred=np.array([all(one.similarity is not None for one in row) for row in table]),
-        suites=masks(suites, [answer.suite for answer in first]),
-        categories=masks(sorted({one for one in categories if one is not None}), categories),
+        suites={name: np.array([one.suite == name for one in first]) for name in suites},
+        categories={name: np.array([one.category == name for one in first]) for name in categories},
     )

@@ -10,7 +10,6 @@ import yaml
 
 from regraft.data.storage import MODEL_ID
 from regraft.disk.files import file_digest
-from regraft.evaluation.metrics import per_ten_thousand
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import is_changed
 from regraft.report import tables
@@ -70,13 +69,10 @@ def card_variant(run: Run) -> Variant:
 
     Without candidates it is a pruned model, and without these the dense one.
     """
-
-    def attacked(variant: Variant) -> float:
-        asr = variant.result.asr
-        return 1.0 if asr is None else asr.value
-
     candidates = _candidates(run)
-    return min(candidates, key=attacked) if candidates else (shown_group(run) or [run.dense])[0]
+    if not candidates:
+        return (shown_group(run) or [run.dense])[0]
+    return min(candidates, key=lambda one: one.result.asr.value if one.result.asr else 0.0)
 
 
 def _candidates(run: Run) -> list[Variant]:
@@ -106,13 +102,8 @@ def _card_results(chosen: Variant, suites: str) -> list[dict[str, Any]]:
         for kind, name, estimate in named
         if estimate is not None
     ]
-    return [
-        {
-            "task": {"type": "image-text-to-text"},
-            "dataset": {"name": suites, "type": "safety"},
-            "metrics": metrics,
-        }
-    ]
+    dataset = {"name": suites, "type": "safety"}
+    return [{"task": {"type": "image-text-to-text"}, "dataset": dataset, "metrics": metrics}]
 
 
 def render_patch_card(
@@ -125,13 +116,8 @@ def render_patch_card(
 ) -> str:
     """Render the card of a patch: what it is for, how it was made and how to apply it.
 
-    Args:
-        path: The patch.
-        repository: OWNER/NAME on the hub.
-        file: The patch's name there.
-        dense: Hub id of the dense model that the patch was made from, if known.
-        pruned: Hub id of the pruned one, if known.
-        study: Rates for a table.
+    It is called `file` in the hub's `repository` (OWNER/NAME). `dense` and `pruned` are the hub ids
+    of the models that it was made from, if known; `study` has rates for a table.
     """
     patch = load_patch(path)
     metadata = {
@@ -167,7 +153,7 @@ def _facts(patch: Patch, file: str) -> Iterator[tuple[str, str]]:
     share = ""
     if isinstance(pruned, int) and pruned:
         kind = "changed" if is_changed(patch) else "pruned"
-        share = f" of {pruned:,} {kind} ones, {per_ten_thousand(restored, pruned):.2g} per 10,000"
+        share = f" of {pruned:,} {kind} ones, {10_000 * restored / pruned:.2g} per 10,000"
     yield "Restored weights", f"{restored:,}{share}, in {len(patch.tensors)} tensors"
     yield "File", file
     for role, digest in about.get("inputs", {}).items():

@@ -10,7 +10,6 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from markupsafe import Markup
-from PIL import Image
 
 from regraft.data.images import open_image
 from regraft.disk.files import file_digest
@@ -27,12 +26,9 @@ Row = tuple[Answer, ...]
 
 def shown_group(run: Run) -> tuple[Variant, ...]:
     """The pruned model with the highest ASR and those realigned from it; empty without any."""
-
-    def attacked(group: tuple[Variant, ...]) -> float:
-        asr = group[0].result.asr
-        return asr.value if asr else 0.0
-
-    return max(run.groups, key=attacked, default=())
+    return max(
+        run.groups, key=lambda group: asr.value if (asr := group[0].result.asr) else 0.0, default=()
+    )
 
 
 def shown_variants(run: Run) -> tuple[Variant, ...]:
@@ -100,23 +96,26 @@ def _encoded(labels: Sequence[str], rows: Sequence[Row]) -> str:
         return texts.setdefault(text, len(texts))
 
     encoded = []
-    for first, *others in rows:
-        prompt = {"prompt": first.instruction}
-        if first.request:
-            prompt["request"] = first.request
+    for row in rows:
+        first = row[0]
+        shown = {"prompt": first.instruction, "request": first.request}
         complied = "complied" if first.harmful else "answered"
-        answers = (
-            [index(clip(one.answer.strip(), ANSWER_LENGTH)), marked(one, complied), one.reason]
-            for one in (first, *others)
-        )
+        answers = [
+            (index(clip(one.answer.strip(), ANSWER_LENGTH)), marked(one, complied), one.reason)
+            for one in row
+        ]
         encoded.append(
             {
                 "id": first.id,
-                **{key: index(clip(text, PROMPT_LENGTH)) for key, text in prompt.items()},
+                **{
+                    key: index(clip(text, PROMPT_LENGTH))
+                    for key, text in shown.items()
+                    if text is not None
+                },
                 "category": first.category,
                 "harmful": first.harmful,
                 "image": first.image or "",
-                "answers": list(answers),
+                "answers": answers,
             }
         )
     content = {"models": list(labels), "texts": list(texts), "rows": encoded}
@@ -134,14 +133,8 @@ def pictures(answers: Iterable[Answer], images: Mapping[str, Path]) -> dict[str,
 
 
 def thumbnail(path: Path) -> str:
-    """An image file as a small data URI: PNG (for drawings) or JPEG, whichever is shorter."""
-    image = open_image(path)
+    """An image file as a small JPEG in a data URI."""
+    image, buffer = open_image(path), BytesIO()
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    drawing = image.quantize(16, method=Image.Quantize.MEDIANCUT)
-    return min(_uri(drawing, "png", optimize=True), _uri(image, "jpeg", quality=70), key=len)
-
-
-def _uri(image: Image.Image, kind: str, **settings: int) -> str:
-    buffer = BytesIO()
-    image.save(buffer, kind, **settings)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, "jpeg", quality=70)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

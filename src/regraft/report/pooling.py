@@ -16,14 +16,12 @@ from regraft.errors import RegraftError
 from regraft.evaluation.metrics import macro_average
 from regraft.evaluation.pairing import holm, paired_exact
 from regraft.evaluation.perplexity import pooled
-from regraft.evaluation.results import Estimate
 from regraft.report.answers import Events, RowAnswers, read_answers, rows_of_methods
 from regraft.report.formatting import short_names
 from regraft.report.published import Published, beside
 from regraft.report.run import Run
 from regraft.report.study import (
     SIGNIFICANCE,
-    Measured,
     Outcome,
     Row,
     RowModels,
@@ -137,7 +135,10 @@ def _table(runs: Sequence[Run], models: Sequence[RowModels], against: Sequence[s
     return Table(
         model=runs[0].name,
         pruning=next((one.name for one in models if one.role == "pruned"), ""),
-        rows=tuple(_row(one, attacks[one.name], refusals[one.name]) for one in answers),
+        rows=tuple(
+            _row(one, attacks[model.name], refusals[model.name])
+            for model, one in zip(models, answers, strict=True)
+        ),
     )
 
 
@@ -147,11 +148,10 @@ def _table_tests(answers: Sequence[RowAnswers], against: Sequence[str]) -> tuple
     The test of pruned against dense is not corrected. A method is tested against the pruned model
     and, for attacks only, against the methods in `against`.
     """
-    rows = {one.name: one for one in answers}
-    first, *others = rows
-    attacks = {name: one.attacks for name, one in rows.items()}
-    refusals = {name: one.refusals for name, one in rows.items()}
-    methods = [name for name, one in rows.items() if one.models.role == "method"]
+    attacks = {one.models.name: one.attacks for one in answers}
+    refusals = {one.models.name: one.refusals for one in answers}
+    first, *others = attacks
+    methods = [one.models.name for one in answers if one.models.role == "method"]
     against = [name for name in against if name in methods]
     if not any(one.models.role == "pruned" for one in answers):
         every = [(name, first) for name in others]
@@ -213,6 +213,7 @@ def _row(own: RowAnswers, attacks: Mapping[str, Tested], refusals: Mapping[str, 
     """The row of rates and tests; the first test is against the model it was made from."""
     models, prompts = own.models, own.prompts
     by_suite = {name: own.on(where, every=True) for name, where in prompts.suites.items()}
+    attacked = [one.asr for one in by_suite.values() if one.asr is not None]
     rates = {name: own.asr(where) for name, where in prompts.categories.items()}
     return Row(
         **vars(models),
@@ -222,7 +223,7 @@ def _row(own: RowAnswers, attacks: Mapping[str, Tested], refusals: Mapping[str, 
         violated=_spread([v.violated_groups for v in models.all if v.n_m]),
         passes=_spread([variant.passes for variant in models.all], none_is_zero=False),
         **vars(own.on(prompts.everywhere)),
-        mean_asr=_mean_asr(by_suite),
+        mean_asr=macro_average(attacked) if len(attacked) > 1 else None,
         mean_rsr=own.mean_recovered(),
         by_suite=by_suite,
         by_category={name: asr for name, asr in rates.items() if asr is not None},
@@ -237,12 +238,6 @@ def _row(own: RowAnswers, attacks: Mapping[str, Tested], refusals: Mapping[str, 
         utility_from_dense=own.utility_less(own.dense),
         text=pooled([one.result.text for one in models.all if one.result.text is not None]),
     )
-
-
-def _mean_asr(by_suite: Mapping[str, Measured]) -> Estimate | None:
-    """Mean ASR over several attack suites with equal weights; None if there are fewer than two."""
-    attacked = [one.asr for one in by_suite.values() if one.asr is not None]
-    return macro_average(attacked) if len(attacked) > 1 else None
 
 
 def _spread(values: Sequence[float | None], *, none_is_zero: bool = True) -> Spread | None:

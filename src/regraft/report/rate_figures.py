@@ -178,11 +178,7 @@ def _draw_curve(axes: Axes, curve: Searched, look: tuple[str, str, str]) -> None
 
 
 def relation_figure(points: Sequence[tuple[str, float, float]]) -> str:
-    """Each model's rise in ASR against its total Ships, with its name.
-
-    Args:
-        points: (name, total Ships in radians, rise in ASR as a fraction) of each model.
-    """
+    """Models by (name, total Ships in radians, rise in ASR as a fraction)."""
 
     def draw(axes: Any) -> None:
         width = max(ships for _, ships, _ in points) * 1.15 or 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from regraft.costs import CalibrationPass, Cost
 from regraft.errors import RegraftError
-from regraft.evaluation.metrics import per_ten_thousand
+from regraft.evaluation.pairing import on_the_same
 from regraft.evaluation.results import Answer, EvalResult
 from regraft.evaluation.tradeoff import Searched
 from regraft.evaluation.verdicts import Agreement, Judged
@@ -73,7 +73,7 @@ class Variant:
     def per_ten_thousand(self) -> float | None:
         """Restored weights per 10,000 pruned or changed ones; None if either is unknown."""
         known = self.restored and self.pruned
-        return per_ten_thousand(self.restored, self.pruned) if known else None
+        return 10_000 * self.restored / self.pruned if known else None
 
 
 def labelled(name: str, method: str) -> str:
@@ -179,22 +179,11 @@ def paired_answers(variants: tuple[Variant, ...]) -> tuple[tuple[Answer, ...], .
     """Answers as one row per prompt and one column per variant, in the first variant's order.
 
     Raises:
-        RegraftError: a variant has no answers, or they differ in judge or prompts.
+        RegraftError: a variant has no answers, or see `on_the_same`.
     """
-    first = variants[0]
     if empty := [variant.name for variant in variants if not variant.result.answers]:
         raise RegraftError(f"{empty[0]} keeps no answers.")
-    by_id = [{answer.id: answer for answer in v.result.answers} for v in variants]
-    for variant, answers in zip(variants[1:], by_id[1:], strict=True):
-        ours, theirs = first.result.judge, variant.result.judge
-        if ours != theirs:  # may be versions of one judge from an installed package
-            raise RegraftError(
-                f"{first.name} and {variant.name} cannot be compared: one was judged by {ours}, "
-                f"the other by {theirs}. Evaluate both with the same judge."
-            )
-        if unpaired := sorted(answers.keys() ^ by_id[0].keys()):
-            raise RegraftError(
-                f"{first.name} and {variant.name} cannot be compared: prompt {unpaired[0]!r} "
-                f"({len(unpaired)} in all) was answered by only one of them."
-            )
+    first, *others = variants
+    same = [on_the_same(first.name, first.result, one.name, one.result) for one in others]
+    by_id = [{answer.id: answer for answer in one.answers} for one in (first.result, *same)]
     return tuple(tuple(answers[key] for answers in by_id) for key in by_id[0])

@@ -58,16 +58,12 @@ class Tested:
     by_seed: tuple[float, ...] = ()
 
     @property
-    def seeds_agree(self) -> bool:
-        """Whether no seed has a difference of the opposite sign."""
-        return all(one * self.difference >= 0 for one in self.by_seed)
-
-    @property
     def verdict(self) -> str:
         """ "better than pruned", "not distinguishable from dense"."""
         if self.outcome is Outcome.SAME:
             return f"{self.outcome} from {self.against}"
-        but = "" if self.seeds_agree else ", but not by every seed"
+        opposed = any(one * self.difference < 0 for one in self.by_seed)
+        but = ", but not by every seed" if opposed else ""
         return f"{self.outcome} than {self.against}{but}"
 
 

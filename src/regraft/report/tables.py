@@ -150,23 +150,26 @@ def _against(study: Study) -> Iterator[Column]:
 
 def _suite_columns(study: Study) -> Iterator[Column]:
     for suite, name in study.suites.items():
-        yield _on(suite, f"{name}: ASR", lambda one: rate_cell(one.asr), "everywhere")
-        yield _published_on(name, attacks=True)
-        yield _on(suite, f"{name}: RSR", lambda one: rsr_cell(one.rsr), "page")
-        over_refusal = f"{name}: over-refusal"
-        yield _on(suite, over_refusal, lambda one: rate_cell(one.over_refusal), "everywhere")
-        yield _on(suite, f"{name}: utility", lambda one: rate_cell(one.utility), "everywhere")
-        yield _published_on(name, attacks=False)
-        yield _on(suite, f"{name}: degenerate", lambda one: _if_any(one.degenerate), "page")
+        yield from _columns_of(suite, name)
 
 
-def _on(suite: str, heading: str, cell: Callable[[Measured], Cell], place: Place) -> Column:
-    """A column of a rate on one suite."""
+def _columns_of(suite: str, name: str) -> Iterator[Column]:
+    """Rates on one suite; published ones are of its data set, of which it may be a part."""
+    data = name.partition("#")[0]
 
-    def of(row: Row) -> Cell:
-        return cell(row.by_suite[suite]) if suite in row.by_suite else Cell()
+    def rate(heading: str, of: Callable[[Measured], Cell], place: Place = "everywhere") -> Column:
+        def cell(row: Row) -> Cell:
+            return of(row.by_suite[suite]) if suite in row.by_suite else Cell()
 
-    return Column(heading, of, place)
+        return Column(f"{name}: {heading}", cell, place)
+
+    yield rate("ASR", lambda one: rate_cell(one.asr))
+    yield _published(lambda one: (one.row.asr.get(data), _ends(one.by_suite.get(data))))
+    yield rate("RSR", lambda one: rsr_cell(one.rsr), "page")
+    yield rate("over-refusal", lambda one: rate_cell(one.over_refusal))
+    yield rate("utility", lambda one: rate_cell(one.utility))
+    yield _published(lambda one: (one.row.utility.get(data), None))
+    yield rate("degenerate", lambda one: _if_any(one.degenerate), "page")
 
 
 def _if_any(estimate: Estimate | None) -> Cell:
@@ -198,14 +201,6 @@ def _published(
         return Cell(f"{write(value)}{mark}", ends, kind="soft")
 
     return Column("published", of, place)
-
-
-def _published_on(name: str, *, attacks: bool) -> Column:
-    """A column of published ASR or utility on a data set, of which this run may use a part."""
-    data = name.partition("#")[0]
-    if attacks:
-        return _published(lambda one: (one.row.asr.get(data), _ends(one.by_suite.get(data))))
-    return _published(lambda one: (one.row.utility.get(data), None))
 
 
 def _ends(estimate: Estimate | None) -> Interval | None:
