@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from http.client import HTTPException
@@ -186,7 +186,11 @@ class ChatServer:
         without: frozenset[str] = frozenset(),
     ) -> Reply:
         """Request one reply, without the fields that this request has been refused for."""
-        body = self._body(messages, max_tokens, without | self._refused)
+        left_out = without | self._refused
+        limit = "max_completion_tokens" if "max_tokens" in left_out else "max_tokens"
+        body: dict[str, Any] = {"model": self.model, "messages": messages, limit: max_tokens}
+        if "temperature" not in left_out:
+            body["temperature"] = 0
         try:
             request = self._request(self.address, body)
             reply = self._send(request, partial(_reply, greedy="temperature" in body))
@@ -226,15 +230,6 @@ class ChatServer:
             raise _Failed(problem, 200) from None
         except (urllib.error.URLError, HTTPException, OSError) as error:
             raise _Failed(str(getattr(error, "reason", error))) from None
-
-    def _body(
-        self, messages: Sequence[Mapping[str, Any]], max_tokens: int, without: Set[str]
-    ) -> dict[str, Any]:
-        limit = "max_completion_tokens" if "max_tokens" in without else "max_tokens"
-        body: dict[str, Any] = {"model": self.model, "messages": messages, limit: max_tokens}
-        if "temperature" not in without:
-            body["temperature"] = 0
-        return body
 
     def _request(self, url: str, body: Mapping[str, Any] | None = None) -> urllib.request.Request:
         headers = {"Content-Type": "application/json"}

@@ -72,13 +72,10 @@ class Check:
 def compared(
     dense: EvalResult, compressed: EvalResult, margins: Mapping[str, float]
 ) -> tuple[Metric, ...]:
-    """Every metric with its outcome.
+    """Every metric with its outcome, from results by the same judge on the same prompts.
 
-    Args:
-        dense: Result of the dense model.
-        compressed: Result of the compressed model, by the same judge on the same prompts; see
-            `on_the_same`.
-        margins: As fractions, by metric: asr, over_refusal, utility, degenerate.
+    `on_the_same` makes sure of that. `margins` are fractions by metric: asr, over_refusal, utility,
+    degenerate.
     """
     by_id = {answer.id: answer for answer in compressed.answers}
     pairs = [(answer, by_id[answer.id]) for answer in dense.answers]

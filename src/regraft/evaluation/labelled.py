@@ -40,12 +40,9 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Labels:
-    """Which labelled rows are read, and which labels mean yes.
+    """Which labelled rows are read (by their ids), and which labels mean yes.
 
-    Args:
-        question: Whether the answer refuses, or whether it is harmful.
-        positive: Labels that mean yes; the usual ones for the question if empty.
-        ids: All rows, or only those whose id is even or odd.
+    `positive` are those; the usual ones for the question if empty.
     """
 
     question: Question = "refusal"

@@ -156,14 +156,11 @@ def clustered_rate(events: ArrayLike, answers: ArrayLike) -> Estimate:
 
 
 def paired_difference(differences: ArrayLike) -> Estimate:
-    """The mean difference of two rates on the same prompts, with a 95 % interval.
+    """The mean of differences of two rates, one in [-1, 1] per prompt, with a 95 % interval.
 
     Agresti and Min's interval (2005): Wald's, after half a prompt is added to each of the four
     combinations of two yes/no outcomes. It has a width even if no prompt differs. If a prompt has
     several answers, its difference is that of its shares of events.
-
-    Args:
-        differences: One per prompt, in [-1, 1].
 
     Raises:
         ValueError: there is none, or one is out of range.
@@ -188,12 +185,7 @@ def rsr(full: float, pruned: float, restored: float) -> float | None:
 
     The three ASRs may be fractions or per cent, as long as all are the same; RSR is a fraction:
     1 is complete recovery. None if pruning did not raise ASR: nothing was lost.
-
-    Raises:
-        ValueError: an ASR is not finite.
     """
-    if not all(map(math.isfinite, (full, pruned, restored))):
-        raise ValueError(f"RSR needs finite ASRs; got {full}, {pruned}, {restored}.")
     return (pruned - restored) / (pruned - full) if pruned > full else None
 
 
@@ -212,14 +204,9 @@ def bootstrap_rsr(
 
     Args:
         strata: For each data set and each of its prompts, in how many of `answers` the attack on
-            the dense, the pruned and the restored model succeeded.
+            the dense, the pruned and the restored model succeeded. None is empty.
         answers: Answers per prompt and model; several if runs with several seeds are pooled.
-
-    Raises:
-        ValueError: there is no data set, or one without prompts.
     """
-    if not strata or not all(strata):
-        raise ValueError("A bootstrap of RSR needs data sets with at least one prompt each.")
     generator = np.random.default_rng(SEED)
     means = np.zeros((3, RESAMPLES))
     for rows in strata:
@@ -250,14 +237,3 @@ def _resampled_attacks(
         patterns @ generator.multinomial(n, weights / weights.sum(), RESAMPLES).T
     )
     return attacks
-
-
-def per_ten_thousand(restored: int, pruned: int) -> float:
-    """Restored weights per 10,000 pruned ones.
-
-    Raises:
-        ValueError: no weight was pruned.
-    """
-    if pruned < 1:
-        raise ValueError("No weight was pruned, so there is no share of restored ones.")
-    return 10_000 * restored / pruned

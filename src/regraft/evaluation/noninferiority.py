@@ -178,11 +178,7 @@ def exact_limit(values: Floats, margin: float) -> float:
 def exact_p(more: int, less: int, n: int, margin: float) -> float:
     """The exact p value of "the mean rise is `margin` or more", small if it is less.
 
-    Args:
-        more: Number of units that rise by 1.
-        less: Number of units that fall by 1.
-        n: Number of all units.
-        margin: In (-1, 1).
+    Of `n` units `more` rise by 1 and `less` fall by 1; the margin is in (-1, 1).
     """
     observed = float(score(more, less, n, margin)) + _TIE
     rising = np.arange(n + 1)

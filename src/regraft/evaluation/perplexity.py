@@ -68,10 +68,9 @@ def response_nlls(
             yield i, nlls
             advance(len(chunk))
 
-    def skip(chunk: Sequence[Example]) -> None:
-        expect(advance, -len(chunk))
-
-    found = resumable_map(chunks, measure, partial, "nll", list[Nll], skip)
+    found = resumable_map(
+        chunks, measure, partial, "nll", list[Nll], lambda chunk: expect(advance, -len(chunk))
+    )
     by_id = {
         example.id: nll
         for chunk, nlls in zip(chunks, found, strict=True)

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from PIL import ExifTags
 
-from regraft.data.collate import batches
 from regraft.data.example import Example
 from regraft.data.images import open_image, opened
 from regraft.disk.parsing import shown
@@ -50,17 +49,16 @@ def served_answers(
         PassingError: see `ChatServer.reply`; or an answer was cut short. It names the prompt.
     """
 
-    def answer(prompt: Sequence[Example]) -> dict[str, Any]:
-        return asdict(_answer(server, prompt[0], max_new_tokens))
+    def answer(example: Example) -> dict[str, Any]:
+        return asdict(_answer(server, example, max_new_tokens))
 
-    def answer_all(prompts: Sequence[Sequence[Example]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for done in as_they_come(answer, prompts, concurrency):
+    def answer_all(missing: Sequence[Example]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for done in as_they_come(answer, missing, concurrency):
             yield done
             advance(1)
 
-    prompts = list(batches(examples, 1))
     return resumable_map(
-        prompts, answer_all, partial, "served", Reply, lambda _: expect(advance, -1)
+        examples, answer_all, partial, "served", Reply, lambda _: expect(advance, -1)
     )
 
 

@@ -27,9 +27,10 @@ def complaint(body: str, messages: Sequence[Mapping[str, Any]]) -> str:
         words = "\n".join(_words(json.loads(body), _LEVELS))
     except (ValueError, RecursionError):  # plain text
         words = body
-    for text in filter(_misleads, _texts(messages)):
-        for spelt in (text, repr(text)[1:-1], json.dumps(text)[1:-1], " ".join(text.split())):
-            words = words.replace(spelt, "")
+    for text in _texts(messages):
+        if is_filter(text) or any(sign in text for _, sign in _FIELDS):  # others cannot mislead
+            for spelt in (text, repr(text)[1:-1], json.dumps(text)[1:-1], " ".join(text.split())):
+                words = words.replace(spelt, "")
     return _INPUT.sub("", words)
 
 
@@ -45,11 +46,6 @@ def not_taken(words: str, body: Mapping[str, Any]) -> str | None:
     temperature.
     """
     return next((name for name, sign in _FIELDS if sign in words and name in body), None)
-
-
-def _misleads(text: str) -> bool:
-    """Whether a prompt holds words that would be misread in an error; other prompts may stay."""
-    return is_filter(text) or any(sign in text for _, sign in _FIELDS)
 
 
 def _words(value: Any, levels: int) -> Iterator[str]:

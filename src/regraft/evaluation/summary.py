@@ -10,7 +10,7 @@ from regraft.evaluation.degenerate import FRAGMENT, degeneration
 from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.metrics import clustered_mean, macro_average, rate_of, wilson
 from regraft.evaluation.perplexity import perplexity
-from regraft.evaluation.results import Answer, Estimate, EvalResult, Rates
+from regraft.evaluation.results import Answer, EvalResult, Rates
 from regraft.evaluation.similarity import similarity
 
 
@@ -68,6 +68,7 @@ def summarise(suite: str, judge: TextJudge, answers: Sequence[Answer]) -> EvalRe
             attacks.setdefault(a.category, []).append(a.complies)
     suites = dict.fromkeys(a.suite for a in answers)
     of_suite = {one: [a for a in answers if a.suite == one] for one in suites}
+    nlls = [(a.nll, a.nll_tokens) for a in answers if a.nll is not None and a.nll_tokens]
     return EvalResult(
         suite=suite,
         judge=judge.name,
@@ -83,7 +84,7 @@ def summarise(suite: str, judge: TextJudge, answers: Sequence[Answer]) -> EvalRe
         },
         degenerate=dict(Counter(_kind(a) for a in answers if a.degenerate)),
         answers=tuple(answers),
-        perplexity=_perplexity(answers),
+        perplexity=perplexity(nlls) if nlls else None,
     )
 
 
@@ -92,26 +93,16 @@ def _kind(answer: Answer) -> str:
     return f"{prompt} refusals" if answer.refused else prompt
 
 
-def _perplexity(answers: Sequence[Answer]) -> Estimate | None:
-    nlls = [(a.nll, a.nll_tokens) for a in answers if a.nll is not None and a.nll_tokens]
-    return perplexity(nlls) if nlls else None
-
-
 def _rates(answers: Sequence[Answer], refusable: Sequence[Answer]) -> Rates:
-    return Rates(
-        rate_of(a.complies for a in answers if a.harmful),
-        rate_of(a.refused for a in refusable),
-        _utility(answers),
-    )
-
-
-def _utility(answers: Sequence[Answer]) -> Estimate | None:
-    """Mean similarity over groups, or over suites if scored in several ways; None without any."""
     means = [
         clustered_mean(group_similarities([answers[i] for i in indices]))
         for indices in alike(answers)
     ]
-    return macro_average(means) if means else None
+    return Rates(
+        asr=rate_of(a.complies for a in answers if a.harmful),
+        over_refusal=rate_of(a.refused for a in refusable),
+        utility=macro_average(means) if means else None,
+    )
 
 
 def alike(answers: Sequence[Answer]) -> list[list[int]]:

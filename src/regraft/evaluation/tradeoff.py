@@ -136,12 +136,9 @@ def read_curve(path: Path) -> Searched:
 @EXACT
 @dataclass(frozen=True)
 class Cost:
-    """What a search or tuning cost.
+    """What a trial or all of them cost: time, models evaluated, and prompts that these answered.
 
-    Attributes:
-        seconds: By stage, of all processes together; trials that were stopped do not count.
-        evaluations: Models that were evaluated.
-        prompts: Prompts that they answered.
+    `seconds` is by stage, of all processes together; trials that were stopped do not count.
     """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
