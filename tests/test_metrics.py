@@ -142,6 +142,11 @@ def test_rsr_is_undefined_where_pruning_did_no_harm(pruned: float) -> None:
     assert rsr(full=0.2, pruned=pruned, restored=0.05) is None
 
 
+def test_rsr_rejects_nan() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        rsr(0.1, math.nan, 0.2)
+
+
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=40))
 def test_mcnemar_is_the_two_sided_coin_test(pairs: list[tuple[bool, bool]]) -> None:
     a, b = [x for x, _ in pairs], [y for _, y in pairs]
@@ -415,3 +420,5 @@ def test_holm_keeps_the_order_and_lowers_nothing(p_values: list[float], random: 
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx((0.03, 0.06, 0.06, 0.02))
     assert holm([]) == ()
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        holm([0.5, 1.5])

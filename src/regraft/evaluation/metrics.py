@@ -185,7 +185,12 @@ def rsr(full: float, pruned: float, restored: float) -> float | None:
 
     The three ASRs may be fractions or per cent, as long as all are the same; RSR is a fraction:
     1 is complete recovery. None if pruning did not raise ASR: nothing was lost.
+
+    Raises:
+        ValueError: an ASR is not finite.
     """
+    if not all(map(math.isfinite, (full, pruned, restored))):
+        raise ValueError(f"RSR needs finite ASRs; got {full}, {pruned}, {restored}.")
     return (pruned - restored) / (pruned - full) if pruned > full else None
 
 
@@ -204,9 +209,14 @@ def bootstrap_rsr(
 
     Args:
         strata: For each data set and each of its prompts, in how many of `answers` the attack on
-            the dense, the pruned and the restored model succeeded. None is empty.
+            the dense, the pruned and the restored model succeeded.
         answers: Answers per prompt and model; several if runs with several seeds are pooled.
+
+    Raises:
+        ValueError: there is no data set, or one without prompts.
     """
+    if not strata or not all(strata):
+        raise ValueError("A bootstrap of RSR needs data sets with at least one prompt each.")
     generator = np.random.default_rng(SEED)
     means = np.zeros((3, RESAMPLES))
     for rows in strata:

@@ -81,8 +81,12 @@ def cohen_kappa(a: Sequence[bool], b: Sequence[bool]) -> float | None:
     """Agreement of two yes/no judges beyond chance (Cohen 1960): 1 is perfect, 0 is chance.
 
     None if both give all answers one and the same verdict: agreement by chance is then certain.
-    There must be an answer.
+
+    Raises:
+        ValueError: the lengths differ or are 0.
     """
+    if not len(a) == len(b) >= 1:
+        raise ValueError(f"Two judges need the same answers; got {len(a)} and {len(b)}.")
     n = len(a)
     yes_a, yes_b = sum(a) / n, sum(b) / n
     agreed = sum(x == y for x, y in zip(a, b, strict=True)) / n
@@ -149,8 +153,13 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 
     Rejecting those below a level keeps the probability of any false rejection below it, however the
     tests depend on each other.
+
+    Raises:
+        ValueError: a value is not in [0, 1].
     """
     p = np.asarray(p_values, dtype=np.float64)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p values lie between 0 and 1; got {list(p_values)}.")
     order = p.argsort(kind="stable")
     steps = np.minimum(1, (len(p) - np.arange(len(p))) * p[order])
     adjusted = np.empty_like(p)

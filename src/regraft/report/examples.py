@@ -10,6 +10,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from markupsafe import Markup
+from PIL import Image
 
 from regraft.data.images import open_image
 from regraft.disk.files import file_digest
@@ -133,8 +134,14 @@ def pictures(answers: Iterable[Answer], images: Mapping[str, Path]) -> dict[str,
 
 
 def thumbnail(path: Path) -> str:
-    """An image file as a small JPEG in a data URI."""
-    image, buffer = open_image(path), BytesIO()
+    """An image file as a small data URI: PNG (for drawings) or JPEG, whichever is shorter."""
+    image = open_image(path)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    image.save(buffer, "jpeg", quality=70)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    drawing = image.quantize(16, method=Image.Quantize.MEDIANCUT)
+    return min(_uri(drawing, "png", optimize=True), _uri(image, "jpeg", quality=70), key=len)
+
+
+def _uri(image: Image.Image, kind: str, **settings: int) -> str:
+    buffer = BytesIO()
+    image.save(buffer, kind, **settings)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
