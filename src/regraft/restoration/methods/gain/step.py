@@ -31,6 +31,7 @@ from regraft.restoration.methods.gain.path import Losses, Room, StepRecord, limi
 from regraft.restoration.ranking import Best, Edits, Ranking
 from regraft.restoration.teacher import DecisionLoss, Recorded, losses_together, mean_of
 
+EXPECTED_TRIES = 2  # of a line search; each costs about a twelfth of a step's gradients
 _SWAPS_IN_A_ROW = 64  # at most, per step: bounds the pairs of each row held in memory
 
 
@@ -96,23 +97,16 @@ class Problem:
 
 
 def step(
-    problem: Problem,
-    room: Room,
-    so_far: Ranking,
-    held_out: Losses,
-    advance: Advance,
-    expected: int = 1,
+    problem: Problem, room: Room, so_far: Ranking, held_out: Losses, advance: Advance
 ) -> tuple[Ranking, StepRecord]:
     """Restore the weights that help most at the current model, in place.
 
     Args:
         problem: The model, with `so_far` restored, and the prompts.
-        room: Maximum number of weights, and what limits it.
+        room: Maximum number of weights.
         so_far: The weights that earlier steps restored.
         held_out: The current held-out losses.
-        advance: Called with the number of samples each time a layer has seen a batch, as by
-            `layer_gradients` and `held_out_losses`.
-        expected: Number of tries that the progress bar counts on; more are added to it.
+        advance: As for `layer_gradients`; more than `EXPECTED_TRIES` add to the work.
 
     Returns:
         (the restored weights, best first, none if nothing lowers the held-out loss; the record)
@@ -124,7 +118,7 @@ def step(
     measured = {0: held_out}
 
     def loss_with(count: int) -> float:
-        if len(measured) > expected:
+        if len(measured) > EXPECTED_TRIES:
             expect(advance, sum(side.held_out.work for side in problem.sides))
         edits.put(count)
         measured[count] = held_out_losses(problem.sides, advance)
