@@ -73,20 +73,15 @@ class Problem:
     swap: bool = False
     kind: Kind = "pruned"
 
-    @cached_property
-    def patch_dtypes(self) -> tuple[torch.dtype, ...]:
-        """The dtype of a patch's values, in the order of `Architecture.linears`."""
-        record = self.pruned.checkpoint.record
-        linears = self.pruned.architecture.linears
-        return tuple(record(linear.tensor).torch_dtype for linear in linears)
-
-    def dense_weight(self, index: int, linear: LinearArchitecture) -> Tensor:
-        """The dense weight of the `index`-th linear, `[out, in]`.
+    def dense_weight(self, linear: LinearArchitecture, pruned: LinearArchitecture) -> Tensor:
+        """The dense weight of a linear, which is `pruned` in the other checkpoint. `[out, in]`.
 
         In a "changed" pair it is rounded to the patch's dtype: rounding alone is no change to undo.
         """
         weight = self.dense.weight(linear)
-        return weight if self.kind == "pruned" else weight.to(self.patch_dtypes[index])
+        if self.kind == "pruned":
+            return weight
+        return weight.to(self.pruned.checkpoint.record(pruned.tensor).torch_dtype)
 
     @cached_property
     def groups(self) -> dict[str, int]:
@@ -144,7 +139,8 @@ def _candidates(
     """(at most `room` candidates, best first; losses on the gradient prompts)."""
     best = Best(room)
     architecture = problem.dense.architecture
-    index = {linear.key: i for i, linear in enumerate(architecture.linears)}
+    pairs = zip(architecture.linears, problem.pruned.architecture.linears, strict=True)
+    places = {linear.key: (i, pruned) for i, (linear, pruned) in enumerate(pairs)}
     weights = weights_of(problem.model.network, architecture)
     losses = [Recorded(side.loss) for side in problem.sides]
     # Both backward passes run side by side, so that only one layer's gradients are in memory.
@@ -155,9 +151,9 @@ def _candidates(
             gradients = for_safety.pop(linear.key, None), for_utility.pop(linear.key, None)
             if gradients[0] is None or gradients[1] is None:
                 continue  # not used by the prompts of one kind
-            i = index[linear.key]
+            i, pruned = places[linear.key]
             current = weights[i].to(gradients[0].device).contiguous()
-            dense = problem.dense_weight(i, linear).to(current)
+            dense = problem.dense_weight(linear, pruned).to(current)
             taken = so_far.at((so_far.linear == i).nonzero().flatten())
             best.add(i, *_worth(problem, linear, dense, current, taken, gradients))
     means = Losses(*(mean_of(loss.seen) for loss in losses))
