@@ -99,7 +99,7 @@ def run_ours(options: argparse.Namespace) -> float:
     from regraft.models.layerwise import LayerwisePass
     from regraft.models.load import load_placed, open_source
     from regraft.pruning.base import prune_settings
-    from regraft.pruning.prune import prune_layers
+    from regraft.pruning.prune import LayerPruning
     from regraft.pruning.results import LayerResults
 
     source = open_source(options.folder / "dense")
@@ -119,7 +119,7 @@ def run_ours(options: argparse.Namespace) -> float:
         patterns = settings.patterns(source.architecture.linears)
         with TemporaryDirectory(dir=options.folder) as scratch:
             layers, results = LayerwisePass(model, batches), LayerResults(Path(scratch))
-            prune_layers(settings, source, layers, patterns, results)
+            LayerPruning(settings, source, layers, patterns, results).run()
 
     return timed(options.device, work)[0]
 

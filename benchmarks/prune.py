@@ -44,7 +44,7 @@ from regraft.models.load import load_placed, load_processor, open_source, pick_d
 from regraft.models.placement import PlacedModel
 from regraft.models.replay import text_inputs
 from regraft.pruning.base import prune_settings
-from regraft.pruning.prune import prune_layers
+from regraft.pruning.prune import LayerPruning
 from regraft.pruning.results import LayerResults
 
 RUNS = [
@@ -100,13 +100,13 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
     with TemporaryDirectory(dir=options.folder) as work:
         seconds, _ = timed(
             device,
-            lambda: prune_layers(
+            lambda: LayerPruning(
                 settings,
                 source,
                 LayerwisePass(model, data),
                 settings.patterns(source.architecture.linears),
                 LayerResults(Path(work)),
-            ),
+            ).run(),
         )
     passes = {"one-shot": 1.0, "sequential": 2 - 1 / layers}[options.order]
     passes = 2.0 if options.method == "snip" else passes

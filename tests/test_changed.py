@@ -285,7 +285,7 @@ def test_worth_of_changed_weights(dense: Source, dtype: torch.dtype, tmp_path: P
     linear, index = list(single.architecture.linears)[2], 2
     current = pair[1].checkpoint.read(linear.tensor).to(dtype)
     problem = gain_step.Problem(None, *pair, (), tmp_path, kind="changed")  # type: ignore[arg-type]
-    value = problem.dense_weight(index, linear).to(dtype)
+    value = problem.dense_weight(linear, list(pair[1].architecture.linears)[index]).to(dtype)
     back = restorable(value, current, "changed").flatten().nonzero().flatten()[::7]
     # as restored in memory: not rounded to the checkpoint's dtype, so that a difference is left
     current.view(-1)[back] = single.checkpoint.read(linear.tensor).to(dtype).reshape(-1)[back]

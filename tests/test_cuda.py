@@ -33,7 +33,7 @@ from regraft.models.load import (
 )
 from regraft.pruning.base import PRUNERS, prune_settings
 from regraft.pruning.masks import Pattern, assign_patterns
-from regraft.pruning.prune import prune_layers
+from regraft.pruning.prune import LayerPruning
 from regraft.pruning.results import LayerResults
 from regraft.pruning.statistics import gather
 from regraft.restoration.methods.gain import method as gaining
@@ -118,13 +118,13 @@ def test_pruning(
     for device in ("cpu", accelerator):
         model = load_placed(source, dtype="float32", device=device, placement=placement)
         results = LayerResults(tmp_path / device)
-        prune_layers(
+        LayerPruning(
             prune_settings(method),
             source,
             LayerwisePass(model, [batch]),
             assign_patterns(source.architecture.linears, Pattern(0.5)),
             results,
-        )
+        ).run()
         edits = results.edits(source.architecture)
         zeros[device] = torch.cat(
             [
@@ -227,13 +227,13 @@ def test_families_of_today(
     # indexers choose tokens, which has no gradient
     linears = [li for li in source.architecture.linears if "indexer" not in li.name]
     model = load_placed(source, dtype="float32", device=accelerator, placement="streamed")
-    prune_layers(
+    LayerPruning(
         prune_settings("snip"),
         source,
         LayerwisePass(model, [response_batch(processor, examples)]),
         assign_patterns(linears, Pattern(0.5)),
         LayerResults(tmp_path / "pruned"),
-    )
+    ).run()
     whole = load_model(source, device=accelerator, dtype="float32")
     answers = generate(
         whole, processor, examples, tmp_path / "answers", max_new_tokens=3, batch_size=2

@@ -43,7 +43,12 @@ from regraft.models.checkpoint import INDEX_FILE
 from regraft.models.load import open_source
 from regraft.patch.format import Patch, TensorPatch, load_patch, save_patch
 from regraft.pruning.pruners.wanda import WandaSettings
-from regraft.pruning.statistics import ImportanceStatistics, load_statistics, save_statistics
+from regraft.pruning.statistics import (
+    ImportanceStatistics,
+    SavedStatistics,
+    load_statistics,
+    save_statistics,
+)
 from regraft.report.published import read_published
 from regraft.report.run import Run
 from regraft.restoration.base import Between
@@ -296,7 +301,7 @@ def _write_artifacts(root: Path) -> None:
     scores = torch.rand(len(layers), layers[0].heads, dtype=torch.float64)
     save_heads(root / "heads.safetensors", HeadScores(scores, scores.clone(), ABOUT))
     kept = [ImportanceStatistics("wanda", {linear.key: torch.rand(4)}, 2) for _ in range(2)]
-    save_statistics(root / "statistics.safetensors", *kept, ABOUT)
+    save_statistics(root / "statistics.safetensors", SavedStatistics(*kept, ABOUT))
     save_defence(root / "direction.safetensors", Direction(torch.rand(64), 1, 0.5, ABOUT))
     save_defence(root / "shield.safetensors", ShieldPrompt("Be safe.", ABOUT))
     save_teacher(root / "teacher.safetensors", Teacher([torch.rand(3, 4)], [(1.5, 3)]))

@@ -31,7 +31,12 @@ from regraft.patch.apply import patched
 from regraft.patch.format import load_patch
 from regraft.patch.pair import restorable
 from regraft.pruning.prune import zeros
-from regraft.pruning.statistics import ImportanceStatistics, load_statistics, save_statistics
+from regraft.pruning.statistics import (
+    ImportanceStatistics,
+    SavedStatistics,
+    load_statistics,
+    save_statistics,
+)
 from regraft.restoration.base import MethodSettings
 from regraft.restoration.methods.gain.step import weights_of
 from regraft.restoration.ranking import (
@@ -283,7 +288,7 @@ def test_statistics_that_are_no_sums(tmp_path: Path) -> None:
         )
     ):
         path = tmp_path / f"{number}.safetensors"
-        save_statistics(path, kept[0], one, {"inputs": {}})
+        save_statistics(path, SavedStatistics(kept[0], one, {"inputs": {}}))
         with pytest.raises(RegraftError, match=message):
             load_statistics(path)
 

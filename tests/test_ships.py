@@ -20,6 +20,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import pico
 import truth
 from regraft.data.collate import batches, prompt_batch
+from regraft.data.example import Reading
 from regraft.errors import RegraftError
 from regraft.heads.score import (
     HeadScores,
@@ -36,7 +37,9 @@ from regraft.heads.ships import (
     ships,
 )
 from regraft.heads.states import layers_run, rounded_again
+from regraft.models.load import open_source
 from regraft.models.replay import logits_of
+from regraft.stages.gathering import check_r_max
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -333,13 +336,13 @@ def test_layers_that_do_not_run_have_no_score(pico_dir, tmp_path):
 
 
 def test_rank_beyond_the_samples_is_refused(pico_dir, tmp_path):
-    _, model, processor, architecture = truth.opened(pico_dir("llama"))
-    cut = [prompt_batch(processor, truth.examples("llama", tmp_path, 3))]
-    with pytest.raises(RegraftError, match=r"r_max is 3, but 3 samples .* allow 1 to 2"):
-        score_heads(model, architecture, cut, tmp_path / "partial", HeadSettings(r_max=3))
+    prompts = Reading("prompts", tuple(truth.examples("llama", tmp_path, 3)))
+    dense = open_source(pico_dir("llama"))
+    check_r_max(dense, HeadSettings(r_max=2), prompts)
+    with pytest.raises(RegraftError, match=r"r_max is 3, but 3 different .* at most 2"):
+        check_r_max(dense, HeadSettings(r_max=3), prompts)
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         HeadSettings(r_max=0)
-    assert not (tmp_path / "partial").exists()
 
 
 @pytest.mark.parametrize("cap", [None, 0.5])

@@ -26,6 +26,7 @@ from regraft.pruning.pruners.wanda import PLUGIN as WANDA
 from regraft.pruning.results import LayerResults, PrunedWeight
 from regraft.pruning.statistics import (
     ImportanceStatistics,
+    SavedStatistics,
     gather,
     load_statistics,
     save_statistics,
@@ -266,7 +267,7 @@ def test_overflow_is_told(pico_dir, tmp_path):
 def test_statistics_survive_the_disk(tmp_path):
     safety = ImportanceStatistics("wanda", {"layers.0.q": torch.rand(4)}, 3)
     utility = ImportanceStatistics("wanda", {"layers.0.q": torch.rand(4)}, 5)
-    save_statistics(tmp_path / "stats.safetensors", safety, utility, {"seed": 7})
+    save_statistics(tmp_path / "stats.safetensors", SavedStatistics(safety, utility, {"seed": 7}))
     loaded = load_statistics(tmp_path / "stats.safetensors")
     assert loaded.about == {"seed": 7}
     for found, expected in ((loaded.safety, safety), (loaded.utility, utility)):

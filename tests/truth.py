@@ -36,7 +36,7 @@ from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.models.placement import PlacedModel
 from regraft.pruning.base import PruneSettings, prune_settings
 from regraft.pruning.masks import Pattern, assign_patterns
-from regraft.pruning.prune import prune_layers
+from regraft.pruning.prune import LayerPruning
 from regraft.pruning.results import LayerResults
 from regraft.pruning.statistics import ImportanceStatistics
 
@@ -293,14 +293,14 @@ def prune(
     architecture, results = opened.source.architecture, LayerResults(folder)
     if isinstance(pattern, Pattern):
         pattern = assign_patterns(architecture.linears, pattern)
-    prune_layers(
+    LayerPruning(
         settings or prune_settings(),
         opened.source,
         layerwise(model, batches, streamed=streamed),
         pattern,
         results,
         **kwargs,
-    )
+    ).run()
     return results
 
 

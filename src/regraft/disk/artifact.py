@@ -56,7 +56,7 @@ def read_artifact(path: Path, kind: str, what: str) -> tuple[Fields, dict[str, T
     require_file(path, f"It should hold {what}.")
     try:
         with safe_open(path, "pt") as handle:
-            header = artifact_header(handle.metadata() or {}, kind, what, str(path))
+            header = _header(handle.metadata() or {}, kind, what, path)
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise RegraftError(f"{path} is damaged and cannot be read ({what}): {error}") from error
@@ -71,25 +71,23 @@ def read_artifact(path: Path, kind: str, what: str) -> tuple[Fields, dict[str, T
     return fields, tensors
 
 
-def artifact_header(
-    metadata: Mapping[str, str], kind: str, what: str, where: str
-) -> dict[str, Any]:
-    """The header of an artifact, from the metadata of its safetensors file.
-
-    `kind` and `what` are as for `read_artifact`; `where` names the file in messages.
-
-    Raises:
-        RegraftError: the header is damaged, or of another format.
-    """
-    header = json_value(metadata.get(_KEY, "{}"), f"{where} is damaged: its header")
+def _header(metadata: Mapping[str, str], kind: str, what: str, path: Path) -> dict[str, Any]:
+    """The header in the metadata of an artifact; the arguments are those of `read_artifact`."""
+    header = json_value(metadata.get(_KEY, "{}"), f"{path} is damaged: its header")
     found = header.pop("format", None) if isinstance(header, dict) else None
     if found != kind:
         stated = "missing" if found is None else shown(found)
         raise RegraftError(
-            f"{where} does not hold {what} of regraft: the format in its header is {stated}; "
+            f"{path} does not hold {what} of regraft: the format in its header is {stated}; "
             f"expected {kind}."
         )
     return cast(dict[str, Any], header)
+
+
+def save_unfinished(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors of a stage's unfinished work, for a resumed run."""
+    with atomic_file(path) as temporary:
+        save_file(dict(tensors), temporary)
 
 
 def load_unfinished(path: Path) -> dict[str, Tensor]:

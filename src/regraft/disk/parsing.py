@@ -94,25 +94,24 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check(value: Any, *, strict: bool = True) -> None:
     """Raise `_RefusedError` if a value of JSON or YAML breaks a promise of this module."""
-    todo: list[tuple[Any, tuple[Any, ...], int]] = [(value, (), 0)]
+    todo: list[tuple[Any, tuple[Any, ...]]] = [(value, ())]  # each with its names, outermost first
     while todo:
-        one, place, depth = todo.pop()
+        one, place = todo.pop()
         problem = _problem(one, strict)
-        if depth > MOST_DEPTH:
+        if len(place) > MOST_DEPTH:
             problem = f"is nested more than {MOST_DEPTH} levels deep"
         if problem:
-            raise _RefusedError(
-                f"the field {_field(place)} {problem}." if place else f"its value {problem}."
-            )
+            field = f"the field {shown('.'.join(map(str, place)))}" if place else "its value"
+            raise _RefusedError(f"{field} {problem}.")
         if isinstance(one, dict):
             for name, inner in one.items():
                 if isinstance(name, str) and ("\0" in name or SURROGATE.search(name)):
                     raise _RefusedError(
                         f"the field name {name!r} holds a NUL or half a character (a surrogate)."
                     )
-                todo.append((inner, (place, name), depth + 1))
+                todo.append((inner, (*place, name)))
         elif isinstance(one, list):
-            todo += [(inner, (place, i), depth + 1) for i, inner in enumerate(one)]
+            todo += [(inner, (*place, i)) for i, inner in enumerate(one)]
 
 
 def _problem(value: Any, strict: bool) -> str:
@@ -126,15 +125,6 @@ def _problem(value: Any, strict: bool) -> str:
     if strict and isinstance(value, float) and not math.isfinite(value):
         return f"is {value}; a finite number is needed"
     return ""
-
-
-def _field(place: tuple[Any, ...]) -> str:
-    """The path of a nested value, outermost name first, such as "rows.3.asr"."""
-    names: list[str] = []
-    while place:
-        place, name = place
-        names.append(str(name))
-    return shown(".".join(reversed(names)))
 
 
 def shown(value: object) -> str:

@@ -15,7 +15,7 @@ from regraft.data.collate import Batch
 from regraft.disk.artifact import read_artifact, require_finite, write_artifact
 from regraft.disk.files import digest
 from regraft.errors import RegraftError
-from regraft.heads.ships import HeadSettings, first_feature_angles, most_rank, ships
+from regraft.heads.ships import HeadSettings, first_feature_angles, ships
 from regraft.heads.states import States, ablate_heads, layers_run
 from regraft.models.architecture import Architecture
 from regraft.progress import Advance, expect
@@ -117,24 +117,18 @@ def score_heads(
 ) -> HeadScores:
     """Ships and KL of every head of the text decoder on D^s prompts.
 
-    Keeps one batch's layer inputs in memory at a time; the model is left as it was.
+    Keeps one batch's layer inputs in memory at a time; the model is left as it was. `r_max` must be
+    at most `most_rank`.
 
     Args:
         batches: Prompts that end where the answer starts.
         partial: Folder for finished layers, which are not run again after a kill. They can be
             reused with another `r_max` or other `candidates`, if nothing else differs.
-        about: Recorded with the scores.
         advance: See `ablate_heads`; the work for candidates is added once they are known.
 
     Raises:
-        RegraftError: r_max exceeds the number of samples or features, or states overflow.
+        RegraftError: states overflow.
     """
-    samples, features = sum(len(batch.ids) for batch in batches), architecture.hidden_size
-    if settings.r_max > (limit := most_rank(samples, features)):
-        raise RegraftError(
-            f"r_max is {settings.r_max}, but {samples} samples of {features} features allow "
-            f"1 to {limit}. Lower r_max or use more samples."
-        )
 
     def measured(name: str, heads: Heads, how: HeadSettings) -> _Measured:
         states = ablate_heads(model, architecture, batches, partial / name, how, heads, advance)
@@ -149,6 +143,7 @@ def score_heads(
     estimate = measured("estimate", every, settings).scores[:2]
     best = candidates(estimate, settings.candidates)
     exactly = settings.model_copy(update={"mode": "exact"})
+    samples = sum(len(batch.ids) for batch in batches)
     expect(advance, samples * layers_run(architecture, best))
     exact = measured(f"candidates-{digest(repr(best))[:16]}", best, exactly)
     is_exact = ~exact.scores[0].isnan()
@@ -166,10 +161,9 @@ def candidates(estimate: Tensor, count: int) -> dict[int, list[int]]:
 
 
 def save_heads(path: Path, scores: HeadScores) -> None:
-    names = ("exact", "estimate", "noise", "released")
-    optional = {name: getattr(scores, name) for name in names}
-    tensors = {"ships": scores.ships, "kl": scores.kl}
-    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    names = ("ships", "kl", "exact", "estimate", "noise", "released")
+    found = {name: getattr(scores, name) for name in names}
+    tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
     write_artifact(path, FORMAT, {"about": scores.about}, tensors)
 
 

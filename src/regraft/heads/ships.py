@@ -179,14 +179,9 @@ def _scaled_logits(attention: nn.Module, factor: float) -> Any:
 
 
 def left_subspace(states: Tensor, r_max: int) -> Tensor:
-    """First `r_max` left singular vectors of `states`.
+    """First `r_max` left singular vectors of `states`: `[..., samples, r_max]`, float64.
 
-    Args:
-        states: `[..., samples, hidden]`, any float dtype; computed in float64.
-        r_max: Number of vectors, at most min(samples, hidden).
-
-    Returns:
-        `[..., samples, r_max]`, float64.
+    `states` are `[..., samples, hidden]`, of any float dtype; r_max <= min(samples, hidden).
     """
     u: Tensor = torch.linalg.svd(states.double(), full_matrices=False).U
     return u[..., :r_max]
@@ -196,14 +191,8 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     """Principal angles between the column spaces of two orthonormal bases, in radians.
 
     Angles above 45 degrees come from the cosine, smaller ones from the sine, because arccos loses
-    half the digits there (Bjorck & Golub 1973; scipy.linalg.subspace_angles does the same).
-
-    Args:
-        a: `[..., n, r]` with orthonormal columns, float64.
-        b: `[..., n, r]` with orthonormal columns, float64; broadcast against `a`.
-
-    Returns:
-        `[..., r]`, float64, ascending.
+    half the digits there (Bjorck & Golub 1973; scipy.linalg.subspace_angles does the same). `a` and
+    `b` are `[..., n, r]`, float64, broadcast; the angles `[..., r]`, ascending.
     """
     overlap = a.transpose(-1, -2) @ b  # [..., r, r]
     cosines = torch.linalg.svdvals(overlap).clamp(max=1.0)  # descending
@@ -232,11 +221,8 @@ def first_feature_angles(base: Tensor, ablated: Tensor) -> Tensor:
     """Compute what HSR's released code uses in place of Ships: the angle of hidden feature 0 alone.
 
     Its SVD is commented out; it normalises the columns of the states and takes the first column.
-    It returns degrees, from a float32 arccos that cannot resolve angles below 0.02 degrees.
-
-    Args:
-        base: Final hidden states of the last prompt token, `[samples, hidden]`.
-        ablated: The same with each head ablated, `[heads, samples, hidden]`.
+    It returns degrees, from a float32 arccos that cannot resolve angles below 0.02 degrees. The
+    arguments are those of `ships`.
 
     Returns:
         `[heads]`, float64, radians in [0, pi / 2]: the angle between the lines spanned by the
@@ -250,14 +236,9 @@ def first_feature_angles(base: Tensor, ablated: Tensor) -> Tensor:
 
 
 def kl_divergence(base_logits: Tensor, ablated_logits: Tensor) -> Tensor:
-    """KL(p_base || p_ablated) of next-token distributions, in nats.
+    """KL(p_base || p_ablated) of next-token distributions, in nats, `[..., samples]` float32.
 
-    Args:
-        base_logits: `[samples, vocabulary]`.
-        ablated_logits: `[..., samples, vocabulary]`.
-
-    Returns:
-        `[..., samples]`, float32.
+    The logits are `[samples, vocabulary]` and `[..., samples, vocabulary]`.
     """
     log_p = torch.log_softmax(base_logits.float(), dim=-1)
     log_q = torch.log_softmax(ablated_logits.float(), dim=-1)

@@ -12,13 +12,11 @@ from pathlib import Path
 from zlib import crc32
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regraft import distributed
 from regraft.data.collate import Batch
-from regraft.disk.artifact import load_unfinished
-from regraft.disk.files import atomic_file
+from regraft.disk.artifact import load_unfinished, save_unfinished
 from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings, head_outputs, kl_divergence, replay_ablated
 from regraft.models.architecture import Architecture, LayerArchitecture, cross_attention_layers
@@ -224,5 +222,4 @@ def _layer_file(folder: Path, layer: int) -> Path:
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    with atomic_file(path) as temporary:
-        save_file({name: t.float().cpu().contiguous() for name, t in tensors.items()}, temporary)
+    save_unfinished(path, {name: t.float().cpu().contiguous() for name, t in tensors.items()})

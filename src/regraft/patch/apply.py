@@ -86,10 +86,8 @@ def make_plan(
 ) -> Plan:
     """Check that a checkpoint is the base of patches and list the changes; nothing is written.
 
-    Args:
-        checkpoint: The base. Any of `patches` may be applied, wholly or in part, but no others.
-        patches: One or several, in any order.
-        advance: Called with 1 after each tensor.
+    Any of `patches`, in any order, may be applied to the checkpoint, wholly or in part, but no
+    others. `advance` is called with 1 after each tensor.
 
     Raises:
         RegraftError: two patches disagree; a tensor is missing, has another shape, dtype or

@@ -99,11 +99,7 @@ def shira(changes: Sequence[Change], held: Sequence[Tensor], modules: Mapping[st
 
 
 def exact_delta(before: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences that turn `before` into `values` when they are added as PEFT does.
-
-    Args:
-        before: The base's values, `[k]`.
-        values: The patch's values, `[k]`, of the same dtype.
+    """Differences that turn `before` into `values`, both `[k]`, when they are added as PEFT does.
 
     Returns:
         (differences `[k]`, float32 or wider; whether each sum is `values` to the bit, bool `[k]`).

@@ -156,12 +156,9 @@ class Pruner(ABC):
     def statistics(
         self, linears: Iterable[LinearArchitecture], found: Sums, note: Note = lambda _: None
     ) -> Iterator[tuple[LinearArchitecture, Tensor]]:
-        """The statistic that `score` takes, for each linear.
+        """The statistic that `score` takes, for each of some linears that ran.
 
-        Args:
-            linears: Linears that ran.
-            found: Their accumulated sums; may be consumed.
-            note: Called with messages for the user.
+        `found` has their sums, which may be consumed; `note` is called with messages for the user.
 
         Raises:
             RegraftError: a linear never ran, or its inputs overflow.
@@ -179,12 +176,7 @@ class Pruner(ABC):
     ) -> Iterator[tuple[LinearArchitecture, PrunedWeight]]:
         """Prune the linears of one layer: by default, mask the lowest scores.
 
-        Args:
-            weights: Dense weights, `[out, in]` each; not modified.
-            found: Their accumulated sums; may be consumed.
-            patterns: How much of each is pruned.
-            settings: Settings of `settings_type`.
-            note: Called with messages for the user.
+        `weights` `[out, in]` are not modified; `found` and `note` are as for `statistics`.
         """
         for linear, statistic in self.statistics(weights, found, note):
             score = self.score(weights[linear], statistic)

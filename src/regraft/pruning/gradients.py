@@ -60,7 +60,7 @@ def mean_cross_entropy(model: PlacedModel, final: Tensor, labels: Tensor, _id: s
 
 
 def signed(dy: Tensor, x: Tensor) -> Tensor:
-    """Sum over samples of dL/dW, `[out, in]`."""
+    """Sum over samples of dL/dW, the plain gradient. `[out, in]`."""
     return product(dy.flatten(0, 1), x.flatten(0, 1))
 
 
@@ -104,8 +104,6 @@ def layer_gradients(
         wanted: Which linears to take gradients of.
         advance: Called each time a layer has seen a batch: with its number of samples forward, and
             `_BACKWARD` times that backward, `BOTH_WAYS` times the samples per layer in all.
-        add: The summand of each batch; `signed` for the plain gradient.
-        loss: Loss of one sample.
 
     Yields:
         The layer, and `LinearArchitecture.key` -> mean of `add`, float32 on the device. Linears

@@ -17,9 +17,6 @@ from regraft.errors import RegraftError
 from regraft.models.architecture import LinearArchitecture
 from regraft.models.experts import ExpertLinear, observed
 
-Observing = Callable[[Batch], AbstractContextManager[None]]
-"""A batch -> a context in which its forward passes add to the sums."""
-
 
 @dataclass
 class Sums:
@@ -49,12 +46,14 @@ class Sums:
         """Whether a linear ran on the calibration data."""
         return linear.key in self.source
 
-    def reached(self, linear: LinearArchitecture) -> bool:
-        """Whether any calibration token went through a linear; an expert may get none."""
-        if not self.ran(linear):
+    def unseen(self, linear: LinearArchitecture) -> bool:
+        """Whether a linear is one of an expert to which the router sent no calibration token."""
+        if linear.expert is None:
             return False
+        if not self.ran(linear):
+            return True
         source = self.source[linear.key]
-        return self.tokens[source] > 0 if self.tokens else bool(self.sums[source].any())
+        return self.tokens[source] == 0 if self.tokens else not self.sums[source].any()
 
     def of(self, linear: LinearArchitecture) -> Tensor:
         """The sum for a linear.
@@ -91,8 +90,8 @@ class Sums:
         self,
         linears: Mapping[LinearArchitecture, nn.Module],
         accumulate: Callable[[Tensor, Batch], Tensor],
-    ) -> Observing:
-        """Make contexts in which `accumulate` of a batch's inputs is added to the sums.
+    ) -> Callable[[Batch], AbstractContextManager[None]]:
+        """A batch -> a context in which `accumulate` of its forward passes' inputs is added up.
 
         Inputs `[B, S, in]` count at response tokens only; for an expert, at those that the router
         sends to it. Vision tokens, which Mllama's cross-attention and Ernie's vision experts read,

@@ -107,15 +107,9 @@ def count_of(share: float, n: int) -> int:
 
 
 def smallest(score: Tensor, count: int, scope: Scope = "row") -> Tensor:
-    """Mark the `count` smallest scores of each row, or of the matrix.
+    """Mark the `count` smallest scores of each row, or of the matrix. `[out, in]` bool.
 
-    Args:
-        score: `[out, in]` float32, not negative, finite.
-        count: Number per row (`scope` "row") or in all ("matrix").
-        scope: Where scores compete.
-
-    Returns:
-        `[out, in]` bool. Allocates at most about the size of `score`.
+    `score` is `[out, in]` float32, not negative and finite. Allocates at most about its size.
     """
     n = score.shape[1] if scope == "row" else score.numel()
     if not 0 < count < n:
@@ -159,12 +153,7 @@ def kth_smallest(values: Tensor, k: int) -> Tensor:
     the matching values finds the rest. On 3,584 x 18,944 scores (259 MiB) torch.kthvalue takes
     778 MiB and ten times as long.
 
-    Args:
-        values: `[n]` float32, not negative, finite, contiguous.
-        k: 1 to n.
-
-    Returns:
-        A float32 scalar tensor.
+    `values` are `[n]` float32, not negative, finite and contiguous. A float32 scalar tensor.
     """
     rank, found = k, 0
     for lower in (False, True):

@@ -41,22 +41,14 @@ from regraft.pruning.masks import Patterns
 from regraft.pruning.results import LayerResults, PrunedWeight, edits_by_tensor
 
 
-def prune_layers(
-    settings: PruneSettings,
-    dense: Source,
-    layerwise: LayerwisePass,
-    patterns: Patterns,
-    results: LayerResults,
-    *,
-    advance: Advance = lambda _: None,
-    note: Note = lambda _: None,
-) -> None:
-    """Prune the linears of the text decoder and save the results of each layer.
+@dataclass(frozen=True)
+class LayerPruning:
+    """Prunes the linears of the text decoder and saves the results of each layer.
 
     Layers that already have saved results are not pruned again, so a killed run resumes; gradient
     pruners repeat the backward pass.
 
-    Args:
+    Attributes:
         settings: Settings of a pruner that reads data.
         dense: The model; updated weights are rounded to the dtypes of its checkpoint.
         layerwise: The calibration data, encoded by the pruner's `encoders`, before the first layer.
@@ -65,30 +57,30 @@ def prune_layers(
         advance: Called with the number of samples each time a layer has seen a batch; they add up
             to `passes` times samples times layers.
         note: Called with the pruner's messages for the user.
-
-    Raises:
-        RegraftError: inputs overflow, or a layer sees no data.
     """
-    pruning = _Pruning(settings, dense, layerwise, patterns, results, advance, note)
-    if settings.sequential:
-        pruning.sequential()
-    else:
-        pruning.one_shot()
 
-
-@dataclass(frozen=True)
-class _Pruning:
     settings: PruneSettings
     dense: Source
     layerwise: LayerwisePass
     patterns: Patterns
     results: LayerResults
-    advance: Advance
-    note: Note
+    advance: Advance = lambda _: None
+    note: Note = lambda _: None
 
     @cached_property
     def pruner(self) -> Pruner:
         return PRUNERS.get(self.settings.method)
+
+    def run(self) -> None:
+        """Prune all layers.
+
+        Raises:
+            RegraftError: inputs overflow, or a layer sees no data.
+        """
+        if self.settings.sequential:
+            self.sequential()
+        else:
+            self.one_shot()
 
     def sequential(self) -> None:
         """Calibrate each layer on the outputs of the pruned layers before it."""
@@ -125,14 +117,9 @@ class _Pruning:
         ]
         if not missing:
             return
-        scratch = self.results.folder / "states"
+        wanted, scratch = self.patterns.__contains__, self.results.folder / "states"
         for layer, found in each_layer(
-            self.layerwise,
-            architecture,
-            self.pruner,
-            self.patterns.__contains__,
-            scratch,
-            self.advance,
+            self.layerwise, architecture, self.pruner, wanted, scratch, self.advance
         ):
             if layer in missing:
                 self.prune(layer, found)
@@ -143,7 +130,7 @@ class _Pruning:
         linears = self.layerwise.linears(layer, self.patterns.__contains__)
         device = self.layerwise.model.device
         weights = {li: li.weight(module).to(device) for li, module in linears.items()}
-        unseen = {li: weights.pop(li) for li in unreached(weights, found)}
+        unseen = {li: weights.pop(li) for li in linears if found.unseen(li)}
         if unseen:
             self.note(_unseen_experts(layer, unseen))
         results = chain(
@@ -156,11 +143,6 @@ class _Pruning:
             self.results.save(layer, pruned)
         distributed.barrier()
         return pruned
-
-
-def unreached(linears: Iterable[LinearArchitecture], found: Sums) -> list[LinearArchitecture]:
-    """The linears of experts to which the router sent no calibration token."""
-    return [li for li in linears if li.expert is not None and not found.reached(li)]
 
 
 def by_magnitude(
@@ -192,11 +174,10 @@ def each_layer(
     scratch: Path,
     advance: Advance,
 ) -> Iterator[tuple[LayerArchitecture, Sums]]:
-    """Accumulate a pruner's sums for each layer of the unchanged model.
+    """Accumulate the sums of a pruner that reads data, for each layer of the unchanged model.
 
     Args:
         layerwise: The labelled samples, before the first layer.
-        pruner: A pruner that reads data.
         wanted: Which linears are observed.
         scratch: A folder for layer inputs, used by gradient pruners.
         advance: Called with the number of samples each time a layer has seen a batch (as by
@@ -233,15 +214,12 @@ def edits_without_data(settings: PruneSettings, patterns: Patterns) -> dict[str,
     """Edits for `write_edited` by a pruner that reads no data: no model has to be loaded."""
     pruner = PRUNERS.get(settings.method)
 
-    def prune(linear: LinearArchitecture) -> Edit:
-        def edit(weight: Tensor) -> Tensor:
-            no_data = Sums.known({linear.key: NO_STATISTIC})
-            ((_, pruned),) = pruner.prune({linear: weight}, no_data, patterns, settings)
-            return pruned.put(weight)
+    def edit(linear: LinearArchitecture, weight: Tensor) -> Tensor:
+        no_data = Sums.known({linear.key: NO_STATISTIC})
+        ((_, pruned),) = pruner.prune({linear: weight}, no_data, patterns, settings)
+        return pruned.put(weight)
 
-        return edit
-
-    return edits_by_tensor((linear, prune(linear)) for linear in patterns)
+    return edits_by_tensor((linear, partial(edit, linear)) for linear in patterns)
 
 
 def zeros(checkpoint: Checkpoint, architecture: Architecture) -> int:

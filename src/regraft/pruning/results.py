@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from regraft.disk.artifact import load_unfinished
-from regraft.disk.files import atomic_file
+from regraft.disk.artifact import load_unfinished, save_unfinished
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.checkpoint_copy import Edit
 from regraft.models.places import of_tensor
@@ -47,8 +46,9 @@ class LayerResults:
         self.folder = folder
 
     def save(self, layer: LayerArchitecture, results: Mapping[str, PrunedWeight]) -> None:
-        with atomic_file(self._path(layer)) as temporary:
-            save_file({key: _packed(result) for key, result in results.items()}, temporary)
+        save_unfinished(
+            self._path(layer), {key: _packed(result) for key, result in results.items()}
+        )
 
     def has(self, layer: LayerArchitecture) -> bool:
         return self._path(layer).exists()
@@ -64,17 +64,14 @@ class LayerResults:
     def edits(self, architecture: Architecture) -> dict[str, Edit]:
         """Edits for `write_edited` that apply all results; files are read one at a time."""
 
-        def put(layer: LayerArchitecture, linear: LinearArchitecture) -> Edit:
-            def edit(weight: Tensor) -> Tensor:
-                with safe_open(self._path(layer), "pt") as stored:
-                    if linear.key not in stored.keys():  # noqa: SIM118 - not a mapping
-                        return weight
-                    return _unpacked(stored.get_tensor(linear.key), linear).put(weight)
-
-            return edit
+        def put(layer: LayerArchitecture, linear: LinearArchitecture, weight: Tensor) -> Tensor:
+            with safe_open(self._path(layer), "pt") as stored:
+                if linear.key not in stored.keys():  # noqa: SIM118 - not a mapping
+                    return weight
+                return _unpacked(stored.get_tensor(linear.key), linear).put(weight)
 
         return edits_by_tensor(
-            (li, put(layer, li)) for layer in architecture.layers for li in layer.linears
+            (li, partial(put, layer, li)) for layer in architecture.layers for li in layer.linears
         )
 
     def _path(self, layer: LayerArchitecture) -> Path:
@@ -82,22 +79,17 @@ class LayerResults:
 
 
 def edits_by_tensor(edits: Iterable[tuple[LinearArchitecture, Edit]]) -> dict[str, Edit]:
-    """Group edits of matrices into edits of the tensors on disk that hold them."""
+    """Group edits of matrices, in place, into edits of the tensors on disk that hold them."""
     by_tensor: dict[str, list[tuple[LinearArchitecture, Edit]]] = {}
     for linear, edit in edits:
         by_tensor.setdefault(linear.tensor, []).append((linear, edit))
 
-    def all_of(parts: Sequence[tuple[LinearArchitecture, Edit]]) -> Edit:
-        def edit(tensor: Tensor) -> Tensor:
-            for linear, one in parts:
-                matrix = of_tensor(tensor, linear.stored, linear.shape)
-                if (changed := one(matrix)) is not matrix:
-                    matrix.copy_(changed)
-            return tensor
+    def edit_all(parts: Sequence[tuple[LinearArchitecture, Edit]], tensor: Tensor) -> Tensor:
+        for linear, edit in parts:
+            edit(of_tensor(tensor, linear.stored, linear.shape))
+        return tensor
 
-        return edit
-
-    return {name: all_of(parts) for name, parts in by_tensor.items()}
+    return {name: partial(edit_all, parts) for name, parts in by_tensor.items()}
 
 
 def _packed(result: PrunedWeight) -> Tensor:

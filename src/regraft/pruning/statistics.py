@@ -14,19 +14,23 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field, field_validator
-from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft import distributed
-from regraft.disk.artifact import load_unfinished, read_artifact, require_finite, write_artifact
-from regraft.disk.files import atomic_file
+from regraft.disk.artifact import (
+    load_unfinished,
+    read_artifact,
+    require_finite,
+    save_unfinished,
+    write_artifact,
+)
 from regraft.disk.parsing import EXACT, from_json
 from regraft.errors import RegraftError
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.layerwise import LayerwisePass
 from regraft.progress import Advance
 from regraft.pruning.base import NO_STATISTIC, PRUNERS, Note, Pruner, ScoreName
-from regraft.pruning.prune import each_layer, unreached
+from regraft.pruning.prune import each_layer
 from regraft.settings.base import Settings
 
 FORMAT = "regraft-statistics-2"
@@ -107,9 +111,8 @@ def gather(
     """Run the samples through the model and compute the statistic of every linear to keep.
 
     Statistics are saved to `scratch` layer by layer: those of SNIP are as large as the weights and
-    must not be in memory together. If all layers are saved already, nothing is computed.
-
-    The arguments are those of `each_layer`; `note` is called with the pruner's messages.
+    must not be in memory together. If all layers are saved already, nothing is computed. The
+    arguments are those of `each_layer`; `note` is called with the pruner's messages.
 
     Returns:
         `LinearArchitecture.key` -> float32 on CPU, memory-mapped from the files in `scratch`.
@@ -124,17 +127,16 @@ def gather(
         for layer, found in each_layer(
             layerwise, architecture, pruner, pruner.keeps, scratch / "states", advance
         ):
-            ran = [linear for linear in layer.linears if pruner.keeps(linear) and found.ran(linear)]
-            unseen = unreached(ran, found)  # left out: their importance is 0
-            ran = [linear for linear in ran if linear not in unseen]
+            kept = filter(pruner.keeps, layer.linears)
+            # Experts that saw no token are left out: their importance is 0.
+            ran = [li for li in kept if found.ran(li) and not found.unseen(li)]
             # Copied: linears with the same input share a sum, and safetensors allows no aliases.
             made = {
                 linear.key: one.cpu().clone() for linear, one in pruner.statistics(ran, found, note)
             }
             found.sums.clear()  # freed before the next layer's are accumulated
             if distributed.first():
-                with atomic_file(part(layer)) as temporary:
-                    save_file(made, temporary)
+                save_unfinished(part(layer), made)
         distributed.barrier()
     return {key: value for layer in layers for key, value in load_unfinished(part(layer)).items()}
 
@@ -148,23 +150,14 @@ class SavedStatistics:
     about: Mapping[str, Any]
 
 
-def save_statistics(
-    path: Path,
-    safety: ImportanceStatistics,
-    utility: ImportanceStatistics,
-    about: Mapping[str, Any],
-) -> None:
+def save_statistics(path: Path, saved: SavedStatistics) -> None:
     """Write the statistics of both data sets to one safetensors file."""
+    both = {"safety": saved.safety, "utility": saved.utility}
     tensors = {
-        f"{kind}.{name}": value
-        for kind, statistics in (("safety", safety), ("utility", utility))
-        for name, value in statistics.values.items()
+        f"{kind}.{n}": value for kind, one in both.items() for n, value in one.values.items()
     }
-    header = {
-        "method": safety.method,
-        "samples": {"safety": safety.samples, "utility": utility.samples},
-        "about": about,
-    }
+    samples = {kind: one.samples for kind, one in both.items()}
+    header = {"method": saved.safety.method, "samples": samples, "about": saved.about}
     write_artifact(path, FORMAT, header, tensors)
 
 

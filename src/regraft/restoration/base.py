@@ -261,12 +261,9 @@ class Method(ABC, Generic[S]):
     ) -> None:
         """Reject bad input before any long work starts.
 
-        Args:
-            settings: The method's settings.
-            dense: The dense checkpoint.
-            seed: The calibration seed.
-            compute: Its batch size and the number of processes decide how prompts are split.
-            prompts: "safety" and "utility" -> prompts if the method needs answers, else empty.
+        `seed` is the calibration seed; the batch size of `compute` and the number of processes
+        decide how prompts are split; `prompts` are those of "safety" and of "utility" if the method
+        needs answers, else empty.
 
         Raises:
             RegraftError: the method cannot rank with this input.
@@ -290,12 +287,9 @@ class Method(ABC, Generic[S]):
         return type(self).space is not Method.space
 
     def space(self, settings: S, dense: Source, kept: float) -> Space:
-        """Search space of tuning; empty by default.
+        """Search space of tuning from these settings on; empty by default.
 
-        Args:
-            settings: The settings to start from.
-            dense: The dense checkpoint, whose number of heads bounds `top_heads`.
-            kept: Share of weights that pruning kept.
+        The number of heads of `dense` bounds `top_heads`; `kept` is the share that pruning kept.
         """
         return {}
 

@@ -70,12 +70,8 @@ def hsr_scores(
     float32 matrix with scope "row", below 5 times with "head" and below 9 times with "matrix",
     which is sorted at once.
 
-    Args:
-        free: Which weights are restorable, `[out, in]` bool.
-        safety: Importance I^s.
-        utility: Importance I^u.
-        blocks: Regions of the chosen heads in this matrix.
-        band: Thresholds and the ranking scope.
+    `free` `[out, in]` bool marks the restorable weights, `safety` and `utility` give I^s and I^u,
+    and `blocks` are the regions of the chosen heads in this matrix.
 
     Returns:
         `[out, in]` float32 in (0, 1]: the rank by I^s as a share of the scope (see `rank_share`);
@@ -106,11 +102,8 @@ def hsr_scores(
 def top(score: Tensor, share: float, scope: RankingScope, blocks: Sequence[Block]) -> Tensor:
     """Mark the top `share` of scores: all but the floor((1 - share) * n) smallest of each scope.
 
-    Args:
-        score: `[out, in]` float32, not negative.
-        share: In [0, 1].
-        scope: Scores compete within their row, within the matrix, or within each of `blocks`.
-        blocks: The heads' regions; with scope "head" the mask is False outside them.
+    `score` is `[out, in]` float32, not negative. With scope "head" scores compete within each of
+    `blocks`, the heads' regions, and the mask is False outside them.
     """
     if scope != "head":
         n = score.shape[1] if scope == "row" else score.numel()
@@ -162,12 +155,9 @@ def by_importance(
 ) -> Best:
     """The best weights of the given regions by their importance on D^s and D^u.
 
-    Args:
-        context: The models and statistics; its seed breaks ties.
-        regions: Which blocks of each matrix may be restored.
-        band: Share of a matrix that pruning kept -> its thresholds, None to skip the matrix.
-        name: The pruner whose score is the importance; read only if `context` has no statistics.
-        formula: Scores one matrix.
+    The seed of `context` breaks ties. `band` maps the share of a matrix that pruning kept to its
+    thresholds, None to skip it. `name` is the pruner whose score is the importance, read only if
+    `context` has no statistics.
     """
     none = ImportanceStatistics(name, {}, 0)
     saved = context.statistics

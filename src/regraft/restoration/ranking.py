@@ -102,12 +102,10 @@ class Best:
         return replace(self._kept, score=self._kept.score.float(), about=about)
 
     def add(self, index: int, scores: Tensor, removed: Tensor | None = None) -> None:
-        """Add the candidates of one matrix.
+        """Add the candidates of the matrix `index`.
 
-        Args:
-            index: Index of the linear.
-            scores: `[out, in]` floats, higher is better; -inf marks weights that are no candidates.
-            removed: Flat position pruned in exchange for each candidate, `[out, in]` int64.
+        `scores` `[out, in]` are better if higher, and -inf for weights that are no candidates;
+        `removed` is the flat position pruned in exchange for each candidate, `[out, in]` int64.
         """
         flat = scores.reshape(-1)
         position = self._contenders(flat)
@@ -180,16 +178,12 @@ def patch_of(
             positions = target.stored.flat(positions, target.shape)
         new = torch.cat([values, values.new_zeros(len(removed))])
         changes.setdefault(target.tensor, []).append((positions, new))
-    tensors = {
-        name: _tensor_patch(pruned.checkpoint.read(name), parts) for name, parts in changes.items()
-    }
+    tensors = {}
+    for name, parts in changes.items():  # a tensor on disk may hold several matrices
+        positions, order = torch.cat([positions for positions, _ in parts]).sort()
+        values = torch.cat([values for _, values in parts])[order]
+        tensors[name] = TensorPatch.of(pruned.checkpoint.read(name), positions, values)
     return Patch(tensors, dict(about or {}))
-
-
-def _tensor_patch(pruned: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> TensorPatch:
-    """Patch one tensor on disk from the (positions, values) of all matrices in it."""
-    positions, order = torch.cat([part[0] for part in parts]).sort()
-    return TensorPatch.of(pruned, positions, torch.cat([part[1] for part in parts])[order])
 
 
 def by_linear(ranking: Ranking) -> Iterator[tuple[int, Tensor]]:
@@ -202,12 +196,9 @@ class Edits:
     """Applies any prefix of a ranking to weights in memory, in place."""
 
     def __init__(self, ranking: Ranking, weights: Sequence[Tensor], dense: Source) -> None:
-        """Save the current values at the ranking's positions and look up the new ones.
+        """Save the current values at the ranking's positions and read the dense ones.
 
-        Args:
-            ranking: The ranking to apply.
-            weights: In the order of `Architecture.linears`, without the ranking applied.
-            dense: The dense checkpoint, from which each matrix is read once.
+        `weights` are in the order of `Architecture.linears`, without the ranking applied.
         """
         linears = list(dense.architecture.linears)
         self._edits = [
@@ -225,33 +216,29 @@ class Edits:
 class _Edit:
     """The part of a ranking that lies in one matrix.
 
-    `order` `[n]` are its indices in the ranking. `restored` and `removed` are (rows, columns) in
-    `weight`, `[n]` each, equal where nothing is removed. `new` are the restored values, `before`
-    and `kept` the values before the edit at `restored` and at `removed`.
+    `place` are (rows, columns) in `weight` of all restored weights, then of all removed ones;
+    `order` their indices in the ranking; `before` and `after` their values. `[n]` each.
     """
 
     weight: Tensor
+    place: tuple[Tensor, Tensor]
     order: Tensor
-    restored: tuple[Tensor, Tensor]
-    removed: tuple[Tensor, Tensor]
-    new: Tensor
     before: Tensor
-    kept: Tensor
+    after: Tensor
 
     @classmethod
     def of(cls, ranking: Ranking, order: Tensor, weight: Tensor, dense: Tensor) -> _Edit:
-        position, removed = ranking.position[order], ranking.removed[order]
-        new = dense.reshape(-1)[position].to(weight.device, weight.dtype)
-        here = at(position, weight)
-        gone = at(torch.where(removed == KEPT, position, removed), weight)
-        return cls(weight, order, here, gone, new, weight[here], weight[gone])
+        restored, removed = ranking.position[order], ranking.removed[order]
+        swapped = removed != KEPT
+        removed = removed[swapped]
+        place = at(torch.cat([restored, removed]), weight)
+        order = torch.cat([order, order[swapped]]).to(weight.device)
+        values = dense.reshape(-1)[restored]
+        after = torch.cat([values, values.new_zeros(len(removed))]).to(weight)
+        return cls(weight, place, order, weight[place], after)
 
     def put(self, count: int) -> None:
-        self.weight[self.restored] = self.before
-        self.weight[self.removed] = self.kept
-        n = int((self.order < count).sum())
-        self.weight[self.removed[0][:n], self.removed[1][:n]] = 0
-        self.weight[self.restored[0][:n], self.restored[1][:n]] = self.new[:n]
+        self.weight[self.place] = torch.where(self.order < count, self.after, self.before)
 
 
 def save_ranking(path: Path, ranking: Ranking) -> None:
@@ -274,30 +261,24 @@ def load_ranking(path: Path) -> Ranking:
         RegraftError: the file is missing, damaged or no ranking.
     """
     header, stored = read_artifact(path, FORMAT, "a ranking of weights")
-    about = header["about"]
-    values = stored.get("values")
-    for name, whole in {"linear": True, "position": True, "removed": True, "score": False}.items():
+    optional = {"values"} & stored.keys()
+    for name in ("linear", "position", "removed", "score", *optional):
         if name not in stored:
             raise RegraftError(f"{path} is damaged: {name!r} is missing.")
-        one = stored[name]
-        if one.ndim != 1 or len(one) != len(stored["linear"]) or one.is_floating_point() == whole:
+        one, real = stored[name], name in ("score", "values")
+        if one.ndim != 1 or len(one) != len(stored["linear"]) or one.is_floating_point() != real:
             raise RegraftError(
                 f"{path}: the tensor {name} is {one.dtype} {list(one.shape)}; expected one number "
                 f"per weight, {stored['linear'].numel()} as in linear. Make the ranking again."
             )
-    if values is not None and values.shape != stored["linear"].shape:
-        raise RegraftError(
-            f"{path}: the tensor values is {list(values.shape)}; expected one number per weight, "
-            f"{stored['linear'].numel()} as in linear. Make the ranking again."
-        )
     require_finite(path, stored)
     linear, position, removed = (stored[name].long() for name in ("linear", "position", "removed"))
-    least = ((linear, 0), (position, 0), (removed, KEPT))
-    if any((one < low).any() for one, low in least):
+    if (linear < 0).any() or (position < 0).any() or (removed < KEPT).any():
         raise RegraftError(
             f"{path}: linear or position has a number below 0, or removed one below {KEPT}. Make "
             "the ranking again."
         )
     if len(((linear << 40) + position).unique()) < len(linear):  # no matrix has 2^40 weights
         raise RegraftError(f"{path}: linear and position name a weight twice. Make it again.")
-    return Ranking(linear, position, removed, stored["score"], about, values)
+    score, values = stored["score"], stored.get("values")
+    return Ranking(linear, position, removed, score, header["about"], values)

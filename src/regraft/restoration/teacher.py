@@ -7,21 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from regraft import distributed
 from regraft.data.collate import response_batch
 from regraft.data.example import Example
-from regraft.disk.artifact import load_unfinished
-from regraft.disk.files import atomic_file
+from regraft.disk.artifact import load_unfinished, save_unfinished
 from regraft.loading import each_of_share, load_layerwise
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
 from regraft.models.replay import logits_of
 from regraft.progress import Advance, Progress
-from regraft.pruning.gradients import Loss, predicting, require_gradients
+from regraft.pruning.gradients import Loss, predicting
 from regraft.restoration.base import Context
 
 TOKEN_WEIGHTS = (1.0, 1.0, 0.3, 0.3, 0.3, 0.3)  # weights of the first response tokens in the loss
@@ -139,7 +137,6 @@ def with_teacher(
     missing = not distributed.decided(lambda: all(path.exists() for path in paths.values()))
     first = context.dense if missing else context.pruned
     model, processor = load_layerwise(first, compute, progress, processor_from=context.dense)
-    require_gradients(model.dtype)
     embedded: Embedded = {kind: [] for kind in parts}
     total = sum(len(examples) for several in parts.values() for examples in several)
     with progress.task("Reading the prompts", total) as done:
@@ -156,11 +153,8 @@ def with_teacher(
             kind: [layerwise.on(model) for layerwise in several]
             for kind, several in embedded.items()
         }
-    return (
-        model,
-        embedded,
-        {kind: DecisionLoss(load_unfinished(path)) for kind, path in paths.items()},
-    )
+    losses = {kind: DecisionLoss(load_unfinished(path)) for kind, path in paths.items()}
+    return model, embedded, losses
 
 
 def _write_teacher(embedded: Embedded, paths: Mapping[str, Path], progress: Progress) -> None:
@@ -174,6 +168,5 @@ def _write_teacher(embedded: Embedded, paths: Mapping[str, Path], progress: Prog
                 layerwise.rewind()
             states = distributed.merged(states)
             if distributed.first():
-                with atomic_file(path) as temporary:
-                    save_file(states, temporary)
+                save_unfinished(path, states)
     distributed.barrier()

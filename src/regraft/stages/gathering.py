@@ -24,6 +24,7 @@ from regraft.pruning.base import PRUNERS, Pruner
 from regraft.pruning.gradients import BOTH_WAYS
 from regraft.pruning.statistics import (
     ImportanceStatistics,
+    SavedStatistics,
     StatisticsSettings,
     gather,
     load_statistics,
@@ -175,7 +176,9 @@ def write_statistics(
         with working(out, about) as work:
             gathered = _gather(setup, work, PRUNERS.get(settings.score), readings)
             if distributed.first():
-                save_statistics(out, gathered["safety"], gathered["utility"], about)
+                save_statistics(
+                    out, SavedStatistics(gathered["safety"], gathered["utility"], about)
+                )
     loaded = load_statistics(out)
     return loaded.safety, loaded.utility
 

@@ -28,7 +28,7 @@ from regraft.models.load import Source
 from regraft.models.loaded import check_besides
 from regraft.progress import Progress
 from regraft.pruning.base import PRUNERS, PruneSettings
-from regraft.pruning.prune import edits_without_data, passes, prune_layers
+from regraft.pruning.prune import LayerPruning, edits_without_data, passes
 from regraft.pruning.results import LayerResults
 from regraft.stages.answering import calibration_data, responses_folder
 from regraft.stages.provenance import describe, fingerprints, is_done, unfinished_bytes, working
@@ -48,7 +48,7 @@ def prune_checkpoint(
     `responses` is the folder for responses of the dense model, by default one next to `out`.
 
     Raises:
-        RegraftError: see `prune_layers`, `assign_patterns`, the data readers and `write_edited`.
+        RegraftError: see `LayerPruning`, `assign_patterns`, the data readers and `write_edited`.
     """
     dense, progress = setup.dense, setup.progress
     patterns = settings.patterns(dense.architecture.linears)
@@ -119,9 +119,9 @@ def _calibrated(
     total = passes(settings) * layerwise.work
     patterns = settings.patterns(dense.architecture.linears)
     with progress.task("Pruning, layer by layer", total, "samples x layers") as done:
-        prune_layers(
+        LayerPruning(
             settings, dense, layerwise, patterns, results, advance=done, note=progress.note
-        )
+        ).run()
     return results.edits(dense.architecture)
 
 

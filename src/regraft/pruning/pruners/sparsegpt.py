@@ -116,11 +116,8 @@ def inverse_factor(moments: Tensor, tokens: int, damp: float = DAMP) -> InverseF
     """Factor the inverse of H = 2/n X^T X + damp * mean(diag) * I.
 
     If the damped matrix is not positive definite in float32, the damping grows tenfold, up to 1.
-
-    Args:
-        moments: Sum of X^T X over response tokens, `[in, in]` float32; overwritten.
-        tokens: n, the number of response tokens.
-        damp: First damping to try; the result has the one that worked.
+    `moments` is the sum of X^T X over n = `tokens` response tokens, `[in, in]` float32; it is
+    overwritten.
 
     Raises:
         RegraftError: H cannot be factored even with damping 1 (inputs overflow).

@@ -23,13 +23,11 @@ from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from safetensors.torch import save_file
 from torch import Tensor
 
 from regraft import distributed
 from regraft.data.example import KINDS, Example, Reading
-from regraft.disk.artifact import load_unfinished
-from regraft.disk.files import atomic_file
+from regraft.disk.artifact import load_unfinished, save_unfinished
 from regraft.errors import RegraftError
 from regraft.loading import check_shares
 from regraft.models.architecture import Architecture
@@ -83,10 +81,8 @@ class SparseAdam:
     ) -> None:
         """Start from the current values of the weights.
 
-        Args:
-            weights: `LinearArchitecture.key` -> weight in memory, `[out, in]`; changed in place.
-            positions: The same keys -> distinct flat positions to train, `[k]` int64.
-            rate: The learning rate.
+        `weights` maps `LinearArchitecture.key` to weights in memory, `[out, in]`, changed in place;
+        `positions` maps the same keys to distinct flat positions to train, `[k]` int64.
         """
         self.rate, self.updates = rate, 0
         self._trained = {}
@@ -258,7 +254,12 @@ class FineTune(Method[FineTuneSettings]):
 
     def rank(self, settings: FineTuneSettings, context: Context) -> Ranking:
         """The chosen positions with their trained values; `about` has the loss of each pass."""
-        chosen = _chosen(settings, context)
+        chosen = context.positions
+        if settings.drawn:
+            chosen = random_ranking(context, settings.draw_seed)
+        assert chosen is not None, "needs() requires it"
+        if context.count is not None:
+            chosen = chosen.first(context.count)
         context.work.mkdir(parents=True, exist_ok=True)
         values, losses = _trained(settings, context, chosen)
         linears = list(context.pruned.architecture.linears)
@@ -280,15 +281,6 @@ class FineTune(Method[FineTuneSettings]):
 
 
 PLUGIN = FineTune()
-
-
-def _chosen(settings: FineTuneSettings, context: Context) -> Ranking:
-    """The positions to train."""
-    if settings.drawn:
-        return random_ranking(context, settings.draw_seed)
-    ranking = context.positions
-    assert ranking is not None, "needs() requires it"
-    return ranking if context.count is None else ranking.first(context.count)
 
 
 def _trained(
@@ -323,8 +315,7 @@ def _trained(
             losses.append(sum(of_batches) / len(of_batches))
             if distributed.first():
                 so_far = {"losses": torch.tensor(losses, dtype=torch.float64)}
-                with atomic_file(path) as temporary:
-                    save_file(optimizer.state() | so_far, temporary)
+                save_unfinished(path, optimizer.state() | so_far)
             distributed.barrier()
     return optimizer.values, losses
 

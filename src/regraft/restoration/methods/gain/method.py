@@ -34,6 +34,7 @@ from regraft.restoration.methods.gain.path import (
     read_path,
 )
 from regraft.restoration.methods.gain.step import (
+    EXPECTED_TRIES,
     Problem,
     Prompts,
     held_out_losses,
@@ -134,10 +135,9 @@ class Gain(Method[GainSettings]):
         while (end := _end(path, most)) is None:
             _require_space(problem)
             before, number = path.held_out, len(path.steps) + 1
-            tries = path.expected_tries
-            work = _work(problem, BOTH_WAYS, tries)
+            work = _work(problem, BOTH_WAYS, EXPECTED_TRIES)
             with progress.task(f"Step {number} of gain", *work) as done:
-                restored, record = step(problem, _room(path, most), ranking, before, done, tries)
+                restored, record = step(problem, _room(path, most), ranking, before, done)
             path = replace(path, steps=(*path.steps, record))
             ranking = replace(joined([ranking, restored]), about=path_to_json(path))
             progress.note(_described(record, before))

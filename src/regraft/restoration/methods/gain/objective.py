@@ -67,12 +67,8 @@ def line_search(
     """Find how many of a step's best weights give the lowest held-out loss.
 
     First order overestimates the joint effect of many weights. `most` are tried, then half as many,
-    and so on, until some number has helped and the next smaller one is no better.
-
-    Args:
-        value: n -> the held-out loss with the first n weights restored.
-        now: The held-out loss without them.
-        most: Maximum number of weights.
+    and so on, until some number has helped and the next smaller one is no better. `value` maps n to
+    the held-out loss with the first n weights restored; `now` is the loss without them.
 
     Returns:
         (the best number, 0 if no try lowers the loss; the tries with a finite loss, in order)

@@ -105,21 +105,11 @@ class GainPath:
         after = [step.restored for step in self.steps]
         return tuple(now - before for before, now in zip([0, *after], after, strict=False))
 
-    @property
-    def expected_tries(self) -> int:
-        """Expected tries of the next line search: the mean of those before, two at first."""
-        tries = [len(step.tries) for step in self.steps]
-        return max(1, round(sum(tries) / len(tries))) if tries else 2
-
 
 def limit_of(taken: int, most: int, candidates: int, room: Room) -> StepLimit:
-    """What decided how many weights a step restored.
+    """What decided that a step restored `taken` weights.
 
-    Args:
-        taken: Number of weights that it restored.
-        most: The largest number tried, 0 without candidates.
-        candidates: Number of weights predicted to help, counted up to the room.
-        room: The maximum of the step.
+    `most` is the largest number tried, 0 without `candidates`, which are counted up to the room.
     """
     if not candidates:
         return "candidates"

@@ -31,6 +31,7 @@ from regraft.restoration.methods.gain.path import Losses, Room, StepRecord, limi
 from regraft.restoration.ranking import Best, Edits, Ranking
 from regraft.restoration.teacher import DecisionLoss, Recorded, losses_together, mean_of
 
+EXPECTED_TRIES = 2  # of a line search; each costs about a twelfth of a step's gradients
 _SWAPS_IN_A_ROW = 64  # at most, per step: bounds the pairs of each row held in memory
 
 
@@ -72,20 +73,15 @@ class Problem:
     swap: bool = False
     kind: Kind = "pruned"
 
-    @cached_property
-    def patch_dtypes(self) -> tuple[torch.dtype, ...]:
-        """The dtype of a patch's values, in the order of `Architecture.linears`."""
-        record = self.pruned.checkpoint.record
-        linears = self.pruned.architecture.linears
-        return tuple(record(linear.tensor).torch_dtype for linear in linears)
-
-    def dense_weight(self, index: int, linear: LinearArchitecture) -> Tensor:
-        """The dense weight of the `index`-th linear, `[out, in]`.
+    def dense_weight(self, linear: LinearArchitecture, pruned: LinearArchitecture) -> Tensor:
+        """The dense weight of a linear, which is `pruned` in the other checkpoint. `[out, in]`.
 
         In a "changed" pair it is rounded to the patch's dtype: rounding alone is no change to undo.
         """
         weight = self.dense.weight(linear)
-        return weight if self.kind == "pruned" else weight.to(self.patch_dtypes[index])
+        if self.kind == "pruned":
+            return weight
+        return weight.to(self.pruned.checkpoint.record(pruned.tensor).torch_dtype)
 
     @cached_property
     def groups(self) -> dict[str, int]:
@@ -96,23 +92,16 @@ class Problem:
 
 
 def step(
-    problem: Problem,
-    room: Room,
-    so_far: Ranking,
-    held_out: Losses,
-    advance: Advance,
-    expected: int = 1,
+    problem: Problem, room: Room, so_far: Ranking, held_out: Losses, advance: Advance
 ) -> tuple[Ranking, StepRecord]:
     """Restore the weights that help most at the current model, in place.
 
     Args:
         problem: The model, with `so_far` restored, and the prompts.
-        room: Maximum number of weights, and what limits it.
+        room: Maximum number of weights.
         so_far: The weights that earlier steps restored.
         held_out: The current held-out losses.
-        advance: Called with the number of samples each time a layer has seen a batch, as by
-            `layer_gradients` and `held_out_losses`.
-        expected: Number of tries that the progress bar counts on; more are added to it.
+        advance: As for `layer_gradients`; more than `EXPECTED_TRIES` add to the work.
 
     Returns:
         (the restored weights, best first, none if nothing lowers the held-out loss; the record)
@@ -124,7 +113,7 @@ def step(
     measured = {0: held_out}
 
     def loss_with(count: int) -> float:
-        if len(measured) > expected:
+        if len(measured) > EXPECTED_TRIES:
             expect(advance, sum(side.held_out.work for side in problem.sides))
         edits.put(count)
         measured[count] = held_out_losses(problem.sides, advance)
@@ -150,7 +139,8 @@ def _candidates(
     """(at most `room` candidates, best first; losses on the gradient prompts)."""
     best = Best(room)
     architecture = problem.dense.architecture
-    index = {linear.key: i for i, linear in enumerate(architecture.linears)}
+    pairs = zip(architecture.linears, problem.pruned.architecture.linears, strict=True)
+    places = {linear.key: (i, pruned) for i, (linear, pruned) in enumerate(pairs)}
     weights = weights_of(problem.model.network, architecture)
     losses = [Recorded(side.loss) for side in problem.sides]
     # Both backward passes run side by side, so that only one layer's gradients are in memory.
@@ -161,9 +151,9 @@ def _candidates(
             gradients = for_safety.pop(linear.key, None), for_utility.pop(linear.key, None)
             if gradients[0] is None or gradients[1] is None:
                 continue  # not used by the prompts of one kind
-            i = index[linear.key]
+            i, pruned = places[linear.key]
             current = weights[i].to(gradients[0].device).contiguous()
-            dense = problem.dense_weight(i, linear).to(current)
+            dense = problem.dense_weight(linear, pruned).to(current)
             taken = so_far.at((so_far.linear == i).nonzero().flatten())
             best.add(i, *_worth(problem, linear, dense, current, taken, gradients))
     means = Losses(*(mean_of(loss.seen) for loss in losses))
