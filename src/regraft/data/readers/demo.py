@@ -7,8 +7,8 @@ from functools import cache
 
 from regraft.data.demo import bundled
 from regraft.data.example import Reading
-from regraft.data.formats import read_jsonl
 from regraft.data.readers import Dataset
+from regraft.data.readers.jsonl import read_jsonl
 
 _read_once = cache(read_jsonl)  # a run asks for them many times, and bundled files do not change
 
