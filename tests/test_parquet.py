@@ -19,9 +19,9 @@ from PIL import Image
 
 from disk import tree
 from regraft.data import parquet
-from regraft.data.demo import demo_model
 from regraft.data.example import KINDS
 from regraft.data.images import check_images, open_image
+from regraft.data.readers.demo import demo_model
 from regraft.data.readers.docvqa import read_docvqa
 from regraft.data.readers.jsonl import read_jsonl
 from regraft.data.readers.mmbench import read_mmbench
