@@ -14,13 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from regraft.disk.files import (
-    atomic_file,
-    atomic_folder,
-    digest,
-    disk_errors,
-    require_space,
-)
+from regraft.disk.files import atomic_file, atomic_folder, digest, disk_errors, require_space
 from regraft.disk.locks import locked
 from regraft.disk.paths import at_home, real, require_file
 from regraft.errors import PassingError, RegraftError
