@@ -20,7 +20,6 @@ from regraft.disk.paths import at_home, real, require_file
 from regraft.errors import PassingError, RegraftError
 
 CACHE_VARIABLE = "REGRAFT_CACHE"
-PREFIX = "hf:"
 MODEL_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@[\w./-]+)?")
 """ORG/NAME of a model, with or without @REVISION."""
 _LARGE, _MOST_RATIO = 2**30, 100  # bytes unpacked; bytes unpacked per byte of the archive
@@ -33,7 +32,7 @@ _ADDRESS = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(
 
 
 def is_on_hub(path: Path) -> bool:
-    return path.as_posix().startswith(PREFIX)
+    return path.as_posix().startswith("hf:")
 
 
 def located(path: Path) -> Path:

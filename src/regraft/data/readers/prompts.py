@@ -18,19 +18,12 @@ _IDS = ("behaviorid", "id")
 
 _IMAGES = ("imagefilename", "image")
 _LABELS = ("label", "final_label", "harmful", "is_harmful", "safe", "is_safe", "unsafe")
-# The published files, by their columns. Each ends in a line break; without it, it is cut off.
+# The published files, by their header. Each ends in a line break; without it, it is cut off.
 _PUBLISHED = {
-    ("goal", "target"): "AdvBench",
-    ("category", "source", "forbidden_prompt"): "StrongREJECT",
-    ("", "goal", "target", "behavior", "category", "source"): "JailbreakBench",
-    (
-        "behavior",
-        "functionalcategory",
-        "semanticcategory",
-        "tags",
-        "contextstring",
-        "behaviorid",
-    ): "HarmBench",
+    "goal,target": "AdvBench",
+    "category,source,forbidden_prompt": "StrongREJECT",
+    ",goal,target,behavior,category,source": "JailbreakBench",
+    "behavior,functionalcategory,semanticcategory,tags,contextstring,behaviorid": "HarmBench",
 }
 _WHAT = (
     "A file of prompts is CSV or Parquet with a column goal, Behavior or forbidden_prompt, a list "
@@ -66,7 +59,7 @@ def _read_csv(path: Path, harmful: bool) -> Reading:
     if not rows:
         return Reading(str(path), ())
     names = {name.strip().lower(): name for name in rows[0].values}
-    if published := _PUBLISHED.get(tuple(names)):
+    if published := _PUBLISHED.get(",".join(names)):
         require_end(path, published)
     _refuse_mixed_labels(path, rows, names)
     prompt = _first(names, _PROMPTS)
