@@ -23,7 +23,7 @@ Head = tuple[int, int]
 @contextmanager
 def scaled_head(model: nn.Module, layer: int, head: int, size: int, eps: float) -> Iterator[None]:
     """Scale one head's output by eps (its value, that is) during full forwards."""
-    _, attention = attention_of(decoder_layers(model)[layer])
+    attention = attention_of(decoder_layers(model)[layer])
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         z = args[0].clone()

@@ -25,9 +25,9 @@ from disk import tree, write_data
 from methods import method, restored
 from regraft import stages
 from regraft.data.collate import prompt_batch
-from regraft.data.demo import demo_model
 from regraft.data.example import Example
 from regraft.data.images import length_class
+from regraft.data.readers.demo import demo_model
 from regraft.data.sources import DataSource, read
 from regraft.disk.files import write_json
 from regraft.errors import RegraftError

@@ -16,8 +16,8 @@ import pico
 from commands import exit_code
 from disk import tree, write_jsonl
 from regraft import stages
-from regraft.data.demo import demo_model
 from regraft.data.example import Example, Reading, draw, in_drawn_order
+from regraft.data.readers.demo import demo_model
 from regraft.data.sources import DataSource, read
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError

@@ -14,7 +14,7 @@ import pico
 import regraft
 from disk import write_data
 from regraft.cli import main
-from regraft.data.demo import demo_model
+from regraft.data.readers.demo import demo_model
 from regraft.data.sources import DataSource
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError

@@ -150,7 +150,7 @@ def test_columns_of_a_head_read_that_head_alone(family, pico_dir, tmp_path):
     _, model, processor, architecture = truth.opened(pico_dir(family))
     batch = truth.make_batch("single", family, processor, tmp_path)
     for layer in {li.attention: li for li in architecture.layers}.values():
-        _, attention = attention_of(decoder_layers(model)[layer.index])
+        attention = attention_of(decoder_layers(model)[layer.index])
         linear = layer.linear("o_proj")
         for head in range(layer.heads):
             block = head_block(layer, linear, head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import stat
 import subprocess
@@ -18,7 +19,7 @@ from PIL import Image
 from regraft.data import sources
 from regraft.data.readers.vlguard import read_vlguard
 from regraft.data.sources import DataSource, of_split, read
-from regraft.data.storage import CACHE_VARIABLE, cached_image, located, unpacked
+from regraft.data.storage import CACHE_VARIABLE, cached_image, kept_if_read, located, unpacked
 from regraft.errors import PassingError, RegraftError
 from regraft.stages.reading import read_suites
 
@@ -303,3 +304,16 @@ def test_folders_in_folders(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(RegraftError, match=r"a\.zip: the entry 'a/a/.* .*is 1,501 folders deep"):
         unpacked(archive)
     assert not [path for path in cache.rglob("*") if path.name.startswith("a-")]
+
+
+def test_what_inner_blocks_wrote_goes_if_an_outer_one_fails_and_else_is_forgotten() -> None:
+    with kept_if_read(), kept_if_read():
+        kept = cached_image(b"kept")
+    assert kept.exists()
+    assert not [one for one in gc.get_referrers(kept) if isinstance(one, list)]
+    with pytest.raises(RegraftError, match="late"), kept_if_read():
+        with kept_if_read():
+            refused = cached_image(b"refused")
+        assert refused.exists()
+        raise RegraftError("late")
+    assert kept.exists() and not refused.exists()

@@ -32,8 +32,8 @@ from regraft import stages
 from regraft.cli import COMMANDS, GROUPS, app, application
 from regraft.console import show_preview
 from regraft.data.collate import prompt_batch
-from regraft.data.demo import demo_model
 from regraft.data.example import KINDS
+from regraft.data.readers.demo import demo_model
 from regraft.data.sources import DataSource
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.files import write_json

@@ -17,8 +17,8 @@ from commands import exit_code
 from disk import tree, write_data, write_jsonl
 from regraft import stages
 from regraft.data.collate import prompt_batch
-from regraft.data.demo import demo_model
 from regraft.data.example import KINDS
+from regraft.data.readers.demo import demo_model
 from regraft.data.sources import DataSource
 from regraft.defence import (
     DEFENCE_PROMPT,

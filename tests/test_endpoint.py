@@ -43,8 +43,8 @@ from commands import exit_code
 from disk import tree, write_data, write_jsonl
 from pico import image, write_examples
 from regraft import stages
-from regraft.data.demo import demo_model
 from regraft.data.images import open_image
+from regraft.data.readers.demo import demo_model
 from regraft.data.sources import DataSource, join_suites
 from regraft.defence import DEFENCE_PROMPT, Direction, ShieldPrompt, save_defence
 from regraft.distributed import resumable_map

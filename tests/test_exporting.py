@@ -22,7 +22,7 @@ import regraft
 from commands import exit_code
 from disk import equal_bytes, tree
 from regraft import stages
-from regraft.data.demo import demo_model
+from regraft.data.readers.demo import demo_model
 from regraft.disk.files import write_json
 from regraft.disk.locks import locked
 from regraft.errors import RegraftError

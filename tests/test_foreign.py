@@ -34,7 +34,7 @@ from regraft.models.load import (
     open_source,
 )
 from regraft.models.loaded import check_besides, refuse_tokens_without_embedding
-from regraft.models.processor_settings import disagreement
+from regraft.models.model_settings import disagreement
 from regraft.progress import Silent
 from regraft.settings.compute import ComputeSettings
 

@@ -157,7 +157,7 @@ def test_tiles_keep_the_batch_together():
 def manually_ablated(model, inputs, layer, head, head_dim, target, eps):
     """Final states of a full forward with one head edited by hand."""
     if target == "v":  # a value scaled by eps scales what the head adds to o_proj's output
-        _, attention = attention_of(decoder_layers(model)[layer])
+        attention = attention_of(decoder_layers(model)[layer])
         with truth.edited(attention.o_proj.weight) as weight:
             weight[:, head * head_dim : (head + 1) * head_dim] *= eps
             return truth.full_forward(model, inputs).final

@@ -137,7 +137,7 @@ def test_vision_keys_are_computed_once_a_batch(pico_dir, tmp_path):
     tokens = text.kwargs["cross_attention_states"][..., 0].numel()
     layers = cross_attention_layers(model)
     assert layers == [1, 3]
-    _, attention = attention_of(decoder_layers(model)[3])
+    attention = attention_of(decoder_layers(model)[3])
     with rows_through(attention.k_proj) as keys, rows_through(attention.v_proj) as values:
         inputs = record(model, text, layers)
         run = last_token_replay(model, text, inputs.known)
@@ -173,7 +173,7 @@ def kept_elsewhere(model, base, positions):
 @contextmanager
 def zeroed(model, layer, head, head_dim):
     """Full forwards with one head's columns of o_proj's input at zero."""
-    _, attention = attention_of(decoder_layers(model)[layer])
+    attention = attention_of(decoder_layers(model)[layer])
 
     def zero(_module, args):
         z = args[0].clone()

@@ -170,7 +170,7 @@ def _model_in_transformers(error: BaseException) -> str:
     folder = next(filter(None, folders), "")
     if not folder:
         return "the model"
-    from regraft.models.processor_settings import disagreement
+    from regraft.models.model_settings import disagreement
 
     return f"the model of {folder}{disagreement(Path(folder))}"
 

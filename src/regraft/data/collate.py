@@ -162,11 +162,8 @@ def message(processor: Any, role: str, text: str, image: Any = None) -> dict[str
     """One message of a chat, in the form that the processor's chat template expects."""
     if is_text_only(processor):  # templates of text-only models concatenate strings
         return {"role": role, "content": text}
-    content = [{"type": "text", "text": text}]
-    return {
-        "role": role,
-        "content": content if image is None else [{"type": "image", "image": image}, *content],
-    }
+    images = [] if image is None else [{"type": "image", "image": image}]
+    return {"role": role, "content": [*images, {"type": "text", "text": text}]}
 
 
 def _encode(

@@ -113,10 +113,9 @@ def length_class(example: Example) -> tuple[int, int]:
 
 
 def _problem(example: Example) -> str | None:
-    if example.image is None:
-        return None
     try:
-        open_image(example.image)
+        if example.image is not None:
+            open_image(example.image)
     except RegraftError as error:
         return str(error)
     return None

@@ -12,7 +12,7 @@ import base64
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ _MOST_ROWS = 2**22  # of a table, whose rows are all kept in memory
 _MOST_CELL = 256 * 2**20  # bytes
 _MOST_COLUMN = 2**30  # bytes of a column in the rows that are decoded at a time
 _MOST_TEXT = 2**25  # characters
-_SMALL, _RATIO, _LARGE = 2**26, 100, 2**32  # see `_most_bytes`
+# limits on the bytes of a table's values, which are all kept in memory: for the smallest files, per
+# byte on disk, and for any
+_SMALL, _RATIO, _LARGE = 2**26, 100, 2**32
 _AT_ONCE = 16  # rows decoded at a time
 _IMAGE = {"bytes", "path"}
 _IMAGE_STARTS = re.compile(  # of PNG, JPEG, GIF, WebP, BMP, TIFF, JPEG 2000, AVIF and HEIF
@@ -62,7 +64,7 @@ def records(path: Path, what: str, *, as_text: bool) -> Iterator[tuple[str, dict
     """
     rows = size = 0
     files = shards(path, what)
-    most = _most_bytes(files)
+    most = min(_LARGE, max(_SMALL, _RATIO * sum(file.stat().st_size for file in files)))
     for file in files:
         for number, cells in enumerate(_rows(file), start=1):
             rows += 1
@@ -80,11 +82,6 @@ def records(path: Path, what: str, *, as_text: bool) -> Iterator[tuple[str, dict
             yield where, {name: value for name, value in values.items() if value is not None}
 
 
-def _most_bytes(files: Sequence[Path]) -> int:
-    """The limit on the bytes of a table's values, which are all kept in memory."""
-    return min(_LARGE, max(_SMALL, _RATIO * sum(file.stat().st_size for file in files)))
-
-
 def _size(value: Any) -> int:
     if isinstance(value, dict):
         return sum(map(_size, value.values()))
@@ -98,11 +95,10 @@ def shards(path: Path, what: str) -> list[Path]:
     require_file(path, what)
     match = _SHARD.fullmatch(path.name)
     if match is None:
-        files = [path]
-    else:
-        count = int(match["count"])
-        names = (f"{match['split']}-{i:05}-of-{count:05}{SUFFIX}" for i in range(count))
-        files = [path.with_name(name) for name in names]
+        return [path]
+    count = int(match["count"])
+    names = (f"{match['split']}-{i:05}-of-{count:05}{SUFFIX}" for i in range(count))
+    files = [path.with_name(name) for name in names]
     if path not in files:
         raise RegraftError(
             f"{path}: its number is beyond the {len(files)} files that its name counts. {what}"

@@ -218,9 +218,8 @@ def checked(reading: Reading, *roots: Path) -> Reading:
 
 def _require_text(example: Example, source: str) -> None:
     """Raise where a text is too long, or cannot be saved with the answers, which would be lost."""
-    image = None if example.image is None else str(example.image)
     texts = {"id": example.id, "instruction": example.instruction, "category": example.category}
-    texts |= {"response": example.response or "", "image": image or ""}
+    texts |= {"response": example.response or "", "image": str(example.image or "")}
     for field, text in texts.items():
         if len(text) > _MOST_TEXT:
             raise RegraftError(

@@ -14,32 +14,25 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from regraft.disk.files import (
-    atomic_file,
-    atomic_folder,
-    digest,
-    disk_errors,
-    require_space,
-)
+from regraft.disk.files import atomic_file, atomic_folder, digest, disk_errors, require_space
 from regraft.disk.locks import locked
 from regraft.disk.paths import at_home, real, require_file
 from regraft.errors import PassingError, RegraftError
 
 CACHE_VARIABLE = "REGRAFT_CACHE"
-PREFIX = "hf:"
 MODEL_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@[\w./-]+)?")
 """ORG/NAME of a model, with or without @REVISION."""
 _LARGE, _MOST_RATIO = 2**30, 100  # bytes unpacked; bytes unpacked per byte of the archive
 _MOST_NESTED = 64  # folders
 _SELF_CONTAINED = (".csv", ".tsv", ".txt", ".parquet")  # name no other files
-_written: list[Path] = []  # paths that this process wrote into the cache
+_blocks: list[list[Path]] = []  # paths that each open block of `kept_if_read` wrote to the cache
 CACHED_IMAGE = re.compile(r"[0-9a-f]{32}\.(png|jpg)")
 _SHARDS = re.compile(r"-\d{5}(-of-\d{5}\.parquet)$")
 _ADDRESS = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<inner>.+))?")
 
 
 def is_on_hub(path: Path) -> bool:
-    return path.as_posix().startswith(PREFIX)
+    return path.as_posix().startswith("hf:")
 
 
 def located(path: Path) -> Path:
@@ -77,13 +70,7 @@ def from_hub(
     Raises:
         RegraftError: the repository is gated, missing or private, or the download fails.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     try:
         folder = snapshot_download(
@@ -93,16 +80,17 @@ def from_hub(
             allow_patterns=wanted,
             ignore_patterns=unwanted,
         )
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise RegraftError(
             f"{name} is gated: accept its terms on its page, then `hf auth login`."
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise RegraftError(
             f"There is neither a folder nor a {repo_type} {name} on the hub, or it is private: "
             "`hf auth login`."
         ) from error
-    except (HFValidationError, HfHubHTTPError, OSError) as error:  # a missing cache entry, too
+    except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
+        # also where an entry of the hub's own cache is missing
         reason = str(error).splitlines()[0].removeprefix("Got: ").rstrip(".")
         raise RegraftError(
             f"{name} is not a folder here and could not be downloaded from the hub: {reason}. "
@@ -142,7 +130,7 @@ def unpacked(archive: Path) -> Path:
                 with atomic_folder(folder) as temporary:
                     for member in members:
                         _extract(content, member, temporary)
-                _written.append(folder)
+                _wrote(folder)
     except (RegraftError, OSError):
         raise
     except Exception as error:  # decoders of a broken archive raise all kinds
@@ -213,7 +201,7 @@ def cached_image(content: bytes) -> Path:
             if not whole():
                 with atomic_file(path) as temporary:
                     temporary.write_bytes(content)
-                _written.append(path)
+                _wrote(path)
     return path
 
 
@@ -228,21 +216,28 @@ def kept_if_read() -> Iterator[None]:
 
     Blocks may be nested: an outer one also deletes what finished inner ones wrote.
     """
-    before = len(_written)
+    written: list[Path] = []
+    _blocks.append(written)
     try:
         yield
     except PassingError:
         raise
     except RegraftError:
-        for path in _written[before:]:
+        for path in written:
             if path.is_dir():  # rename first: other processes take an existing folder as complete
                 doomed = path.with_name(f".{path.name}-{os.getpid()}")
                 path.replace(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-        del _written[before:]
         raise
+    finally:
+        _blocks.pop()
+
+
+def _wrote(path: Path) -> None:
+    for written in _blocks:
+        written.append(path)
 
 
 @contextmanager

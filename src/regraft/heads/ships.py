@@ -114,7 +114,7 @@ def head_outputs(
     softmax_factor = {"q": eps, "k": eps, "v": 1.0, "all": eps * eps}[target]
     if softmax_factor == 1.0:
         return HeadOutputs(intact, intact * eps, head_dim)
-    _, attention = attention_of(decoder_layers(model)[layer])
+    attention = attention_of(decoder_layers(model)[layer])
     with _scaled_logits(attention, softmax_factor):
         ablated = _o_proj_input(model, run, layer, hidden)
     return HeadOutputs(intact, ablated * eps if target == "all" else ablated, head_dim)
@@ -139,7 +139,7 @@ def replay_ablated(
     Returns:
         Normed final states `[len(heads), B, T, d]`, at the positions that `run` returns.
     """
-    _, attention = attention_of(decoder_layers(model)[layer])
+    attention = attention_of(decoder_layers(model)[layer])
     o_proj = attention.o_proj
     copies, size = len(heads), outputs.head_dim
 
@@ -161,7 +161,7 @@ def replay_ablated(
 
 @torch.no_grad()
 def _o_proj_input(model: nn.Module, run: Replay, layer: int, hidden: Tensor) -> Tensor:
-    o_proj: Any = attention_of(decoder_layers(model)[layer])[1].o_proj
+    o_proj: Any = attention_of(decoder_layers(model)[layer]).o_proj
     seen: list[Tensor] = []
     with o_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0])):
         run(start=layer, hidden=hidden, stop=layer + 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -63,10 +63,7 @@ class LinearArchitecture:
 
     @property
     def reads_vision(self) -> bool:
-        """Whether its inputs are vision tokens only.
-
-        True for the keys and values of cross-attention, and for Ernie's vision experts.
-        """
+        """Whether it reads vision tokens only: keys and values of cross-attention, some experts."""
         return self.name.startswith(_VISION_ONLY)
 
 
@@ -209,20 +206,17 @@ def _difference(dense: Architecture, pruned: Architecture) -> str | None:
         kinds = ("takes images", "is text-only")
         first, second = kinds if dense.has_vision else reversed(kinds)
         return f"the first ({dense.family}) {first}, the second ({pruned.family}) {second}"
-    a, b = ({f"{li.key}.weight": li.shape for li in one.linears} for one in (dense, pruned))
-    if found := _other_shape(a, b):
-        return found
+    a, b = (
+        {f"{li.key}.weight": li.shape for li in one.linears} | dict(one.others)
+        for one in (dense, pruned)
+    )
+    for name in [*a, *b]:
+        if a.get(name) != b.get(name):
+            shapes = [list(one[name]) if name in one else "missing" for one in (a, b)]
+            return f"{name} is {shapes[0]} in the first and {shapes[1]} in the second"
     for one, other in zip(dense.layers, pruned.layers, strict=True):
         if (one.heads, one.kv_heads) != (other.heads, other.kv_heads):
             return f"layer {one.index} has {one.heads} and {other.heads} heads"
-    return _other_shape(dict(dense.others), dict(pruned.others))
-
-
-def _other_shape(a: Mapping[str, tuple[int, ...]], b: Mapping[str, tuple[int, ...]]) -> str | None:
-    for name in [*a, *b]:
-        if a.get(name) != b.get(name):
-            first, second = (list(one[name]) if name in one else "missing" for one in (a, b))
-            return f"{name} is {first} in the first and {second} in the second"
     return None
 
 
@@ -304,12 +298,11 @@ def find_attention(layer: nn.Module) -> tuple[str, nn.Module] | None:
     return None
 
 
-def attention_of(layer: nn.Module) -> tuple[str, nn.Module]:
-    """`find_attention` in a layer that must have one."""
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The attention of a decoder layer that has heads."""
     found = find_attention(layer)
-    if found is None:
-        raise RegraftError(f"{type(layer).__name__} has none of {', '.join(ATTENTIONS)}.")
-    return found
+    assert found is not None
+    return found[1]
 
 
 def embeds_for_each_layer(decoder: nn.Module) -> bool:

@@ -13,13 +13,13 @@ from functools import cached_property
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from threading import Event
-from typing import Any, TypeGuard
 
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor
 
 from regraft.disk.files import digest, file_digest, in_threads
-from regraft.disk.parsing import json_object, read_json, shown
+from regraft.disk.parsing import from_json, json_object, read_json, shown
 from regraft.disk.paths import is_name, require_file, within
 from regraft.errors import RegraftError
 from regraft.models.places import Place
@@ -235,13 +235,10 @@ def _require_within(folder: Path) -> None:
 
 def _read_index(folder: Path) -> dict[str, str]:
     """Tensor -> shard as the index has it, all shards existing; empty for a single weights file."""
-    index = folder / INDEX_FILE
-    for path in (folder / SINGLE_FILE, index):
-        if path.exists() or path.is_symlink():
-            require_file(path)
-    if (folder / SINGLE_FILE).is_file():
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.exists() or single.is_symlink():  # not a regular file: an error when it is read
         return {}
-    if not index.is_file():
+    if not (index.exists() or index.is_symlink()):
         others = sorted(p.name for p in folder.iterdir() if p.suffix in OTHER_WEIGHTS)
         if others:
             raise RegraftError(
@@ -272,6 +269,15 @@ def _read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor in a header; `data_offsets` are its first byte and one past its last."""
+
+    dtype: str
+    shape: tuple[NonNegativeInt, ...]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
 def _read_header(path: Path) -> Iterator[TensorRecord]:
     size = require_file(path)
     with path.open("rb") as handle:
@@ -282,13 +288,14 @@ def _read_header(path: Path) -> Iterator[TensorRecord]:
         length = int.from_bytes(first, "little")
         if size < 8 or length > min(size - 8, _MOST_HEADER):
             raise RegraftError(f"{path} is truncated or not safetensors ({size} bytes). {_AGAIN}")
-        where = f"{path}: its safetensors header"
+        where = f"{path} is damaged, download or export it again: its safetensors header"
         header = json_object(handle.read(length), where)
     header.pop("__metadata__", None)
-    entries = [(name, *_entry(f"{where}: tensor {name}", one)) for name, one in header.items()]
+    entries = from_json(dict[str, _Entry], header, where)
     base = 8 + length
     end = 0
-    for name, dtype, shape, start, stop in sorted(entries, key=lambda entry: entry[3:]):
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        start, stop = entry.data_offsets
         if start != end:
             raise RegraftError(
                 f"{path} is damaged: tensor {name} begins at byte {start} of the data, the one "
@@ -300,34 +307,11 @@ def _read_header(path: Path) -> Iterator[TensorRecord]:
                 f"{path} is truncated: tensor {name} ends at byte {base + stop}, "
                 f"the file at {size}. {_AGAIN}"
             )
-        record = TensorRecord(name, path.name, dtype, shape, base + start, base + stop)
+        record = TensorRecord(name, path.name, entry.dtype, entry.shape, base + start, base + stop)
         _require_size(path, record)
         yield record
     if rest := size - base - end:
         raise RegraftError(f"{path}: {rest} bytes follow the last tensor. {_AGAIN}")
-
-
-def _entry(where: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """(dtype, shape, start, stop) of a tensor in a header."""
-    fields = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = (fields.get(name) for name in ("dtype", "shape", "data_offsets"))
-    for field, right in {
-        "dtype": isinstance(dtype, str),
-        "shape": _are_sizes(shape),
-        "data_offsets": _are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1],
-    }.items():
-        if not right:
-            raise RegraftError(
-                f"{where}: {field} is {shown(fields.get(field))}; expected a dtype such as "
-                f'"BF16", a shape and two data_offsets of whole numbers. {_AGAIN}'
-            )
-    start, stop = fields["data_offsets"]
-    return fields["dtype"], tuple(fields["shape"]), start, stop
-
-
-def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    """Whether a value is a list of non-negative integers."""
-    return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
 
 
 def _require_size(path: Path, record: TensorRecord) -> None:

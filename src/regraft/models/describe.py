@@ -62,11 +62,6 @@ def read_architecture(model: nn.Module, checkpoint: Checkpoint, layout: Layout) 
     )
 
 
-def _is_prunable(name: str, module: nn.Module) -> bool:
-    parts = name.split(".")  # Gemma 4's router is "router.proj"
-    return isinstance(module, nn.Linear) and not any(part in ROUTERS for part in parts)
-
-
 def _describe_layers(model: nn.Module, files: _Files) -> tuple[LayerArchitecture, ...]:
     names = {id(module): name for name, module in model.named_modules()}
     described, layers = [], decoder_layers(model)
@@ -140,7 +135,8 @@ class _Where(NamedTuple):
 
 def _linears(where: _Where, module: nn.Module, files: _Files) -> Iterator[LinearArchitecture]:
     """Describe the weight of an `nn.Linear`, or all experts' matrices if `module` holds these."""
-    if _is_prunable(where.name, module):
+    parts = where.name.split(".")  # Gemma 4's router is "router.proj"
+    if isinstance(module, nn.Linear) and not any(part in ROUTERS for part in parts):
         yield from _matrix(where, "weight", None, module, files)
     parameters = parameters_of(module)
     for expert in range(len(getattr(module, parameters[0])) if parameters else 0):

@@ -119,6 +119,8 @@ def with_shared_prefix(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[s
     unchanged. Answers are the same up to rounding. The B prompts are padded on the left to S
     tokens.
     """
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
     plain = dict(inputs)
     if inputs.keys() != {"input_ids", "attention_mask"} or not _takes_positions(model):
         return plain
@@ -126,10 +128,10 @@ def with_shared_prefix(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[s
     length = shared_length(ids, mask)
     if length * (len(ids) - 1) < _LEAST:
         return plain
+    cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return plain  # a layer caches anything but all keys and values
     ids, mask = prefix_first(ids, mask, length)
-    cache = _cache(model)
-    if cache is None:
-        return plain
     name = cache_argument(model)
     model(input_ids=ids[:1, :length], use_cache=True, logits_to_keep=1, **{name: cache})
     cache.batch_repeat_interleave(len(ids))
@@ -164,14 +166,6 @@ def _takes_positions(model: nn.Module) -> bool:
         return False
     own = type(model).__module__.startswith("transformers.")
     return own and "position_ids" in inspect.signature(type(model).forward).parameters
-
-
-def _cache(model: nn.Module) -> Any:
-    """An empty cache; None if a layer caches anything but all keys and values."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
-    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
 
 
 def positions_of(config: Any) -> int | None:

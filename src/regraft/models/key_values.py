@@ -22,12 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import RegraftError
-from regraft.models.architecture import (
-    cache_argument,
-    decoder_layers,
-    has_cross,
-    text_decoder,
-)
+from regraft.models.architecture import cache_argument, decoder_layers, has_cross, text_decoder
 from regraft.models.replay import (
     Replay,
     Stop,
@@ -273,15 +268,11 @@ def along_queries(
 
 def fold(tensor: Tensor, copies: int) -> Tensor:
     """Lay copies out along positions: `[copies * B, .., T, d]` -> `[B, .., copies * T, d]`."""
-    if copies == 1:
-        return tensor
     rows: Tensor = tensor.unflatten(0, (copies, -1))
     return rows.movedim(0, -3).flatten(-3, -2)
 
 
 def unfold(tensor: Tensor, copies: int) -> Tensor:
     """Undo `fold`: `[B, .., copies * T, d]` -> `[copies * B, .., T, d]`."""
-    if copies == 1:
-        return tensor
     rows: Tensor = tensor.unflatten(-2, (copies, -1))
     return rows.movedim(-3, 0).flatten(0, 1)

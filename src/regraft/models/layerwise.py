@@ -118,9 +118,8 @@ class LayerwisePass:
         if self._home.type == "cuda" and (_COPIES + 1) * size > free_bytes(self._home):
             self._home = torch.device("cpu")
             self.states = [state.to(self._home) for state in self.states]
-            self._texts = [
-                TextInputs(moved(dict(text.kwargs), self._home), text.batch) for text in self._texts
-            ]
+            for i, text in enumerate(self._texts):
+                self._texts[i] = replace(text, kwargs=moved(text.kwargs, self._home))
 
     def _nothing_shared(self) -> list[Shared]:
         return [Shared(more=self._more) for _ in self.states]

@@ -25,7 +25,7 @@ from regraft.models.chat_template import check_template
 from regraft.models.checkpoint import Checkpoint, open_checkpoint
 from regraft.models.describe import read_architecture
 from regraft.models.foreign import foreign, of_processor
-from regraft.models.layout import Layout, read_layout
+from regraft.models.layout import Layout, Tiling, read_layout
 from regraft.models.loaded import (
     check_finite,
     check_headers,
@@ -33,7 +33,6 @@ from regraft.models.loaded import (
     check_weights,
     describe_unused,
     enough_memory,
-    parameter_tensors,
     refuse_tokens_without_embedding,
 )
 from regraft.models.placement import PlacedModel
@@ -134,10 +133,14 @@ class Source:
 
     @cached_property
     def _parameter_tensors(self) -> frozenset[str]:
+        """Names on disk of the tensors that parameters are loaded from."""
         try:
-            return parameter_tensors(self._on_meta, self.layout)
+            named = self._on_meta.named_parameters(remove_duplicate=False)
+            found = [self.layout.get(name, "") for name, _ in named]
         except RegraftError:  # a type that transformers does not know
             return frozenset()
+        tilings = (one for one in found if isinstance(one, Tiling))
+        return frozenset(piece.tensor for tiling in tilings for piece in tiling.pieces)
 
     def unbounded(self, tensor: str) -> bool:
         """Whether a tensor may hold infinity: no parameter is known to be loaded from it."""
@@ -326,8 +329,7 @@ def _memory_limits(target: torch.device) -> dict[int | str, int] | None:
 
 def check_split(device: str, placement: str) -> None:
     """`require_split` if answering prompts will split the model over devices."""
-    on_cpu = pick_device(device).type == "cpu"
-    if placement == "streamed" and not on_cpu:
+    if pick_device(device).type != "cpu" and placement == "streamed":
         require_split()
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from regraft.disk.artifact import require_finite
 from regraft.errors import RegraftError, is_host_memory
-from regraft.models.architecture import Architecture, LinearArchitecture
+from regraft.models.architecture import Architecture
 from regraft.models.checkpoint import FLOATS, Checkpoint
-from regraft.models.layout import Layout, Tiling
+from regraft.models.layout import Layout
 
 
 def check_loading(folder: Path, loading: Mapping[str, Any]) -> None:
@@ -67,15 +67,6 @@ def check_headers(model: nn.Module, checkpoint: Checkpoint, layout: Layout) -> N
     )
 
 
-def parameter_tensors(model: nn.Module, layout: Layout) -> frozenset[str]:
-    """Names of the tensors on disk that a model's parameters are loaded from."""
-    named = model.named_parameters(remove_duplicate=False)
-    found = (layout.get(name, "") for name, _ in named)
-    return frozenset(
-        piece.tensor for tiling in found if isinstance(tiling, Tiling) for piece in tiling.pieces
-    )
-
-
 def check_finite(folder: Path, model: nn.Module) -> None:
     """Raise if a parameter holds NaN or infinity, or a buffer read from disk holds NaN."""
     buffers, kept = dict(model.named_buffers()), model.state_dict().keys()
@@ -85,11 +76,7 @@ def check_finite(folder: Path, model: nn.Module) -> None:
 
 
 def check_besides(checkpoint: Checkpoint, unbounded: Callable[[str], bool]) -> None:
-    """Check tensors that no parameter is loaded from (`Source.unbounded`), which loading may skip.
-
-    Raises:
-        RegraftError: one holds NaN; the message names it.
-    """
+    """Raise where a tensor holds NaN that loading may skip: `Source.unbounded`, no parameter's."""
     for name, record in checkpoint.tensors.items():
         if unbounded(name) and record.dtype in FLOATS:
             require_finite(checkpoint.folder, {name: checkpoint.read(name)}, unbounded=unbounded)
@@ -109,7 +96,9 @@ def describe_unused(folder: Path, loading: Mapping[str, Any]) -> str | None:
 
 def check_weights(model: nn.Module, checkpoint: Checkpoint, architecture: Architecture) -> None:
     """Raise unless one prunable weight of each kind is equal in memory and on disk."""
-    for linear in _one_of_each(architecture):
+    inside = [li for li in architecture.linears if li.held is not None or li.stored is not None]
+    # of linears inside larger tensors the last of each role
+    for linear in (next(architecture.linears), *{li.role: li for li in inside}.values()):
         module = model.get_submodule(linear.module)
         if getattr(module, linear.parameter).is_meta:
             continue  # an offloaded layer of a split model
@@ -147,12 +136,6 @@ def refuse_tokens_without_embedding(model: nn.Module, folder: Path) -> None:
                 )
 
     embeddings.register_forward_pre_hook(check)
-
-
-def _one_of_each(architecture: Architecture) -> list[LinearArchitecture]:
-    """The first linear, and of linears inside larger tensors the last of each role."""
-    inside = [li for li in architecture.linears if li.held is not None or li.stored is not None]
-    return [next(architecture.linears), *{linear.role: linear for linear in inside}.values()]
 
 
 @contextmanager

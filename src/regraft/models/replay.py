@@ -21,12 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from regraft.errors import RegraftError
-from regraft.models.architecture import (
-    cache_argument,
-    decoder_layers,
-    language_model,
-    text_decoder,
-)
+from regraft.models.architecture import cache_argument, decoder_layers, language_model, text_decoder
 from regraft.models.generation import encodes
 from regraft.models.placement import moved
 

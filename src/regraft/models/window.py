@@ -70,8 +70,10 @@ def window_at(model: nn.Module, recorded: Recorded, positions: Tensor) -> Window
             kwargs["cross_attention_states"] = None
         else:
             mask = arguments["attention_mask"]
-            rows = _causal(recorded.final) if mask is None else mask
-            rows = _pick(rows, positions, -2)  # [B, 1, T, S]
+            if mask is None:  # a causal one
+                length = recorded.final.shape[1]
+                mask = positions.new_ones(1, 1, length, length, dtype=torch.bool).tril()
+            rows = _pick(mask, positions, -2)  # [B, 1, T, S]
             within = _pick(rows, positions, -1)
             columns = positions[:, None, None, :].expand(*rows.shape[:-1], -1)
             kwargs["attention_mask"] = rows.scatter(-1, columns, _blocked(rows))
@@ -114,7 +116,7 @@ def _attention(layer: nn.Module, last: Tensor, keys: Tensor, kwargs: Mapping[str
     values = values.expand(*keys.shape[:2], -1, -1)
     # the last position is the query's own
     cache = StandIn(lambda *_args, **_kwargs: (keys, values), length - 1)
-    o_proj: Any = attention_of(layer)[1].o_proj
+    o_proj: Any = attention_of(layer).o_proj
     run = partial(layer, last, **kwargs, **{cache_argument(layer): cache})
     (weights,), _ = first_call(o_proj, run)
     attention: Tensor = weights
@@ -136,11 +138,6 @@ def _pick(tensor: Tensor, positions: Tensor, dim: int) -> Tensor:
     rows = tensor.expand(len(positions), *tensor.shape[1:])
     picked = [row.index_select(dim, at) for row, at in zip(rows, positions, strict=True)]
     return torch.stack(picked)
-
-
-def _causal(final: Tensor) -> Tensor:
-    length = final.shape[1]
-    return torch.ones(1, 1, length, length, dtype=torch.bool, device=final.device).tril()
 
 
 def _blocked(mask: Tensor) -> Any:

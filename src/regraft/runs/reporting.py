@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from regraft import stages
 from regraft.costs import read_costs, read_pass
-from regraft.data.demo import CAVEAT, is_demo
+from regraft.data.readers.demo import CAVEAT, is_demo
 from regraft.data.sources import DataSource, join_suites
 from regraft.defence import DEFENCE_PROMPT, Direction, load_defence
 from regraft.disk.descriptions import about_of, described

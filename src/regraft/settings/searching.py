@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar, cast
 
 from pydantic import Field, model_validator
 
-from regraft.data.demo import is_demo
+from regraft.data.readers.demo import is_demo
 from regraft.data.sources import DataSource, split_off
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import Reference

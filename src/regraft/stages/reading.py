@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from regraft.data.demo import demo_model, is_demo
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
+from regraft.data.readers.demo import demo_model, is_demo
 from regraft.data.sources import DataSource, join_suites, read
 from regraft.data.storage import kept_if_read
 from regraft.disk.artifact import ABOUT_FILE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +95,7 @@ def _image(row: Row, cells: dict[str, str], images: dict[str, Path]) -> Path:
     if text not in images:
         try:
             content = base64.b64decode(text, validate=True)
-        except (binascii.Error, ValueError) as error:
+        except ValueError as error:
             raise RegraftError(
                 f"{row.where}: the field 'image' is neither an image in base64 nor the index of a "
                 f"row with one: {error}."
