@@ -136,6 +136,26 @@ def test_side_files(small: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.json").read_bytes() == (small / "config.json").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"a": 1, "sparsity_config": {"format": "dense"}}, {"a": 1}),
+        ({"quantization_config": {"sparsity_config": {}, "config_groups": {}}, "a": 1}, {"a": 1}),
+        (
+            {"quantization_config": {"sparsity_config": {}, "config_groups": {"g": 1}}},
+            {"quantization_config": {"config_groups": {"g": 1}}},
+        ),
+        ({"quantization_config": {"bits": 4}}, {"quantization_config": {"bits": 4}}),
+    ],
+)
+def test_sparsity_config_is_dropped(
+    small: Path, tmp_path: Path, config: object, expected: object
+) -> None:
+    (small / "config.json").write_text(json.dumps(config))
+    write_edited(open_checkpoint(small), tmp_path / "out", {})
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == expected
+
+
 def test_edits_see_every_dtype(small: Path, tmp_path: Path) -> None:
     seen: dict[str, Tensor] = {}
 

@@ -7,6 +7,8 @@ while they are copied, so they are read only once.
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,19 +27,20 @@ from regraft.disk.files import (
     require_space,
     write_all,
 )
+from regraft.disk.parsing import read_json
 from regraft.disk.paths import real
 from regraft.errors import PassingError, RegraftError
 from regraft.models.checkpoint import (
     FLOATS,
     OTHER_WEIGHTS,
     Checkpoint,
-    TensorRecord,
     open_checkpoint,
     read_tensor,
 )
 from regraft.progress import Advance, thread_safe
 
 Edit = Callable[[Tensor], Tensor]
+EditShard = Callable[[Path], None]
 Unbounded = Callable[[str], bool]
 """Whether the tensor of this name may hold infinity."""
 _CHUNK = 2**20  # bytes read at a time; they fit in a core's own cache
@@ -54,8 +57,9 @@ def write_edited(
 ) -> Checkpoint:
     """Copy a checkpoint folder to `target` atomically, replacing single tensors.
 
-    Config, processor, tokenizer and chat template files are copied unchanged; weights in other
-    formats are left out.
+    Config, processor, tokenizer and chat template files are copied unchanged, except that a
+    `sparsity_config` in config.json is dropped (zeros are saved densely and serving engines
+    reject it); weights in other formats are left out.
 
     Args:
         target: The new folder; must be absent or empty.
@@ -92,7 +96,7 @@ def write_edited(
 def write_copy(
     source: Checkpoint,
     target: Path,
-    edit_shard: Callable[[Path], None],
+    edit_shard: EditShard,
     *,
     files: Mapping[str, str] | None = None,
     advance: Advance = lambda _: None,
@@ -163,17 +167,15 @@ def _read_checked(source: Checkpoint, shard: str, unbounded: Unbounded) -> Itera
     records = [one for one in source.tensors.values() if one.shard == shard]
     header = min((one.start for one in records), default=path.stat().st_size)
     buffer = torch.empty(_CHUNK, dtype=torch.uint8)
-    spans: list[tuple[int, int, TensorRecord | None]] = [(0, header, None)]
-    spans += [(one.start, one.stop, one) for one in sorted(records, key=lambda one: one.start)]
     with path.open("rb", buffering=0) as handle:
-        for start, stop, record in spans:
-            for first in range(start, stop, _CHUNK):
-                part = buffer[: stop - first]
-                content = part.numpy().data
-                read_at(handle, first, content)
-                if record is not None and record.dtype in FLOATS:
-                    values = {record.name: part.view(record.torch_dtype)}
-                    require_finite(source.folder, values, unbounded=unbounded)
+        for piece in _cut(0, header):
+            yield _fill(buffer, handle, piece)
+        for record in sorted(records, key=lambda one: one.start):
+            for piece in _cut(record.start, record.stop):
+                content = _fill(buffer, handle, piece)
+                if record.dtype in FLOATS:
+                    part = buffer[: len(piece)].view(record.torch_dtype)
+                    require_finite(source.folder, {record.name: part}, unbounded=unbounded)
                 yield content
 
 
@@ -195,11 +197,25 @@ def check_all_weights(source: Checkpoint, unbounded: Unbounded, advance: Advance
     in_threads(check, source.shards, stop)
 
 
+def _cut(start: int, stop: int) -> Iterator[range]:
+    return (range(first, min(first + _CHUNK, stop)) for first in range(start, stop, _CHUNK))
+
+
+def _fill(buffer: Tensor, handle: io.FileIO, piece: range) -> memoryview:
+    """Read a range of bytes of a file into the buffer."""
+    content = buffer[: len(piece)].numpy().data
+    read_at(handle, piece.start, content)
+    return content
+
+
 def _copy_side_files(source: Checkpoint, target: Path) -> None:
     for path in _side_files(source):
         relative = path.relative_to(source.folder)
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / relative)
+        if str(relative) == "config.json":
+            _copy_config(path, target / relative)
+        else:
+            shutil.copyfile(path, target / relative)
 
 
 def _side_files(source: Checkpoint) -> Iterator[Path]:
@@ -212,3 +228,21 @@ def _side_files(source: Checkpoint) -> Iterator[Path]:
         is_weight = path.suffix == ".safetensors" or relative.name in source.shards
         if path.is_file() and not (hidden or in_other_format or is_weight):
             yield path
+
+
+def _copy_config(source: Path, target: Path) -> None:
+    config = read_json(source, lenient=True)
+    if not isinstance(config, dict):
+        raise RegraftError(f"{source}: expected a JSON object with settings.")
+    dense = {key: value for key, value in config.items() if key != "sparsity_config"}
+    quantization = dense.get("quantization_config")
+    if isinstance(quantization, dict) and "sparsity_config" in quantization:
+        rest = {k: v for k, v in quantization.items() if k != "sparsity_config"}
+        if rest.get("config_groups"):
+            dense["quantization_config"] = rest
+        else:
+            del dense["quantization_config"]
+    if dense == config:
+        shutil.copyfile(source, target)
+    else:
+        target.write_text(json.dumps(dense, indent=2) + "\n", encoding="utf-8")
