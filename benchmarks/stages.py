@@ -47,6 +47,7 @@ from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
+from regraft.stages import answering
 from regraft.stages.answering import imitation_data
 from regraft.stages.reading import draw_calibration, read_suites
 
@@ -135,7 +136,7 @@ def texts_of(
     """The texts that each stage reads, by its name; `answered` are the evaluation's prompts."""
     source, compute = setup.dense, setup.compute
     responses, processor = work / "pruned.responses", load_processor(source)
-    learnt = stages.calibration_data(setup, responses, "utility").examples
+    learnt = answering.calibration_data(setup, responses, "utility").examples
     imitated = [one.examples for one in imitation_data(setup, responses).values()]
     prompts = draw_calibration(source, setup.calibration, "safety").examples
     return {

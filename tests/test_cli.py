@@ -49,8 +49,9 @@ from regraft.runs import pipeline
 from regraft.runs.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.stages import planning
+from regraft.stages import steps
 from regraft.stages.gathering import check_heads
+from regraft.stages.pruning import spilled_bytes
 from regraft.stages.reading import _made_from_demo
 from regraft.stages.steps import Step
 
@@ -1187,8 +1188,8 @@ def test_the_estimate_of_a_run_counts_what_each_stage_takes(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Heads half of the layers each, the ten forward and backward passes of gain: of prompts."""
-    monkeypatch.setattr(planning, "_speed", lambda *_: 1e9)
-    monkeypatch.setattr(planning, "_EFFICIENCY", {"cpu": 1})
+    monkeypatch.setattr(steps, "_speed", lambda *_: 1e9)
+    monkeypatch.setattr(steps, "_EFFICIENCY", {"cpu": 1})
     dense = open_source(world.model)
     heads = sum(layer.heads for layer in dense.architecture.layers)
 
@@ -1232,7 +1233,7 @@ def test_what_needs_no_backward_pass_needs_no_space_for_one(world: World) -> Non
         """Beside the checkpoints, and what pruning keeps of finished layers."""
         steps = pipeline.plan_run(read_recipe(world.recipe(**fields)), place.path).steps
         pruner = parse_pruning(fields.get("prune", {}))
-        spilled = stages.spilled_bytes(open_source(world.model), pruner)
+        spilled = spilled_bytes(open_source(world.model), pruner)
         return max(
             step.temporary_bytes() - spilled * (step.stage == "prune")
             for step in steps

@@ -15,6 +15,7 @@ from regraft import stages
 from regraft.data.collate import batches, prompt_batch
 from regraft.data.sources import DataSource
 from regraft.defence import asked, load_defence
+from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
@@ -181,7 +182,7 @@ def test_the_stage_prunes_by_harmful_prompts_and_its_prompt(bench, tmp_path):
         for one in pruned
     )
     assert 0 < int((first ^ second).sum()) < 0.2 * len(first), "the prompt decides, a little"
-    about = read_json(tmp_path / "0" / stages.ABOUT_FILE)
+    about = read_json(tmp_path / "0" / ABOUT_FILE)
     assert about["data"].keys() == {"safety"} and about["settings"]["prompt"] == SAFETY_PROMPT
 
 

@@ -81,7 +81,7 @@ def tune(root: Path, tmp_path: Path) -> Callable[..., Tuned]:
             evaluation=EVALUATION,
         )
         pruned, tuning = open_source(root / "pruned"), TuneSettings(**own)
-        return stages.tune_method(
+        return tuning.tune_method(
             restoration, pruned, method=settings, tuning=tuning, **given | changes
         )
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from regraft.report.study import Study
-    from regraft.stages.planning import Planned
+    from regraft.stages.steps import Planned
 
 _SECONDS_BETWEEN_LINES = 10.0
 

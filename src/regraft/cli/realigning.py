@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import App, Group, Parameter
 from pydantic import ValidationError
 
-from regraft.cli.options import OutFile, as_command, given, live_progress
+from regraft.cli.options import OutFile, as_command, live_progress
 from regraft.console import ConsoleProgress, show_preview, show_search
 from regraft.errors import RegraftError
-from regraft.flags import DEFAULT_VALIDATION_TOKENS
+from regraft.evaluation.tradeoff import read_curve
+from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_inputs, check_search
 from regraft.heads.ships import HeadSettings
-from regraft.patch.format import Patch
+from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import is_changed
 from regraft.restoration.base import METHODS, Budgeted, MethodSettings
 from regraft.restoration.methods.fine_tune import TRAINED_VALUES, is_trained
@@ -22,6 +23,7 @@ from regraft.restoration.methods.gain.path import read_path, short_of
 from regraft.settings.base import EXPERT, explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
+from regraft.settings.evaluating import EvalSettings
 from regraft.settings.searching import SearchSettings
 
 _SEARCH = Group("Search for the number of weights", sort_key=2)
@@ -77,27 +79,34 @@ def run_method(
     dry_run: DryRun = False,
 ) -> None:
     """Rank weights by a method and write the dense values of the first ones as a patch."""
-    from regraft import api, stages
+    from regraft import stages
+    from regraft.stages.restoring import plan_restoration
 
     if not search and choice != SearchSettings():
         raise RegraftError("Bounds, targets and points are for a search: add --search.")
+    check_search(search, settings, max_new_tokens)
+    check_inputs(settings, scoring, heads_file, statistics_file)
     progress = live_progress()
-    options: dict[str, Any] = {
-        "search": given(choice) if search else None,
-        "max_new_tokens": max_new_tokens,
-        "heads_file": heads_file,
-        "statistics_file": statistics_file,
-        "progress": progress,
-        **given(settings, calibration, scoring, compute),
-    }
+    setup = stages.Restoration(
+        compute.opened(dense),
+        calibration.with_responses(),
+        compute,
+        progress,
+        scoring=scoring,
+        evaluation=EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
+    )
+    given = stages.Inputs(heads=heads_file, statistics=statistics_file)
+    paths = stages.ArtifactPaths.beside(out, given)
+    chosen = choice if search else None
+    plan = plan_restoration(setup, compute.opened(pruned), settings, paths, chosen)
     if dry_run:
-        show_preview(progress.console, out, api.planned_realign(dense, pruned, out, **options))
+        show_preview(progress.console, out, plan)
         return
-    patch = api.realign(dense, pruned, out, **options)
+    plan.make()
+    patch = load_patch(out)
     if search:
-        curve = stages.ArtifactPaths.beside(out).curve
-        show_search(progress.console, stages.read_curve(curve))
-        progress.note(f"All points: {curve}")
+        show_search(progress.console, read_curve(paths.curve))
+        progress.note(f"All points: {paths.curve}")
     _describe(progress, out, patch, settings)
 
 

@@ -56,6 +56,7 @@ def tune(
     compute: Where = ComputeSettings(),
 ) -> None:
     from regraft import stages
+    from regraft.stages.tuning import tune_method
 
     calibration = calibration.with_responses()
     progress = live_progress()
@@ -71,7 +72,7 @@ def tune(
         evaluation=EvalSettings(max_new_tokens=max_new_tokens, full_answers=False),
     )
     other = compute.opened(pruned)
-    tuned = stages.tune_method(restoration, other, out, settings, tuning, choice)
+    tuned = tune_method(restoration, other, out, settings, tuning, choice)
     show_tuned(progress.console, tuned)
     progress.note(f"All trials: {out / 'tuned.json'}")
     if tuned.best is not None:

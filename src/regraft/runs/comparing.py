@@ -23,6 +23,7 @@ from regraft.report.write import check_report_folder, write_report
 from regraft.restoration.base import settings_in
 from regraft.runs.reporting import accounts_of, images_of, open_run, read_run, run_folders
 from regraft.stages import Evaluation
+from regraft.stages.judging import opinions
 from regraft.stages.provenance import but_for_rounding, difference, differing
 
 _CONDITIONS = ("settings", "compute", "versions")  # under which models are evaluated
@@ -95,7 +96,7 @@ def run_of_evaluations(folders: Sequence[Path], pair: Pair | None = None) -> Run
         opinions=tuple(
             Opinion(name, *one)
             for folder, name in zip(folders, found, strict=True)
-            for one in stages.opinions(folder)
+            for one in opinions(folder)
         ),
         unrelated=pair is None,
     )

@@ -24,10 +24,10 @@ from regraft.runs.passes import count_pass, learns_from_both
 from regraft.runs.plan import Planner
 from regraft.runs.reporting import report_run
 from regraft.runs.run_dir import RunDir
-from regraft.stages.planning import Planned, plan_steps
 from regraft.stages.provenance import but_for_rounding, difference
 from regraft.stages.ranking import check_restorable
 from regraft.stages.reading import warn_of_bundled
+from regraft.stages.steps import Planned, plan_steps
 
 
 def plan_run(

@@ -21,7 +21,9 @@ from regraft.runs.run_dir import RunDir
 from regraft.settings.defending import RefusalDirectionSettings
 from regraft.settings.searching import SearchSettings
 from regraft.stages.defending import check_direction_layer
+from regraft.stages.pruning import spilled_bytes
 from regraft.stages.reading import read_validation
+from regraft.stages.searching import Search
 from regraft.stages.steps import PromptUse, Step
 
 
@@ -65,7 +67,7 @@ class Planner:
     def _prune(self, pruning: PruningSettings) -> Step:
         setup, out, pruner = self.setup, self.run_dir.pruned(pruning.name), pruning.method
         by_gradients = PRUNERS.get(pruner).by_gradients
-        spilled = stages.spilled_bytes(setup.dense, pruning)
+        spilled = spilled_bytes(setup.dense, pruning)
 
         def check() -> PromptUse:
             pruning.patterns(setup.dense.architecture.linears)
@@ -169,7 +171,7 @@ class Planner:
         def make() -> object:
             if curve.exists():
                 return None
-            return stages.Search(setup, search).references(self.pruned(pruning), references)
+            return Search(setup, search).references(self.pruned(pruning), references)
 
         return Step(SEARCH_REFERENCES, pruning, references / "pruned", make)
 

@@ -21,7 +21,7 @@ from regraft.pruning.base import PRUNERS
 from regraft.pruning.statistics import StatisticsSettings
 from regraft.restoration.base import MethodSettings, Needs, method_of, needs_of, own_settings
 from regraft.restoration.ranking import load_ranking
-from regraft.settings.searching import SearchSettings
+from regraft.settings.searching import SearchSettings, with_held_out
 from regraft.stages.answering import imitation_data
 from regraft.stages.gathering import (
     check_heads,
@@ -30,7 +30,6 @@ from regraft.stages.gathering import (
     write_head_scores,
     write_statistics,
 )
-from regraft.stages.planning import Planned, plan_steps
 from regraft.stages.ranking import (
     check_budget,
     check_made_by,
@@ -41,7 +40,7 @@ from regraft.stages.ranking import (
 )
 from regraft.stages.searching import Search, remarks
 from regraft.stages.setup import ArtifactPaths, Inputs, Setup
-from regraft.stages.steps import PromptUse, Step, StepGuard
+from regraft.stages.steps import Planned, PromptUse, Step, StepGuard, plan_steps
 
 
 @dataclass(frozen=True)
@@ -55,34 +54,6 @@ class Restoration(Setup):
 
     scoring: HeadSettings = HeadSettings()
     guard: StepGuard = lambda _stage, _of: nullcontext()
-
-    def planned(
-        self,
-        pruned: Source,
-        settings: MethodSettings,
-        paths: ArtifactPaths,
-        choice: SearchSettings | None = None,
-    ) -> Planned:
-        """The steps of a method's inputs, its ranking and the patch, for `make`; writes nothing.
-
-        Raises:
-            RegraftError: bad input of any step, found before any long work.
-        """
-        steps = [
-            *self.gathering([needs_of(settings)], paths),
-            *self.steps(lambda: pruned, settings, paths, choice),
-        ]
-        check_pair(self.dense, pruned)
-        check_restorable(settings, self.cache.surveyed(self.dense, pruned, self.progress))
-        _check_given(self.dense, pruned, settings, paths.given)
-        plan = plan_steps(self, steps)
-        for line in plan.prompts.warnings():
-            self.progress.note(f"Warning: {line}.")
-        if paths.patch.exists():
-            searched = choice is not None
-            pair = self.dense, pruned
-            check_made_by(paths.patch, *pair, settings, self.progress, searched=searched)
-        return plan
 
     def make(self, steps: Iterable[Step]) -> None:
         """Make steps in order, each in the context of the guard."""
@@ -242,6 +213,40 @@ class Restoration(Setup):
             loads_model=True,
             temporary_bytes=states,
         )
+
+
+def plan_restoration(
+    setup: Restoration,
+    pruned: Source,
+    settings: MethodSettings,
+    paths: ArtifactPaths,
+    choice: SearchSettings | None = None,
+) -> Planned:
+    """The steps of a method's inputs, its ranking and the patch; writes nothing.
+
+    Validation prompts of a search that are not named are held out of the calibration data.
+
+    Raises:
+        RegraftError: bad input of any step, found before any long work.
+    """
+    dense, progress = setup.dense, setup.progress
+    if choice is not None:
+        found = with_held_out(choice, dense.folder, setup.calibration, progress.note)
+        choice, setup = found[0], replace(setup, calibration=found[1])
+    steps = [
+        *setup.gathering([needs_of(settings)], paths),
+        *setup.steps(lambda: pruned, settings, paths, choice),
+    ]
+    check_pair(dense, pruned)
+    check_restorable(settings, setup.cache.surveyed(dense, pruned, progress))
+    _check_given(dense, pruned, settings, paths.given)
+    plan = plan_steps(setup, steps)
+    for line in plan.prompts.warnings():
+        progress.note(f"Warning: {line}.")
+    if paths.patch.exists():
+        searched = choice is not None
+        check_made_by(paths.patch, dense, pruned, settings, progress, searched=searched)
+    return plan
 
 
 def _check_given(dense: Source, pruned: Source, settings: MethodSettings, given: Inputs) -> None:
