@@ -40,7 +40,7 @@ from regraft.evaluation.greedy import checked_head
 from regraft.heads.ships import HeadSettings
 from regraft.loading import collate
 from regraft.models.load import Source, load_model, load_processor, open_source, placed
-from regraft.progress import Advance, Silent
+from regraft.progress import Advance, Progress
 from regraft.pruning.base import prune_settings
 from regraft.restoration.methods.gain.method import GainSettings
 from regraft.restoration.ranking import load_ranking
@@ -54,7 +54,7 @@ from regraft.stages.reading import draw_calibration, read_suites
 NOT_COUNTED = ("Loading", "Writing", "Checking")
 
 
-class Clock(Silent):
+class Clock(Progress):
     """Sums the seconds of all tasks except `NOT_COUNTED`."""
 
     def __init__(self) -> None:

@@ -33,7 +33,7 @@ from regraft.heads.ships import HeadSettings
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
-from regraft.progress import Silent
+from regraft.progress import Progress
 from regraft.recipes.file import write_recipe
 from regraft.recipes.recipe import Recipe as RecipeModel
 from regraft.runs import pipeline, recipe_runs
@@ -208,7 +208,7 @@ class StoppedError(Exception):
     """The run ends here."""
 
 
-class Stopping(Silent):
+class Stopping(Progress):
     """Ends a run when it says `text`."""
 
     def __init__(self, text: str) -> None:
@@ -236,7 +236,7 @@ def several(
 def test_a_run_says_that_test_prompts_were_used_before(several: Path) -> None:
     notes: list[str] = []
 
-    class Told(Silent):
+    class Told(Progress):
         def note(self, text: str) -> None:
             notes.append(text)
 

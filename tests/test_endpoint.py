@@ -53,7 +53,7 @@ from regraft.evaluation.chat_server import ChatServer, Reply
 from regraft.evaluation.served import as_they_come, portable
 from regraft.evaluation.server_key import KEY_VARIABLE, without_key
 from regraft.models.load import open_source
-from regraft.progress import Silent
+from regraft.progress import Progress
 from regraft.report.pooling import study_of
 from regraft.runs import comparing
 from regraft.settings.compute import ComputeSettings
@@ -101,8 +101,8 @@ class Notes:
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    task = Silent.task
-    loaded = Silent.loaded
+    task = Progress.task
+    loaded = Progress.loaded
 
     def note(self, text: str) -> None:
         self.said.append(text)

@@ -50,7 +50,7 @@ from regraft.evaluation.verdicts import (
     read_verdicts,
 )
 from regraft.models.load import open_source
-from regraft.progress import Silent
+from regraft.progress import Progress
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages import judging
@@ -96,7 +96,7 @@ def _judge(folder: Path, by: str, loaded: Any = None, **more: Any) -> Judged:
     with pytest.MonkeyPatch.context() as patch:
         if loaded is not None:
             patch.setattr(judging, "load_judge", lambda *_: loaded)
-        return judging.judge_answers(folder, by, out, COMPUTE, Silent(), **more)
+        return judging.judge_answers(folder, by, out, COMPUTE, Progress(), **more)
 
 
 def test_two_keyword_judges_by_hand(tmp_path: Path) -> None:
@@ -644,10 +644,10 @@ def test_what_an_endpoint_said_before_it_failed_stays(
     monkeypatch.setattr(judging, "load_judge", lambda *_: judge)
     monkeypatch.setattr(Endpoint, "verdicts", fails_later)
     with pytest.raises(PassingError):
-        judging.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Silent())
+        judging.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Progress())
     asked = len(_Server.got)
     monkeypatch.setattr(Endpoint, "verdicts", own)
-    judging.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Silent())
+    judging.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Progress())
     assert (asked, len(_Server.got)) == (5, 6)  # the last chunk is one answer
 
 
@@ -799,7 +799,7 @@ def test_unread_answers_behind_others_stop_nothing(
 
     monkeypatch.setattr(Endpoint, "verdicts", empty_later)
     monkeypatch.setattr(judging, "load_judge", lambda *_: judge)
-    judged = judging.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Silent())
+    judged = judging.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Progress())
     assert judged.unread == 2
 
 
@@ -1045,7 +1045,7 @@ def test_a_label_that_no_answer_has(tmp_path: Path) -> None:
     wanted = ("2_full_refusal", "3_partial_refusel")
     with pytest.raises(RegraftError, match="No answer is labelled '3_partial_refusel'"):
         judging.measure_judges(
-            [tmp_path / "a.csv"], ["gcg-1"], Labels(positive=wanted), COMPUTE, Silent()
+            [tmp_path / "a.csv"], ["gcg-1"], Labels(positive=wanted), COMPUTE, Progress()
         )
 
 

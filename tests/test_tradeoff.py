@@ -36,7 +36,7 @@ from regraft.models.architecture import decoder_layers
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.patch.format import load_patch
-from regraft.progress import Progress, Silent
+from regraft.progress import Progress
 from regraft.recipes.recipe import Recipe
 from regraft.report.page import CURVES_CAPTION
 from regraft.restoration.base import MethodSettings
@@ -156,7 +156,7 @@ COMPUTE = ComputeSettings(device="cpu", batch_size=8)
 SHORT = EvalSettings(max_new_tokens=3)
 
 
-class Notes(Silent):
+class Notes(Progress):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
@@ -196,7 +196,7 @@ class Bench:
         paths = replace(stages.ArtifactPaths.beside(out), ranking=self.root / "ranking", curve=out)
         calibration = CalibrationSettings(data=self.validation)
         restoration = stages.Restoration(
-            self.dense, calibration, compute, evaluation=SHORT, progress=progress or Silent()
+            self.dense, calibration, compute, evaluation=SHORT, progress=progress or Progress()
         )
         restoration.search(self.pruned, self.settings, paths, choice)
         return read_curve(out).chosen or 0

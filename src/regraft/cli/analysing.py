@@ -22,7 +22,7 @@ from regraft.cli.options import (
     given,
     live_progress,
 )
-from regraft.cli.reporting import compare
+from regraft.cli.running import compare
 from regraft.console import say, show_grid, show_table
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import open_source

@@ -65,6 +65,12 @@ class Restoration(Setup):
             with self.guard(step.stage, step.of):
                 step.make()
 
+    def choosing(self, choice: SearchSettings) -> tuple[SearchSettings, Restoration]:
+        """The choice with validation prompts, held out of the calibration if none are named."""
+        note, folder = self.progress.note, self.dense.folder
+        choice, calibration = with_held_out(choice, folder, self.calibration, note)
+        return choice, replace(self, calibration=calibration)
+
     def gathering(self, needs: Iterable[Needs], paths: ArtifactPaths) -> Iterator[Step]:
         """Inputs of the methods that are not given: head scores, answers, statistics."""
         wanted = list(needs)
@@ -231,8 +237,7 @@ def plan_restoration(
     """
     dense, progress = setup.dense, setup.progress
     if choice is not None:
-        found = with_held_out(choice, dense.folder, setup.calibration, progress.note)
-        choice, setup = found[0], replace(setup, calibration=found[1])
+        choice, setup = setup.choosing(choice)
     steps = [
         *setup.gathering([needs_of(settings)], paths),
         *setup.steps(lambda: pruned, settings, paths, choice),

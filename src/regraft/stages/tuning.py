@@ -36,7 +36,7 @@ from regraft.patch.pair import check_pair
 from regraft.recipes.file import recipe_item
 from regraft.restoration.base import MethodSettings, needs_of
 from regraft.settings.base import explain
-from regraft.settings.searching import SearchSettings, TuneSettings, with_validation
+from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.stages.gathering import check_r_max
 from regraft.stages.provenance import describe, fingerprints
 from regraft.stages.ranking import check_restorable
@@ -72,9 +72,9 @@ def tune_method(
     Raises:
         RegraftError: bad input, the folder is of another tuning, or Optuna is missing.
     """
-    dense, calibration = restoration.dense, restoration.calibration
-    choice = with_validation(choice, dense.folder, calibration)
     _check(choice)
+    dense = restoration.dense
+    choice, restoration = restoration.choosing(choice)
     check_pair(dense, pruned)
     survey = restoration.cache.surveyed(dense, pruned, restoration.progress)
     if method.searchable or survey.kind == "changed":
