@@ -1214,6 +1214,10 @@ def test_the_estimate_of_a_run_counts_what_each_stage_takes(
     screened = {"mode": "screened", "candidates": 1, "r_max": 2}
     fewer = passes(realign=[{"method": "hsr", "budget": 50, "top_heads": 1}], heads=screened)
     assert fewer == pytest.approx(heads / 12 + 1 / 2 + 2)
+    with pytest.raises(
+        RegraftError, match=r"only the 1 best will be .*in a recipe heads\.candidates"
+    ):
+        passes(realign=[{"method": "hsr", "budget": 50, "top_heads": 2}], heads=screened)
     ours = passes(answers=2, realign=[{"method": "gain", "budget": 50}])
     assert ours == pytest.approx(2 * 30), "both kinds"
 

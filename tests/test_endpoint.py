@@ -855,7 +855,7 @@ def test_reports_have_endpoints_beside_models_in_memory(
     assert [one.pruned for one in found.variants] == [0, 0, 0]
     text = (tmp_path / "page-served" / "report.md").read_text()
     assert server.name() in text
-    pair = comparing.Pair(folders[0], folders[2])
+    pair = folders[0], folders[2]
     assert [one.restored for one in comparing.run_of_evaluations([folders[1]], pair).variants] == [
         0
     ] * 3

@@ -193,9 +193,7 @@ def _pair(dense: Path | None, pruned: Path | None) -> Pair | None:
     if dense is None or pruned is None:
         given, missing = ("--pruned", "--dense") if dense is None else ("--dense", "--pruned")
         raise RegraftError(f"RSR needs both evaluations: with {given}, name {missing} too.")
-    from regraft.runs.comparing import Pair
-
-    return Pair(dense, pruned)
+    return dense, pruned
 
 
 def compare(*run: Path, out: OutFolder, against: Against = ()) -> None:

@@ -32,7 +32,7 @@ from regraft.stages.evaluating import (
     read_evaluation,
     require_evaluation,
 )
-from regraft.stages.provenance import but_for_rounding, differing
+from regraft.stages.provenance import but_for_rounding, differences
 from regraft.stages.targets import Answered
 
 Side = Evaluable | Path  # a model to evaluate, or the folder of a finished evaluation
@@ -96,14 +96,9 @@ def check_compressed(
             evaluations[name] = evaluate_target(side, out / name, suites, settings)
     found = _verdict(evaluations, names, margins)
     if distributed.first():
-        _write(out, found)
+        texts = to_json(check_to_json(found)), junit(found), markdown(found)
+        write_texts(dict(zip((out / name for name in _FILES), texts, strict=True)))
     return found
-
-
-def _write(out: Path, found: Check) -> None:
-    texts = {"junit.xml": junit(found), "summary.md": markdown(found)}
-    texts["check.json"] = to_json(check_to_json(found))
-    write_texts({out / name: text for name, text in texts.items()})
 
 
 def check_compute(sides: Sequence[Side], compute: ComputeSettings) -> None:
@@ -242,7 +237,7 @@ def _verdict(
         compared(dense.result, other, fractions),
         _provenance(dense, compressed),
         (
-            *_difference_notes(dense.about, compressed.about),
+            *differences(DENSE, dense.about, COMPRESSED, compressed.about, "compute", "versions"),
             *_reply_notes(DENSE, dense),
             *_reply_notes(COMPRESSED, compressed),
         ),
@@ -285,18 +280,4 @@ def _reply_notes(name: str, evaluation: Evaluation) -> Iterator[str]:
         yield (
             f"The {name} model: harmful prompts without any answer: {empty:,}. ASR counts them as "
             "not answered, although the server's filter may have withheld the answers."
-        )
-
-
-def _difference_notes(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences on what differs between the evaluations, but does not prevent a verdict."""
-    if ("compute" in dense) != ("compute" in compressed):
-        yield "Only one of the two ran here: how a server runs a model is not known."
-        return  # the server's versions are not known
-    if "compute" not in dense:
-        return
-    for way, name, ours, theirs in differing(dense, compressed, "compute", "versions"):
-        yield (
-            f"The two were evaluated with different {way}: {name} is {ours} for the dense model "
-            f"and {theirs} for the compressed one."
         )

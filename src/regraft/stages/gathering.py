@@ -115,7 +115,6 @@ def check_heads(dense: Source, needs: Needs, scoring: HeadSettings | None) -> No
         raise RegraftError(f"top_heads is {wanted}; the model has {count} heads.")
     if scoring is None or needs.heads is None:
         return
-    check_scoring(dense, scoring)
     if needs.heads.criterion == "released" and scoring.mode != "exact":
         raise RegraftError(
             f"The criterion `released` needs every head scored exactly, and `mode` is "
@@ -125,7 +124,7 @@ def check_heads(dense: Source, needs: Needs, scoring: HeadSettings | None) -> No
         raise RegraftError(
             f"top_heads is {needs.heads.count}, but of the screened heads only the "
             f"{scoring.candidates} best will be scored exactly. Give --candidates "
-            f"{needs.heads.count} or more."
+            f"{needs.heads.count} or more (in a recipe heads.candidates)."
         )
 
 

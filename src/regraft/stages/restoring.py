@@ -6,7 +6,7 @@ time or lock every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from regraft.stages.answering import imitation_data
 from regraft.stages.gathering import (
     check_heads,
     check_r_max,
+    check_scoring,
     gathering_passes,
     write_head_scores,
     write_statistics,
@@ -39,7 +40,7 @@ from regraft.stages.ranking import (
     write_ranking,
 )
 from regraft.stages.searching import Search, remarks
-from regraft.stages.setup import ArtifactPaths, Inputs, Setup
+from regraft.stages.setup import ArtifactPaths, Setup
 from regraft.stages.steps import Planned, PromptUse, Step, StepGuard, plan_steps
 
 
@@ -74,9 +75,8 @@ class Restoration(Setup):
     def gathering(self, needs: Iterable[Needs], paths: ArtifactPaths) -> Iterator[Step]:
         """Inputs of the methods that are not given: head scores, answers, statistics."""
         wanted = list(needs)
-        by_heads = [one for one in wanted if one.heads]
-        if by_heads and paths.given.heads is None:
-            yield self._heads(by_heads, paths)
+        if any(one.heads for one in wanted) and paths.given.heads is None:
+            yield self._heads(paths)
         if any(one.answers for one in wanted):
             yield self._answer(paths.responses)
         if paths.given.statistics is None:
@@ -129,22 +129,19 @@ class Restoration(Setup):
         for line in remarks(found):
             self.progress.note(f"{paths.curve.stem}: {line}")
 
-    def _heads(self, wanted: Sequence[Needs], paths: ArtifactPaths) -> Step:
+    def _heads(self, paths: ArtifactPaths) -> Step:
         def check() -> PromptUse:
-            for needs in wanted:
-                check_heads(self.dense, needs, self.scoring)
+            check_scoring(self.dense, self.scoring)
             check_r_max(self.dense, self.scoring, self.drawn("safety"))
             return PromptUse(learnt=self.learnt_from(["safety"]))
 
-        make = partial(write_head_scores, self, paths.heads, self.scoring, paths.states)
-        samples = self.calibration.samples
         return Step(
             "score heads",
             "",
             paths.heads,
-            make,
+            partial(write_head_scores, self, paths.heads, self.scoring, paths.states),
             check,
-            learns=samples,
+            learns=self.calibration.samples,
             passes=self.scoring.passes(sum(one.heads for one in self.dense.architecture.layers)),
             loads_model=True,
         )
@@ -193,7 +190,7 @@ class Restoration(Setup):
         gathered = None if paths.given.statistics else needs.statistics
 
         def check() -> PromptUse:
-            check_heads(self.dense, needs, None)
+            check_heads(self.dense, needs, None if paths.given.heads else self.scoring)
             check_budget(self.dense, settings)
             if needs.positions is not None and paths.given.positions is None:
                 load_ranking(Path(needs.positions))
@@ -235,16 +232,21 @@ def plan_restoration(
     Raises:
         RegraftError: bad input of any step, found before any long work.
     """
-    dense, progress = setup.dense, setup.progress
+    dense, progress, needs, given = setup.dense, setup.progress, needs_of(settings), paths.given
     if choice is not None:
         choice, setup = setup.choosing(choice)
     steps = [
-        *setup.gathering([needs_of(settings)], paths),
+        *setup.gathering([needs], paths),
         *setup.steps(lambda: pruned, settings, paths, choice),
     ]
     check_pair(dense, pruned)
     check_restorable(settings, setup.cache.surveyed(dense, pruned, progress))
-    _check_given(dense, pruned, settings, paths.given)
+    supplied = replace(
+        needs,
+        heads=needs.heads if given.heads else None,
+        statistics=needs.statistics if given.statistics else None,
+    )
+    read_inputs(dense, pruned, settings, supplied, given)
     plan = plan_steps(setup, steps)
     for line in plan.prompts.warnings():
         progress.note(f"Warning: {line}.")
@@ -252,14 +254,3 @@ def plan_restoration(
         searched = choice is not None
         check_made_by(paths.patch, dense, pruned, settings, progress, searched=searched)
     return plan
-
-
-def _check_given(dense: Source, pruned: Source, settings: MethodSettings, given: Inputs) -> None:
-    """Check that given files are of these checkpoints and have what the method needs."""
-    needs = needs_of(settings)
-    needed = replace(
-        needs,
-        heads=needs.heads if given.heads else None,
-        statistics=needs.statistics if given.statistics else None,
-    )
-    read_inputs(dense, pruned, settings, needed, given)

@@ -95,11 +95,7 @@ class Setup:
     evaluation: EvalSettings = EvalSettings(full_answers=False)
 
     def drawn(self, kind: str) -> Reading:
-        """Draw D^s or D^u, as `draw_calibration`.
-
-        Raises:
-            RegraftError: see `draw_calibration`; there are fewer batches than processes.
-        """
+        """As `draw_calibration`; raises RegraftError if there are fewer batches than processes."""
         reading = self._once(draw_calibration, kind)
         check_shares(reading.examples, self.compute)
         return reading
@@ -112,9 +108,6 @@ class Setup:
         """Calibration prompts of these kinds that may be learnt from, by role.
 
         These are all prompts if the dense model writes the responses until enough are kept.
-
-        Raises:
-            RegraftError: as `drawn`.
         """
         learnt: dict[str, Reading] = {}
         for kind in kinds:
