@@ -50,6 +50,7 @@ from regraft.settings.evaluating import EvalSettings
 from regraft.stages import answering
 from regraft.stages.answering import imitation_data
 from regraft.stages.reading import draw_calibration, read_suites
+from regraft.stages.restoring import plan_restoration
 
 NOT_COUNTED = ("Loading", "Writing", "Checking")
 
@@ -115,8 +116,8 @@ def measured(
             stages.Setup(source, calibration, compute, clocks["heads"]), work / "heads", r_max
         )
     gain, places = GainSettings(count=options.count), stages.ArtifactPaths.beside(work / "gain")
-    restoration = stages.Restoration(source, calibration, compute, progress=clocks["gain, a step"])
-    restoration.make(restoration.planned(pruned, gain, places).steps)
+    setup = stages.Setup(source, calibration, compute, progress=clocks["gain, a step"])
+    plan_restoration(setup, pruned, gain, places).make()
     steps = max(1, len(load_ranking(places.ranking).about["steps"]))
 
     said = {answer.id: answer.answer or "." for answer in result.answers}

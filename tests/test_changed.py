@@ -372,7 +372,7 @@ def test_what_needs_a_pruned_model(
     check_restorable(chosen, survey(dense, pruned))
     with pytest.raises(RegraftError, match=rf"needs a pruned model, .* are changed, not .*{why}"):
         check_restorable(chosen, survey(dense, changed))
-    setup, paths = stages.Restoration(dense), stages.ArtifactPaths.beside(tmp_path / "patch")
+    setup, paths = stages.Setup(dense), stages.ArtifactPaths.beside(tmp_path / "patch")
     with pytest.raises(RegraftError, match=why):
         plan_restoration(setup, changed, chosen, paths)
     assert not list(tmp_path.iterdir())

@@ -271,7 +271,7 @@ def test_screened_heads_and_old_files_lack_its_criterion(bench, tmp_path):
     with pytest.raises(RegraftError, match="mode exact"):
         restored(dense, pruned, tmp_path / "patch", settings, *files)
     with pytest.raises(RegraftError, match="needs every head scored exactly"):
-        setup = stages.Restoration(dense, calibration, COMPUTE, scoring=screened)
+        setup = stages.Setup(dense, calibration, COMPUTE, scoring=screened)
         plan_restoration(setup, pruned, settings, stages.ArtifactPaths.beside(tmp_path / "patch"))
     assert not (tmp_path / "patch").exists()
 

@@ -45,7 +45,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.searching import SearchSettings
-from regraft.stages import searching
+from regraft.stages import restoring, searching
 
 # The choice
 
@@ -195,10 +195,10 @@ class Bench:
         choice = SearchSettings(**{"validation": self.validation, **fields})
         paths = replace(stages.ArtifactPaths.beside(out), ranking=self.root / "ranking", curve=out)
         calibration = CalibrationSettings(data=self.validation)
-        restoration = stages.Restoration(
+        setup = stages.Setup(
             self.dense, calibration, compute, evaluation=SHORT, progress=progress or Progress()
         )
-        restoration.search(self.pruned, self.settings, paths, choice)
+        restoring.search(setup, self.pruned, self.settings, paths, choice)
         return read_curve(out).chosen or 0
 
 

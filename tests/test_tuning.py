@@ -74,7 +74,7 @@ def tune(root: Path, tmp_path: Path) -> Callable[..., Tuned]:
             "out": tmp_path / "tuned",
             "choice": SearchSettings(validation=data, validation_limit=2, points=2),
         }
-        restoration = stages.Restoration(
+        restoration = stages.Setup(
             open_source(root / "dense"),
             CalibrationSettings(data=data, samples=4),
             COMPUTE,

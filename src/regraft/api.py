@@ -28,7 +28,13 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.gate import Check
 from regraft.evaluation.results import EvalResult
-from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_endpoint, check_inputs, check_search
+from regraft.flags import (
+    DEFAULT_VALIDATION_TOKENS,
+    check_endpoint,
+    check_inputs,
+    check_search,
+    refuse_compute,
+)
 from regraft.heads.score import HeadScores
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source
@@ -41,7 +47,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EndpointSettings, EvalSettings, Margins
 from regraft.settings.searching import SearchSettings
-from regraft.stages.checking import check_compressed, check_compute, clear_check, open_side
+from regraft.stages.checking import check_compressed, clear_check, open_side
 from regraft.stages.endpoint import open_target
 from regraft.stages.patching import Tool, export_patches
 from regraft.stages.restoring import plan_restoration
@@ -132,7 +138,7 @@ def realign(
     given = stages.Inputs(heads=_path(heads_file), statistics=_path(statistics_file))
     check_search(search is not None, own, max_new_tokens)
     check_inputs(own, scoring, given.heads, given.statistics)
-    setup = stages.Restoration(
+    setup = stages.Setup(
         compute.opened(dense),
         data.with_responses(),
         compute,
@@ -255,7 +261,8 @@ def check(
         open_side(dense, compute, endpoint, progress=progress),
         open_side(compressed, compute, endpoint, _path(patch), progress),
     )
-    check_compute(sides, compute)
+    if all(isinstance(one, Path) or one.compute is None for one in sides):
+        refuse_compute(compute, "Neither of the two models is run here")
     return check_compressed(*sides, Path(out), named, own, margins)
 
 

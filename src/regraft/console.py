@@ -174,14 +174,8 @@ def show_preview(console: Console, out: Path, plan: Planned) -> None:
         console,
         ("step", "model", "done", "prompts answered", "calibration prompts"),
         (
-            (
-                step.stage,
-                step.of,
-                "yes" if step.done else "",
-                step.answers or "",
-                step.learns or "",
-            )
-            for step in plan.steps
+            (one.stage, one.of, "yes" if one.done else "", one.answers or "", one.learns or "")
+            for one in plan.steps
         ),
         title=str(out),
     )

@@ -28,7 +28,7 @@ from regraft.settings.evaluating import EvalSettings
 from regraft.settings.searching import SearchSettings, TuneSettings
 
 if TYPE_CHECKING:
-    from regraft.stages import Restoration
+    from regraft.stages import Setup
 
 _SEARCH = Group("Search for the number of weights", sort_key=2)
 _DATA = Parameter(name="*", group=Group("Calibration prompts", sort_key=1))
@@ -126,13 +126,13 @@ def _setup(
     scoring: HeadSettings,
     compute: ComputeSettings,
     progress: ConsoleProgress,
-) -> Restoration:
-    from regraft.stages import Restoration
+) -> Setup:
+    from regraft.stages import Setup
 
     data = calibration.with_responses()
     answers = EvalSettings(max_new_tokens=max_new_tokens, full_answers=False)
     model = compute.opened(dense)
-    return Restoration(model, data, compute, progress, scoring=scoring, evaluation=answers)
+    return Setup(model, data, compute, progress, scoring=scoring, evaluation=answers)
 
 
 def _broken(name: str, error: Exception) -> Callable[..., None]:

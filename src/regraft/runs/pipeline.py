@@ -27,7 +27,7 @@ from regraft.runs.run_dir import RunDir
 from regraft.stages.provenance import but_for_rounding, difference
 from regraft.stages.ranking import check_restorable
 from regraft.stages.reading import warn_of_bundled
-from regraft.stages.steps import Planned, plan_steps
+from regraft.stages.steps import Planned, make_steps, plan_steps
 
 
 def plan_run(
@@ -46,7 +46,7 @@ def plan_run(
     if recipe.pruned is not None:
         existing = recipe.compute.opened(recipe.pruned)
         check_pair(dense, existing)
-    setup = stages.Restoration(
+    setup = stages.Setup(
         dense,
         recipe.calibration,
         recipe.compute,
@@ -88,7 +88,7 @@ def run_one(
         warn_of_bundled(setup.dense, suite, progress.note)
     costs = Ledger(run_dir.costs, metered, pick_device(recipe.compute.device))
     # The steps hold `setup` as it was; nothing but `make` reads the guard.
-    replace(setup, guard=costs.measure).make(plan.steps)
+    make_steps(replace(setup, guard=costs.measure), plan.steps)
     setup.cache.unload()
     if learns_from_both(recipe):
         count_pass(setup, run_dir.calibration_pass)

@@ -23,6 +23,7 @@ from regraft.settings.searching import SearchSettings
 from regraft.stages.defending import check_direction_layer
 from regraft.stages.pruning import spilled_bytes
 from regraft.stages.reading import read_validation
+from regraft.stages.restoring import gathering_steps, patch_steps
 from regraft.stages.searching import Search
 from regraft.stages.steps import PromptUse, Step
 
@@ -37,7 +38,7 @@ class Planner:
 
     recipe: Recipe
     run_dir: RunDir
-    setup: stages.Restoration
+    setup: stages.Setup
     existing: Source | None
 
     def steps(self) -> Iterator[Step]:
@@ -52,7 +53,7 @@ class Planner:
             step = self._evaluate(one.name, source, out)
             yield replace(step, title=f"Evaluating the {one.name} model")
         needs = [needs_of(one) for one in recipe.realign]
-        yield from self.setup.gathering(needs, run_dir.of(recipe.prune[0].name, "", ""))
+        yield from gathering_steps(self.setup, needs, run_dir.of(recipe.prune[0].name, "", ""))
         for pruning in recipe.prune:
             for variant in recipe.variants_of(pruning):
                 yield from _titled("Realigning", self._realign(pruning.name, variant))
@@ -148,7 +149,7 @@ class Planner:
             points = run_dir.points(pruning, f"{paths.ranking.stem}-{prompts}")
             paths = replace(paths, references=references, points=points)
             yield self._references(pruning, search, references, paths.curve)
-        yield from self.setup.steps(pruned, settings, paths, search, name)
+        yield from patch_steps(self.setup, pruned, settings, paths, search, name)
         out = run_dir.evaluation(pruning, settings.name)
         if not recipe.on_disk(settings):
             yield self._evaluate(name, pruned, out, patch=paths.patch)

@@ -13,7 +13,6 @@ from regraft.stages.gathering import write_head_scores, write_statistics
 from regraft.stages.patching import patch_checkpoint
 from regraft.stages.pruning import prune_checkpoint
 from regraft.stages.ranking import write_patch, write_ranking
-from regraft.stages.restoring import Restoration
 from regraft.stages.setup import ArtifactPaths, Inputs, Setup
 from regraft.stages.targets import OnText, Target
 
@@ -23,7 +22,6 @@ __all__ = [
     "EvaluationCache",
     "Inputs",
     "OnText",
-    "Restoration",
     "Setup",
     "Target",
     "evaluate_target",

@@ -18,7 +18,6 @@ from regraft.evaluation.gate import Check, compared
 from regraft.evaluation.pairing import on_the_same
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.served import explained
-from regraft.flags import refuse_compute
 from regraft.models.load import Source
 from regraft.progress import SILENT, Progress
 from regraft.report.gate import check_to_json, junit, markdown
@@ -88,7 +87,9 @@ def check_compressed(
             "A margin of 100 leaves out every metric, so nothing would be checked: give at least "
             "one a smaller margin."
         )
-    evaluations = {name: _read(side) for name, side in sides.items() if isinstance(side, Path)}
+    evaluations = {
+        name: read_evaluation(side) for name, side in sides.items() if isinstance(side, Path)
+    }
     names = {n: str(side) if isinstance(side, Path) else n for n, side in sides.items()}
     _check_comparable(sides, evaluations, names, suites, settings)
     for name, side in sides.items():
@@ -99,16 +100,6 @@ def check_compressed(
         texts = to_json(check_to_json(found)), junit(found), markdown(found)
         write_texts(dict(zip((out / name for name in _FILES), texts, strict=True)))
     return found
-
-
-def check_compute(sides: Sequence[Side], compute: ComputeSettings) -> None:
-    """Refuse compute settings if no model is run here.
-
-    Raises:
-        RegraftError: both are evaluations or behind servers, and a compute setting was given.
-    """
-    if all(isinstance(one, Path) or one.compute is None for one in sides):
-        refuse_compute(compute, "Neither of the two models is run here")
 
 
 def clear_check(out: Path) -> None:
@@ -148,22 +139,6 @@ def _check_asked(
             "Both are finished evaluations, with prompts and settings of their own: leave out "
             "--suite and settings of an evaluation."
         )
-
-
-def _read(folder: Path) -> Evaluation:
-    """Read an evaluation that says how it was made.
-
-    Raises:
-        RegraftError: see `read_evaluation`; it does not say so.
-    """
-    found = read_evaluation(folder)
-    for name in ("inputs", "settings", "versions"):
-        if not (isinstance(one := found.about.get(name), Mapping) and one):
-            raise RegraftError(
-                f"{folder / 'results.json'}: field 'about.{name}' is no JSON object, or empty, so "
-                "how the model was evaluated is not known. Evaluate it again."
-            )
-    return found
 
 
 def _check_comparable(

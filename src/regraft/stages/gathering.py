@@ -179,7 +179,7 @@ def write_statistics(
     return loaded.safety, loaded.utility
 
 
-def gathering_passes(pruner: Pruner) -> int:
+def forward_passes(pruner: Pruner) -> int:
     """Cost of a pruner's statistics, in forward passes over the prompts."""
     return BOTH_WAYS if pruner.by_gradients else 1
 
@@ -195,7 +195,7 @@ def _gather(
         for kind, reading in readings.items()
     }
     own = sum(len(chunk) for chunks in shares.values() for chunk in chunks)
-    total = gathering_passes(pruner) * own * len(architecture.layers)
+    total = forward_passes(pruner) * own * len(architecture.layers)
     with progress.task("Gathering statistics", total, "samples x layers") as done:
         found = {}
         for kind, chunks in shares.items():

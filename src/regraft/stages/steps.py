@@ -6,12 +6,10 @@ The input of all steps is checked before the first one is made.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,12 +18,8 @@ from regraft.data.sources import seen_before
 from regraft.data.storage import kept_if_read
 from regraft.models.load import pick_device
 from regraft.stages.provenance import unfinished_bytes
+from regraft.stages.setup import Setup
 
-if TYPE_CHECKING:
-    from regraft.stages.restoring import Restoration
-
-StepGuard = Callable[[str, str], AbstractContextManager[None]]
-"""(stage, name of the model) -> context in which a step is made."""
 _SIDE = 2048  # of the square matrices of a large product, which measures the device's speed
 _EFFICIENCY = {"cpu": 0.8}  # whole models reach this share of that speed: measured
 _DEFAULT_EFFICIENCY = 0.3  # on devices where products wait for memory: a guess
@@ -92,7 +86,7 @@ class Step:
 class Planned:
     """Steps that have been checked, with the resources they need."""
 
-    setup: Restoration
+    setup: Setup
     steps: tuple[Step, ...]
     prompts: PromptUse
 
@@ -127,8 +121,8 @@ class Planned:
         return self.setup.dense.architecture.parameters * dtype.itemsize
 
     def make(self) -> None:
-        """Make the steps in order, as `Restoration.make`."""
-        self.setup.make(self.steps)
+        """Make the steps in order."""
+        make_steps(self.setup, self.steps)
 
     def seconds(self) -> float:
         """Estimated seconds of the steps that are not done, within a factor of about three."""
@@ -144,8 +138,19 @@ class Planned:
         return 2 * dense.architecture.parameters * tokens / speed
 
 
+def make_steps(setup: Setup, steps: Iterable[Step]) -> None:
+    """Make steps in order, each in the context of the guard."""
+    for step in steps:
+        if step.title:
+            setup.progress.note(step.title)
+        if step.loads_model and not step.done:
+            setup.cache.unload()
+        with setup.guard(step.stage, step.of):
+            step.make()
+
+
 @kept_if_read()
-def plan_steps(setup: Restoration, steps: Sequence[Step]) -> Planned:
+def plan_steps(setup: Setup, steps: Sequence[Step]) -> Planned:
     """Check the input of all steps, before anything is written.
 
     Raises:
