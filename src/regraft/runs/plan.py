@@ -117,16 +117,7 @@ class Planner:
             return PromptUse(evaluated=tests)
 
         def make() -> object:
-            target = stages.Target(
-                model(),
-                setup.compute,
-                patch,
-                text,
-                setup.dense,
-                defence=defence,
-                progress=setup.progress,
-                cache=setup.cache,
-            )
+            target = setup.target(model(), patch=patch, defence=defence, text=text)
             return stages.evaluate_target(target, out, settings.suite, settings.only())
 
         return Step("evaluate", name, out, make, check, answers=len(self._tests().examples))
@@ -194,10 +185,7 @@ class Planner:
             return PromptUse(learnt, searched)
 
         def make() -> object:
-            target = stages.Target(
-                pruned(), setup.compute, processor_from=setup.dense, progress=setup.progress
-            )
-            judge = self.recipe.evaluate.text_judge()
+            target, judge = setup.target(pruned()), self.recipe.evaluate.text_judge()
             return stages.write_defence(target, file, own, setup.calibration, judge)
 
         yield Step("defend", name, file, make, check, loads_model=direction is not None)

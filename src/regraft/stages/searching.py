@@ -28,7 +28,6 @@ from regraft.stages.provenance import describe, fingerprints, is_done
 from regraft.stages.ranking import write_patch
 from regraft.stages.setup import ArtifactPaths, Setup
 from regraft.stages.steps import PromptUse
-from regraft.stages.targets import Target
 
 
 @dataclass(frozen=True)
@@ -57,19 +56,10 @@ class Search:
         self, model: Source, out: Path, restored: int = 0, patch: Path | None = None
     ) -> Point:
         """Evaluate a model, with `restored` weights of a patch; writes the folder `out`."""
-        setup = self.setup
-        target = Target(
-            model,
-            setup.compute,
-            patch,
-            processor_from=setup.dense,
-            progress=setup.progress,
-            cache=setup.cache,
-        )
-        limited = setup.evaluation.model_copy(update={"limit": self.choice.validation_limit})
-        return Point.of(
-            restored, evaluate_target(target, out, suites_of(self.choice), limited).result
-        )
+        target = self.setup.target(model, patch=patch)
+        limited = self.setup.evaluation.model_copy(update={"limit": self.choice.validation_limit})
+        found = evaluate_target(target, out, suites_of(self.choice), limited)
+        return Point.of(restored, found.result)
 
     def references(self, pruned: Source, folder: Path) -> tuple[Point, Point]:
         """Evaluate the dense and the pruned model; writes two folders in `folder`."""

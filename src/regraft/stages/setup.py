@@ -27,6 +27,7 @@ from regraft.stages.reading import (
     order_calibration,
     responses_are_given,
 )
+from regraft.stages.targets import OnText, Target
 
 StepGuard = Callable[[str, str], AbstractContextManager[None]]
 """(stage, name of the model) -> context in which a step is made."""
@@ -109,6 +110,26 @@ class Setup:
         note, folder = self.progress.note, self.dense.folder
         choice, calibration = with_held_out(choice, folder, self.calibration, note)
         return choice, replace(self, calibration=calibration)
+
+    def target(
+        self,
+        model: Source,
+        *,
+        patch: Path | None = None,
+        defence: Path | None = None,
+        text: OnText | None = None,
+    ) -> Target:
+        """A model to evaluate; it has the dense model's processor if it has none of its own."""
+        return Target(
+            model,
+            self.compute,
+            patch,
+            text,
+            self.dense,
+            defence=defence,
+            progress=self.progress,
+            cache=self.cache,
+        )
 
     def drawn(self, kind: str) -> Reading:
         """As `draw_calibration`; raises RegraftError if there are fewer batches than processes."""
