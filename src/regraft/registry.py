@@ -21,13 +21,8 @@ class Registry(Generic[Plugin]):
 
     A built-in plug-in is the variable PLUGIN of a module of `package`, and is named after the file
     ("mm_safetybench.py" is "mm-safetybench"). Other packages register theirs as entry points of
-    `group`, and cannot override a built-in one.
-
-    Args:
-        what: The kind in words, such as "data set".
-        package: The package of the built-in plug-ins.
-        group: The entry-point group of all others.
-        kind: The class of every plug-in.
+    `group`, and cannot override a built-in one. All are objects of the class `kind`; `what` is its
+    name in messages, such as "data set".
     """
 
     what: str

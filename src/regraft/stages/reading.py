@@ -38,11 +38,7 @@ def draw_calibration(source: Source, calibration: CalibrationSettings, kind: str
 
 
 def draw_prompts(source: Source, calibration: CalibrationSettings, kind: str) -> Reading:
-    """Draw prompts of one kind by the same seed, with or without responses, which are dropped.
-
-    Raises:
-        RegraftError: see `draw_calibration`.
-    """
+    """Draw prompts of one kind by the same seed, with or without responses, which are dropped."""
     reading = _read_calibration(draw, source, calibration, kind, answered=False)
     bare = tuple(replace(one, response=None) for one in reading.examples)
     return replace(reading, examples=bare)

@@ -43,11 +43,7 @@ class Search:
         return self.setup.cache.reading(self.setup.dense, suites_of(self.choice), limit)
 
     def check(self) -> PromptUse:
-        """Check that models can be evaluated on the validation prompts.
-
-        Raises:
-            RegraftError: see the data readers and `check_split`.
-        """
+        """Check that models can be evaluated on the validation prompts."""
         check_split(self.setup.compute.device, self.setup.compute.placement)
         role = f"validation ({self.choice.validation}, {self.choice.validation_limit or 'all'})"
         return PromptUse(chosen_on={role: self.prompts()})

@@ -215,8 +215,6 @@ def space_of(
     """The search space: the method's own, and r_max if it needs head scores.
 
     Args:
-        dense: The dense model; it bounds the number of heads.
-        tuning: Its `keep` names settings that are not tuned.
         scoring: How heads are scored; if screened, only the candidates may be chosen.
         kept: Share of weights that pruning kept.
         samples: Number of D^s prompts, which bounds r_max.
