@@ -31,8 +31,7 @@ from regraft.evaluation.results import EvalResult
 from regraft.flags import (
     DEFAULT_VALIDATION_TOKENS,
     check_endpoint,
-    check_inputs,
-    check_search,
+    check_realign,
     refuse_compute,
 )
 from regraft.heads.score import HeadScores
@@ -136,8 +135,8 @@ def realign(
     choice = None if search is None else _settings(search, SearchSettings)[0]
     (answers,) = _settings({"max_new_tokens": max_new_tokens, "full_answers": False}, EvalSettings)
     given = stages.Inputs(heads=_path(heads_file), statistics=_path(statistics_file))
-    check_search(search is not None, own, max_new_tokens)
-    check_inputs(own, scoring, given.heads, given.statistics)
+    files, searched = (given.heads, given.statistics), search is not None
+    check_realign(own, scoring, *files, search=searched, max_new_tokens=max_new_tokens)
     setup = stages.Setup(
         compute.opened(dense),
         data.with_responses(),

@@ -14,7 +14,7 @@ from regraft.cli.options import OutFile, OutFolder, as_command, live_progress
 from regraft.console import ConsoleProgress, show_preview, show_search, show_tuned
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
-from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_inputs, check_search, check_tuning
+from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_realign, check_tuning
 from regraft.heads.ships import HeadSettings
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import is_changed
@@ -100,8 +100,8 @@ def run_method(
 
     if not search and choice != SearchSettings():
         raise RegraftError("Bounds, targets and points are for a search: add --search.")
-    check_search(search, settings, max_new_tokens)
-    check_inputs(settings, scoring, heads_file, statistics_file)
+    files = heads_file, statistics_file
+    check_realign(settings, scoring, *files, search=search, max_new_tokens=max_new_tokens)
     progress = live_progress()
     setup = _setup(dense, calibration, max_new_tokens, scoring, compute, progress)
     given = stages.Inputs(heads=heads_file, statistics=statistics_file)

@@ -219,6 +219,5 @@ def plan_restoration(
     for line in plan.prompts.warnings():
         progress.note(f"Warning: {line}.")
     if paths.patch.exists():
-        searched = choice is not None
-        ranking.check_made_by(paths.patch, dense, pruned, settings, progress, searched=searched)
+        ranking.check_made_by(setup, pruned, paths.patch, settings, searched=choice is not None)
     return plan

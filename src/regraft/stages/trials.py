@@ -48,20 +48,14 @@ class Trials:
         self._optuna = optuna = require_optuna()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.file = folder / "study.db"
-        with exclusive(folder, "study"):
-            self._study = self._opened()
-
-    def _opened(self) -> Study:
-        optuna = self._optuna
-        with self._readable():
+        with exclusive(folder, "study"), self._readable():
             storage = optuna.storages.RDBStorage(
                 f"sqlite:///{self.file.absolute()}",
                 engine_kwargs={"connect_args": {"timeout": _PATIENCE}},
             )
-            found: Study = optuna.create_study(
+            self._study: Study = optuna.create_study(
                 study_name="regraft", storage=storage, load_if_exists=True
             )
-            return found
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
