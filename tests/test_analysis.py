@@ -23,7 +23,6 @@ from disk import write_data
 from regraft import stages
 from regraft.analysis.overlap import by_chance, overlaps, write_overlap
 from regraft.analysis.relation import ModelPoint, correlate, spearman
-from regraft.analysis.sweep import swept
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.heads.score import load_heads
@@ -33,6 +32,7 @@ from regraft.pruning.statistics import load_statistics
 from regraft.recipes.file import read_recipe
 from regraft.recipes.recipe import Recipe
 from regraft.runs.run_dir import RunDir
+from regraft.runs.sweep import swept
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 

@@ -1,6 +1,6 @@
-"""The paper's analyses: sweeps, total Ships against lost safety, weights that two tasks share.
+"""The paper's analyses: total Ships against lost safety, weights that two tasks share.
 
-Each module has the computation, its figure, and a function that writes both to a folder, as JSON
+Sweeps are in `regraft.runs.sweep`, since they run a recipe. Each module has the computation, its figure, and a function that writes both to a folder, as JSON
 and as a standalone SVG.
 """
 

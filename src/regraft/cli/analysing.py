@@ -34,8 +34,8 @@ from regraft.settings.defending import DEFENCES, AnyDefenceSettings, DefenceProm
 
 if TYPE_CHECKING:
     from regraft.analysis.overlap import LayerOverlap
-    from regraft.analysis.sweep import Sweep
     from regraft.heads.score import HeadScores
+    from regraft.runs.sweep import Sweep
 
 
 app = App(
@@ -117,7 +117,7 @@ def sweep(
     values
         Values of the setting.
     """
-    from regraft.analysis.sweep import run_sweep
+    from regraft.runs.sweep import run_sweep
 
     progress = live_progress()
     found = run_sweep(read_recipe(recipe), setting, values, out, progress)

@@ -60,7 +60,7 @@ def run(
         raise RegraftError(
             "Name a recipe and, with --out, a folder; --template prints a recipe to start from."
         )
-    from regraft.runs import pipeline, recipe_runs
+    from regraft.runs import pipeline
     from regraft.runs.run_dir import runs_of
     from regraft.stages.evaluation_cache import EvaluationCache
 
@@ -72,7 +72,7 @@ def run(
             planned = pipeline.plan_run(one, folder, cache, progress)
             show_preview(progress.console, folder, planned)
     else:
-        show_page(progress, recipe_runs.run_recipe(read, out, progress), out / "report")
+        show_page(progress, pipeline.run_recipe(read, out, progress), out / "report")
 
 
 def demo(*, out: OutFolder = Path("demo-run")) -> None:
@@ -150,7 +150,7 @@ def _report_evaluations(
 
 
 def _report_run(progress: ConsoleProgress, folders: Sequence[Path], out: Path | None) -> None:
-    from regraft.runs import recipe_runs
+    from regraft.runs import pipeline
 
     if len(folders) > 1:
         raise RegraftError(
@@ -163,7 +163,7 @@ def _report_run(progress: ConsoleProgress, folders: Sequence[Path], out: Path | 
             f"{run} has no results.json, so it is not an evaluation; the report on a run is "
             "written to the run's folder: leave out --out."
         )
-    show_page(progress, recipe_runs.report_recipe(run), run / "report")
+    show_page(progress, pipeline.report_recipe(run), run / "report")
 
 
 def _write_bundle(progress: ConsoleProgress, run: Path, file: Path, texts: bool) -> None:
