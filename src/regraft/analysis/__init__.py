@@ -1,7 +1,7 @@
 """The paper's analyses: total Ships against lost safety, weights that two tasks share.
 
-Sweeps are in `regraft.runs.sweep`, since they run a recipe. Each module has the computation, its figure, and a function that writes both to a folder, as JSON
-and as a standalone SVG.
+Each module has the computation, its figure, and a function that writes both to a folder, as JSON
+and as a standalone SVG. Sweeps, which run a recipe, are in `regraft.runs.sweep`.
 """
 
 from __future__ import annotations
