@@ -87,9 +87,7 @@ def check_compressed(
             "A margin of 100 leaves out every metric, so nothing would be checked: give at least "
             "one a smaller margin."
         )
-    evaluations = {
-        name: read_evaluation(side) for name, side in sides.items() if isinstance(side, Path)
-    }
+    evaluations = {name: _read(side) for name, side in sides.items() if isinstance(side, Path)}
     names = {n: str(side) if isinstance(side, Path) else n for n, side in sides.items()}
     _check_comparable(sides, evaluations, names, suites, settings)
     for name, side in sides.items():
@@ -97,8 +95,9 @@ def check_compressed(
             evaluations[name] = evaluate_target(side, out / name, suites, settings)
     found = _verdict(evaluations, names, margins)
     if distributed.first():
-        texts = to_json(check_to_json(found)), junit(found), markdown(found)
-        write_texts(dict(zip((out / name for name in _FILES), texts, strict=True)))
+        texts = {"junit.xml": junit(found), "summary.md": markdown(found)}
+        texts["check.json"] = to_json(check_to_json(found))
+        write_texts({out / name: text for name, text in texts.items()})
     return found
 
 
@@ -139,6 +138,22 @@ def _check_asked(
             "Both are finished evaluations, with prompts and settings of their own: leave out "
             "--suite and settings of an evaluation."
         )
+
+
+def _read(folder: Path) -> Evaluation:
+    """Read an evaluation that says how it was made.
+
+    Raises:
+        RegraftError: see `read_evaluation`; it does not say so.
+    """
+    found = read_evaluation(folder)
+    for name in ("inputs", "settings", "versions"):
+        if not (isinstance(one := found.about.get(name), Mapping) and one):
+            raise RegraftError(
+                f"{folder / 'results.json'}: field 'about.{name}' is no JSON object, or empty, so "
+                "how the model was evaluated is not known. Evaluate it again."
+            )
+    return found
 
 
 def _check_comparable(
@@ -206,13 +221,15 @@ def _verdict(
     evaluations: Mapping[str, Evaluation], names: Mapping[str, str], margins: Margins
 ) -> Check:
     dense, compressed = evaluations[DENSE], evaluations[COMPRESSED]
+    both_here = all("compute" in one.about for one in evaluations.values())
+    parts = ("compute", "versions") if both_here else ()  # a server's versions are not known
     other = on_the_same(names[DENSE], dense.result, names[COMPRESSED], compressed.result)
     fractions = {name: points / 100 for name, points in margins.points().items()}
     return Check(
         compared(dense.result, other, fractions),
         _provenance(dense, compressed),
         (
-            *differences(DENSE, dense.about, COMPRESSED, compressed.about, "compute", "versions"),
+            *differences(DENSE, dense.about, COMPRESSED, compressed.about, *parts),
             *_reply_notes(DENSE, dense),
             *_reply_notes(COMPRESSED, compressed),
         ),

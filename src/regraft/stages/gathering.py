@@ -115,6 +115,7 @@ def check_heads(dense: Source, needs: Needs, scoring: HeadSettings | None) -> No
         raise RegraftError(f"top_heads is {wanted}; the model has {count} heads.")
     if scoring is None or needs.heads is None:
         return
+    check_scoring(dense, scoring)
     if needs.heads.criterion == "released" and scoring.mode != "exact":
         raise RegraftError(
             f"The criterion `released` needs every head scored exactly, and `mode` is "

@@ -6,7 +6,7 @@ time or lock every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +30,9 @@ from regraft.stages.steps import Planned, PromptUse, Step, plan_steps
 def gathering_steps(setup: Setup, needs: Iterable[Needs], paths: ArtifactPaths) -> Iterator[Step]:
     """Inputs of the methods that are not given: head scores, answers, statistics."""
     wanted = list(needs)
-    if any(one.heads for one in wanted) and paths.given.heads is None:
-        yield _heads(setup, paths)
+    by_heads = [one for one in wanted if one.heads]
+    if by_heads and paths.given.heads is None:
+        yield _heads(setup, by_heads, paths)
     if any(one.answers for one in wanted):
         yield _answer(setup, paths.responses)
     if paths.given.statistics is None:
@@ -91,9 +92,10 @@ def search(
         setup.progress.note(f"{paths.curve.stem}: {line}")
 
 
-def _heads(setup: Setup, paths: ArtifactPaths) -> Step:
+def _heads(setup: Setup, wanted: Sequence[Needs], paths: ArtifactPaths) -> Step:
     def check() -> PromptUse:
-        gathering.check_scoring(setup.dense, setup.scoring)
+        for needs in wanted:
+            gathering.check_heads(setup.dense, needs, setup.scoring)
         gathering.check_r_max(setup.dense, setup.scoring, setup.drawn("safety"))
         return PromptUse(learnt=setup.learnt_from(["safety"]))
 
@@ -156,7 +158,7 @@ def _rank(
     gathered = None if paths.given.statistics else needs.statistics
 
     def check() -> PromptUse:
-        gathering.check_heads(setup.dense, needs, None if paths.given.heads else setup.scoring)
+        gathering.check_heads(setup.dense, needs, None)
         ranking.check_budget(setup.dense, settings)
         if needs.positions is not None and paths.given.positions is None:
             load_ranking(Path(needs.positions))
