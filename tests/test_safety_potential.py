@@ -200,8 +200,8 @@ def test_the_same_prompt_as_a_defence(bench, tmp_path):
     dense = open_source(bench / "dense")
     settings = SafetyPromptSettings()
     assert settings.prompt == SAFETY_PROMPT
-    target = stages.Target(dense, COMPUTE)
-    stages.write_defence(target, tmp_path / "defence", settings, calibrated(bench))
+    setup = stages.Setup(dense, calibrated(bench), COMPUTE)
+    stages.write_defence(setup, dense, tmp_path / "defence", settings)
     examples = pico.write_examples(tmp_path, 2, images=False)
     shown = asked(load_defence(tmp_path / "defence"), examples)
     assert [one.instruction for one in shown] == [
@@ -209,7 +209,7 @@ def test_the_same_prompt_as_a_defence(bench, tmp_path):
     ]
     assert shown[0].instruction == f"{SAFETY_PROMPT}\n{examples[0].instruction}"
     around = AdaShieldSettings(prompt=SAFETY_PROMPT)
-    stages.write_defence(target, tmp_path / "around", around, calibrated(bench))
+    stages.write_defence(setup, dense, tmp_path / "around", around)
     assert asked(load_defence(tmp_path / "around"), examples)[0].instruction.startswith(
         examples[0].instruction
     )

@@ -253,8 +253,9 @@ def defence(
 
     progress = live_progress()
     trust = trust_remote_code or compute.trust_remote_code
-    target = stages.Target(open_source(pruned, trust_remote_code=trust), compute, progress=progress)
-    made = stages.write_defence(target, out, settings, prompts.with_responses())
+    model = open_source(pruned, trust_remote_code=trust)
+    setup = stages.Setup(model, prompts.with_responses(), compute, progress)
+    made = stages.write_defence(setup, model, out, settings)
     if isinstance(made, Direction):
         progress.note(
             f"{out}: adds {made.strength:g} times the difference of means after layer {made.layer}."

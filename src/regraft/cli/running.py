@@ -135,7 +135,11 @@ def report(
     else:
         _report_run(progress, folder, out)
         if bundle is not None:
-            _write_bundle(progress, folder[0], bundle, texts)
+            from regraft.runs.bundle import write_bundle
+
+            write_bundle(folder[0], bundle, texts=texts)
+            size = bundle.stat().st_size / 1e6
+            progress.note(f"Bundle: {bundle.absolute()} ({size:.1f} MB)")
 
 
 def _report_evaluations(
@@ -164,13 +168,6 @@ def _report_run(progress: ConsoleProgress, folders: Sequence[Path], out: Path | 
             "written to the run's folder: leave out --out."
         )
     show_page(progress, pipeline.report_recipe(run), run / "report")
-
-
-def _write_bundle(progress: ConsoleProgress, run: Path, file: Path, texts: bool) -> None:
-    from regraft.runs.bundle import write_bundle
-
-    write_bundle(run, file, texts=texts)
-    progress.note(f"Bundle: {file.absolute()} ({file.stat().st_size / 1e6:.1f} MB)")
 
 
 def _check_bundles(progress: ConsoleProgress, files: Sequence[Path]) -> None:

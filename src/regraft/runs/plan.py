@@ -185,8 +185,8 @@ class Planner:
             return PromptUse(learnt, searched)
 
         def make() -> object:
-            target, judge = setup.target(pruned()), self.recipe.evaluate.text_judge()
-            return stages.write_defence(target, file, own, setup.calibration, judge)
+            judge = self.recipe.evaluate.text_judge()
+            return stages.write_defence(setup, pruned(), file, own, judge)
 
         yield Step("defend", name, file, make, check, loads_model=direction is not None)
         out = self.run_dir.evaluation(pruning, settings.name)
