@@ -117,17 +117,8 @@ class Trials:
             self._study.tell(trial, value)
 
     def finished(self) -> dict[int, Any]:
-        """The saved outcome of every finished trial, by its number.
-
-        Raises:
-            RegraftError: another version of regraft saved it in another form.
-        """
-        trials = self._in_state("COMPLETE")
-        if any(_TRIED not in one.user_attrs for one in trials):
-            raise RegraftError(
-                f"{self._folder} was begun by another version of regraft: choose another folder."
-            )
-        return {one.number: one.user_attrs[_TRIED] for one in trials}
+        """The saved outcome of every finished trial, by its number; None where there is none."""
+        return {one.number: one.user_attrs.get(_TRIED) for one in self._in_state("COMPLETE")}
 
     def failed(self) -> int:
         """How many trials have ended in an error."""
