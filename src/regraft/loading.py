@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -91,17 +91,6 @@ def collate(
 ) -> list[Batch]:
     """Encode examples as batches in host memory; see `cut`."""
     return [encode(processor, chunk) for chunk in cut(examples, compute)]
-
-
-def each_of_share(
-    processor: Any,
-    encode: Callable[[Any, Sequence[Example]], Batch],
-    examples: Sequence[Example],
-    compute: ComputeSettings,
-) -> Iterator[Batch]:
-    """Encode this process's share of the batches (see `check_shares`) lazily."""
-    for chunk in distributed.share(cut(examples, compute)):
-        yield encode(processor, chunk)
 
 
 def cut(examples: Sequence[Example], compute: ComputeSettings) -> list[tuple[Example, ...]]:
