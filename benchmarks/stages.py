@@ -38,7 +38,7 @@ from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.evaluation.greedy import checked_head
 from regraft.heads.ships import HeadSettings
-from regraft.loading import collate
+from regraft.loading import cut
 from regraft.models.load import Source, load_model, load_processor, open_source, placed
 from regraft.progress import Advance, Progress
 from regraft.pruning.base import prune_settings
@@ -140,15 +140,15 @@ def texts_of(
     learnt = answering.calibration_data(setup, responses, "utility").examples
     imitated = [one.examples for one in imitation_data(setup, responses).values()]
     prompts = draw_calibration(source, setup.calibration, "safety").examples
+
+    def responses_of(examples: Sequence[Example]) -> list[Batch]:
+        return [response_batch(processor, chunk) for chunk in cut(examples, compute)]
+
     return {
-        "eval": collate(processor, response_batch, answered, compute),
-        "prune": collate(processor, response_batch, learnt, compute),
-        "heads": collate(processor, prompt_batch, prompts, compute),
-        "gain, a step": [
-            batch
-            for examples in imitated
-            for batch in collate(processor, response_batch, examples, compute)
-        ],
+        "eval": responses_of(answered),
+        "prune": responses_of(learnt),
+        "heads": [prompt_batch(processor, chunk) for chunk in cut(prompts, compute)],
+        "gain, a step": [batch for examples in imitated for batch in responses_of(examples)],
     }
 
 

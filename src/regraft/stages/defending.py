@@ -30,7 +30,7 @@ from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.evaluation.metrics import wilson
 from regraft.evaluation.summary import judge_answer
-from regraft.loading import collate, load
+from regraft.loading import cut, load
 from regraft.models.load import Source
 from regraft.progress import Advance
 from regraft.settings.defending import (
@@ -102,9 +102,8 @@ def _direction(
 ) -> Direction:
     setup.cache.unload()
     network, processor = load(model, setup.compute, setup.progress, setup.dense)
-    encoded = [
-        collate(processor, prompt_batch, data[kind].examples, setup.compute) for kind in KINDS
-    ]
+    cuts = (cut(data[kind].examples, setup.compute) for kind in KINDS)
+    encoded = [[prompt_batch(processor, chunk) for chunk in chunks] for chunks in cuts]
     vectors = _differences(setup, model, network, encoded)
     search = _Search(network, processor, vectors, settings, setup, judge, work, about)
     return search.run(data.get("validation"))

@@ -17,7 +17,7 @@ from regraft.errors import RegraftError
 from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
 from regraft.heads.ships import HeadSettings, most_rank
 from regraft.heads.states import layers_run
-from regraft.loading import check_shares, collate, cut, hidden_state_bytes, load, load_layerwise
+from regraft.loading import check_shares, cut, hidden_state_bytes, load, load_layerwise
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
 from regraft.pruning.base import PRUNERS, Pruner
@@ -62,7 +62,7 @@ def write_head_scores(
         progress.note(data.describe("D^s"))
         with working(out, about) as work:
             model, processor = load(dense, compute, progress)
-            prompts = collate(processor, prompt_batch, data.examples, compute)
+            prompts = [prompt_batch(processor, one) for one in cut(data.examples, compute)]
             every = {layer.index: range(layer.heads) for layer in dense.architecture.layers}
             total = len(data.examples) * layers_run(dense.architecture, every)
             what = "Scoring heads", total, "prompts x heads x layers to run again"
