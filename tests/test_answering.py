@@ -31,7 +31,7 @@ from regraft.recipes.recipe import Recipe
 from regraft.runs import pipeline
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.stages import answering, evaluation_cache
+from regraft.stages import answering
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
 SORRY, YES = "I'm sorry, I cannot do that.", "Yes, gladly."
@@ -132,7 +132,7 @@ def test_answers_are_not_written_twice(
     data, out = _data(tmp_path / "data"), tmp_path / "out"
     monkeypatch.setattr(answering, "generate", Says({}, SORRY))
     first = _ask(source, data, out, samples=3)
-    monkeypatch.setattr(evaluation_cache, "load", None)
+    monkeypatch.setattr(answering, "load", None)
     assert _ask(source, data, out, samples=3) == first
     with pytest.raises(RegraftError, match=r"settings\.max_response_tokens: 64 there, 8 now"):
         _ask(source, data, out, samples=3, max_response_tokens=8)
@@ -438,11 +438,9 @@ def test_all_answers_but_empty_ones_are_imitated(
     """Refusals and others of both kinds, whatever responses the data have, with one load."""
     data = _data(tmp_path / "data")
     says, loaded = Says({1: SORRY, 2: YES, 4: " "}, "Hm."), []
-    load = evaluation_cache.load
+    load = answering.load
     monkeypatch.setattr(answering, "generate", says)
-    monkeypatch.setattr(
-        evaluation_cache, "load", lambda *given: (loaded.append(1), load(*given))[1]
-    )
+    monkeypatch.setattr(answering, "load", lambda *given: (loaded.append(1), load(*given))[1])
     found = _imitated(source, data, tmp_path / "out")
     assert len(loaded) == 1
     for kind, harmful in (("safety", True), ("utility", False)):

@@ -7,8 +7,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from regraft import distributed
 from regraft.data.collate import batches
@@ -22,6 +25,7 @@ from regraft.errors import RegraftError
 from regraft.evaluation.degenerate import degeneration
 from regraft.evaluation.generate import generate
 from regraft.evaluation.keywords import DEFAULT_JUDGE
+from regraft.loading import load
 from regraft.models.load import Source
 from regraft.progress import SILENT, Progress, Task, expect
 from regraft.restoration.teacher import TOKEN_WEIGHTS
@@ -35,6 +39,8 @@ from regraft.stages.reading import (
     warn_of_bundled,
 )
 from regraft.stages.setup import Setup
+
+Loader = Callable[[], tuple[nn.Module, Any]]
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,7 @@ def calibration_data(setup: Setup, folder: Path, kind: str) -> Reading:
         {"judge": DEFAULT_JUDGE.name},
         _none_usable(len(prompts.examples), kind),
     )
-    found = _answer_prompts(setup, request, folder / f"{KINDS[kind]}.jsonl")
-    setup.cache.unload()
-    return found
+    return _answer_prompts(setup, _loader(setup), request, folder / f"{KINDS[kind]}.jsonl")
 
 
 def imitation_data(setup: Setup, folder: Path) -> dict[str, Reading]:
@@ -96,7 +100,7 @@ def imitation_data(setup: Setup, folder: Path) -> dict[str, Reading]:
         RegraftError: see the data readers; all of the dense model's answers are blank.
     """
     warn_of_bundled(setup.dense, setup.calibration.source, setup.progress.note)
-    readings = {}
+    readings, loader = {}, _loader(setup)
     for kind, prompts in setup.imitated().items():
         count = len(prompts.examples)
         none_kept = (
@@ -105,8 +109,7 @@ def imitation_data(setup: Setup, folder: Path) -> dict[str, Reading]:
         )
         request = _Request(prompts, count, len(TOKEN_WEIGHTS) + 1, _unless_blank, {}, none_kept)
         out = folder / f"{KINDS[kind]}-starts.jsonl"
-        readings[kind] = _answer_prompts(setup, request, out)
-    setup.cache.unload()
+        readings[kind] = _answer_prompts(setup, loader, request, out)
     return readings
 
 
@@ -122,7 +125,12 @@ class _Request:
     none_kept: str  # error message if no answer is kept
 
 
-def _answer_prompts(setup: Setup, request: _Request, out: Path) -> Reading:
+def _loader(setup: Setup) -> Loader:
+    """A function that loads the dense model and its processor on the first call only."""
+    return cache(lambda: load(setup.dense, setup.compute, setup.progress))
+
+
+def _answer_prompts(setup: Setup, loader: Loader, request: _Request, out: Path) -> Reading:
     """Prompts with their kept answers; all answers are written to the file `out`."""
     inputs = fingerprints(setup.progress, dense=setup.dense)
     about = describe("responses", inputs, None, setup.compute, {"prompts": request.prompts})
@@ -133,7 +141,7 @@ def _answer_prompts(setup: Setup, request: _Request, out: Path) -> Reading:
     }
     if not is_done(out, about, lambda: _read(out)[0]):
         with working(out, about) as work:
-            answers = _answer_enough(setup, request, work)
+            answers = _answer_enough(setup, loader, request, work)
             if not any(one.kept for one in answers):
                 raise RegraftError(f"{request.prompts.source}: {request.none_kept}")
             if distributed.first():
@@ -143,9 +151,9 @@ def _answer_prompts(setup: Setup, request: _Request, out: Path) -> Reading:
     return _kept(request.prompts, _read(out)[1])
 
 
-def _answer_enough(setup: Setup, request: _Request, work: Path) -> list[Response]:
+def _answer_enough(setup: Setup, loader: Loader, request: _Request, work: Path) -> list[Response]:
     """Answer prompts in order until as many answers are kept as requested."""
-    model, processor = setup.cache.loaded_model(setup.dense, setup.compute, setup.progress)
+    model, processor = loader()
     kept, answers = 0, list[Response]()
     examples, batch_size = request.prompts.examples, setup.compute.batch_size
     size = batch_size * distributed.world()
