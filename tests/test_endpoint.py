@@ -859,7 +859,7 @@ def test_reports_have_endpoints_beside_models_in_memory(
     assert [one.restored for one in comparing.run_of_evaluations([folders[1]], pair).variants] == [
         0
     ] * 3
-    same = replace(pair, pruned=tmp_path / "again")
+    same = folders[0], tmp_path / "again"
     evaluated(server, tmp_path / "again", suite)
     with pytest.raises(RegraftError, match=rf"same model \({server.name()}\)"):
         comparing.run_of_evaluations([], same)
