@@ -38,22 +38,24 @@ from regraft.data.example import Example
 from regraft.data.sources import DataSource
 from regraft.evaluation.greedy import checked_head
 from regraft.heads.ships import HeadSettings
-from regraft.loading import collate
+from regraft.loading import cut
 from regraft.models.load import Source, load_model, load_processor, open_source, placed
-from regraft.progress import Advance, Silent
+from regraft.progress import Advance, Progress
 from regraft.pruning.base import prune_settings
 from regraft.restoration.methods.gain.method import GainSettings
 from regraft.restoration.ranking import load_ranking
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
+from regraft.stages import answering
 from regraft.stages.answering import imitation_data
 from regraft.stages.reading import draw_calibration, read_suites
+from regraft.stages.restoring import plan_restoration
 
 NOT_COUNTED = ("Loading", "Writing", "Checking")
 
 
-class Clock(Silent):
+class Clock(Progress):
     """Sums the seconds of all tasks except `NOT_COUNTED`."""
 
     def __init__(self) -> None:
@@ -114,8 +116,8 @@ def measured(
             stages.Setup(source, calibration, compute, clocks["heads"]), work / "heads", r_max
         )
     gain, places = GainSettings(count=options.count), stages.ArtifactPaths.beside(work / "gain")
-    restoration = stages.Restoration(source, calibration, compute, progress=clocks["gain, a step"])
-    restoration.make(restoration.planned(pruned, gain, places).steps)
+    setup = stages.Setup(source, calibration, compute, progress=clocks["gain, a step"])
+    plan_restoration(setup, pruned, gain, places).make()
     steps = max(1, len(load_ranking(places.ranking).about["steps"]))
 
     said = {answer.id: answer.answer or "." for answer in result.answers}
@@ -135,18 +137,18 @@ def texts_of(
     """The texts that each stage reads, by its name; `answered` are the evaluation's prompts."""
     source, compute = setup.dense, setup.compute
     responses, processor = work / "pruned.responses", load_processor(source)
-    learnt = stages.calibration_data(setup, responses, "utility").examples
+    learnt = answering.calibration_data(setup, responses, "utility").examples
     imitated = [one.examples for one in imitation_data(setup, responses).values()]
     prompts = draw_calibration(source, setup.calibration, "safety").examples
+
+    def responses_of(examples: Sequence[Example]) -> list[Batch]:
+        return [response_batch(processor, chunk) for chunk in cut(examples, compute)]
+
     return {
-        "eval": collate(processor, response_batch, answered, compute),
-        "prune": collate(processor, response_batch, learnt, compute),
-        "heads": collate(processor, prompt_batch, prompts, compute),
-        "gain, a step": [
-            batch
-            for examples in imitated
-            for batch in collate(processor, response_batch, examples, compute)
-        ],
+        "eval": responses_of(answered),
+        "prune": responses_of(learnt),
+        "heads": [prompt_batch(processor, chunk) for chunk in cut(prompts, compute)],
+        "gain, a step": [batch for examples in imitated for batch in responses_of(examples)],
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from regraft import stages
 from regraft.models.load import Source
 from regraft.patch.format import Patch
-from regraft.progress import Progress, Silent
+from regraft.progress import Progress
 from regraft.recipes.parts import VariantSettings, parse_variant
 from regraft.restoration.base import METHODS, MethodSettings
 from regraft.settings.compute import ComputeSettings
@@ -36,6 +36,8 @@ def restored(
 ) -> Patch:
     """The patch `out` of a method that reads no prompts; its ranking lies beside it."""
     ranking, inputs = out.with_name(f"{out.name}.ranking"), stages.Inputs(heads, statistics)
-    setup = stages.Setup(dense, compute=compute or ComputeSettings(), progress=progress or Silent())
+    setup = stages.Setup(
+        dense, compute=compute or ComputeSettings(), progress=progress or Progress()
+    )
     stages.write_ranking(setup, pruned, ranking, settings, inputs)
     return stages.write_patch(dense, pruned, out, settings, ranking)

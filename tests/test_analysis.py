@@ -23,16 +23,16 @@ from disk import write_data
 from regraft import stages
 from regraft.analysis.overlap import by_chance, overlaps, write_overlap
 from regraft.analysis.relation import ModelPoint, correlate, spearman
-from regraft.analysis.sweep import swept
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.heads.score import load_heads
 from regraft.models.load import open_source
-from regraft.progress import Silent
+from regraft.progress import Progress
 from regraft.pruning.statistics import load_statistics
 from regraft.recipes.file import read_recipe
 from regraft.recipes.recipe import Recipe
 from regraft.runs.run_dir import RunDir
+from regraft.runs.sweep import swept
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 
@@ -120,7 +120,7 @@ def test_overlap_by_brute_force(gathered: Any, share: float) -> None:
 
 def test_overlap_is_written(gathered: Any, tmp_path: Path) -> None:
     dense, file = gathered
-    write_overlap(dense, file, (0.2, 0.1), "row", tmp_path / "out", Silent())
+    write_overlap(dense, file, (0.2, 0.1), "row", tmp_path / "out", Progress())
     content = json.loads((tmp_path / "out" / "overlap.json").read_text())
     assert [one["share"] for one in content["shares"]] == [0.1, 0.2]
     assert content["shares"][0]["by_chance"] == pytest.approx(0.1 / 1.9)
@@ -130,7 +130,7 @@ def test_overlap_is_written(gathered: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("shares", [(), (0.0,), (1.5,)])
 def test_overlap_of_impossible_shares(gathered: Any, tmp_path: Path, shares: Any) -> None:
     with pytest.raises(RegraftError, match="Shares must be above 0"):
-        write_overlap(*gathered, shares, "row", tmp_path / "out", Silent())
+        write_overlap(*gathered, shares, "row", tmp_path / "out", Progress())
     assert not (tmp_path / "out").exists()
 
 
@@ -139,7 +139,7 @@ def test_overlap_with_another_models_statistics(
 ) -> None:
     with pytest.raises(RegraftError, match="made from another model"):
         other = open_source(pico_dir("qwen2_vl"))
-        write_overlap(other, gathered[1], (0.1,), "row", tmp_path / "out", Silent())
+        write_overlap(other, gathered[1], (0.1,), "row", tmp_path / "out", Progress())
 
 
 # Sweeps

@@ -19,6 +19,7 @@ from regraft import stages
 from regraft.data.example import Example, Reading, draw, in_drawn_order
 from regraft.data.readers.demo import demo_model
 from regraft.data.sources import DataSource, read
+from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE, KeywordJudge
@@ -68,7 +69,7 @@ class Says:
 def _ask(source: Source, data: DataSource, folder: Path, **fields: Any) -> Reading:
     kind = "safety" if fields.pop("harmful", True) else "utility"
     calibration = CalibrationSettings(data=data, responses="self", **fields)
-    return stages.calibration_data(stages.Setup(source, calibration, COMPUTE), folder, kind)
+    return answering.calibration_data(stages.Setup(source, calibration, COMPUTE), folder, kind)
 
 
 @pytest.mark.parametrize("harmful", [True, False])
@@ -255,7 +256,7 @@ def test_prune_and_statistics_learn_from_them(
         assert a.values.keys() == b.values.keys()
         for key, value in a.values.items():
             torch.testing.assert_close(value, b.values[key])
-    pruned = read_json(tmp_path / "pruned" / stages.ABOUT_FILE)["data"]
+    pruned = read_json(tmp_path / "pruned" / ABOUT_FILE)["data"]
     assert pruned == found.about["data"]
 
 
@@ -343,7 +344,7 @@ def test_the_bundled_model_really_refuses(tmp_path: Path) -> None:
     )
     for kind, harmful in (("safety", True), ("utility", False)):
         setup = stages.Setup(source, calibration, compute)
-        found = stages.calibration_data(setup, tmp_path, kind)
+        found = answering.calibration_data(setup, tmp_path, kind)
         assert len(found.examples) == 6
         for one in found.examples:
             assert one.response
@@ -366,7 +367,7 @@ def test_respond_writes_a_data_set(
     prompts = _examples(data)
     harmless = {one.id for one in prompts if not one.harmful}
     out = tmp_path / "data" / "calibration.jsonl"
-    found = stages.write_responses(source, data, out, 16, COMPUTE)
+    found = answering.write_responses(source, data, out, 16, COMPUTE)
     expected = [
         replace(one, response=YES if one.id in harmless else SORRY)
         for one in prompts
@@ -382,24 +383,24 @@ def test_respond_writes_a_data_set(
         replace(one, image=None) for one in expected
     ]
     given = CalibrationSettings(data=DataSource(name="jsonl", path=out))
-    drawn = stages.calibration_data(stages.Setup(source, given, COMPUTE), tmp_path, "safety")
+    drawn = answering.calibration_data(stages.Setup(source, given, COMPUTE), tmp_path, "safety")
     itself = _ask(source, data, answering.responses_folder(out), samples=7, max_response_tokens=16)
     assert {one.id for one in drawn.examples} == {one.id for one in itself.examples}
 
     asked = len(says.asked)
-    stages.write_responses(source, data, out, 16, COMPUTE)
+    answering.write_responses(source, data, out, 16, COMPUTE)
     assert len(says.asked) == asked == 14
     with pytest.raises(RegraftError, match=r"max_response_tokens: 16 there, 64 now"):
-        stages.write_responses(source, data, out, 64, COMPUTE)
+        answering.write_responses(source, data, out, 64, COMPUTE)
     out.write_text("mine")
     with pytest.raises(RegraftError, match=r"calibration.jsonl holds something other"):
-        stages.write_responses(source, data, out, 16, COMPUTE)
+        answering.write_responses(source, data, out, 16, COMPUTE)
     shutil.rmtree(answering.responses_folder(out))
     with pytest.raises(RegraftError, match=r"calibration.jsonl holds something other"):
-        stages.write_responses(source, data, out, 16, COMPUTE)
+        answering.write_responses(source, data, out, 16, COMPUTE)
     assert len(says.asked) == asked, "found before the work"
     with pytest.raises(RegraftError, match=r"'harmful-0-0' is not below .*elsewhere"):
-        stages.write_responses(source, data, tmp_path / "elsewhere" / "c.jsonl", 16, COMPUTE)
+        answering.write_responses(source, data, tmp_path / "elsewhere" / "c.jsonl", 16, COMPUTE)
     assert out.read_text() == "mine"
 
 
@@ -428,7 +429,7 @@ def test_respond_by_command(
 
 def _imitated(source: Source, data: DataSource, folder: Path) -> dict[str, Reading]:
     calibration = CalibrationSettings(data=data, samples=5)
-    return stages.imitation_data(stages.Setup(source, calibration, COMPUTE), folder)
+    return answering.imitation_data(stages.Setup(source, calibration, COMPUTE), folder)
 
 
 def test_all_answers_but_empty_ones_are_imitated(

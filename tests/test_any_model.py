@@ -270,7 +270,7 @@ def test_memory_that_does_not_suffice_says_what_to_lower(tmp_path: Path) -> None
 def test_memory_that_ends_half_way_says_what_to_lower(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stages, "open_target", lambda *_, **__: torch.empty(1 << 50))
+    monkeypatch.setattr("regraft.api.open_target", lambda *_, **__: torch.empty(1 << 50))
     with pytest.raises(SystemExit, match="2"):
         main(["eval", "demo", "--suite", "demo:test", "--out", str(tmp_path / "out")])
     assert "is out of memory. Lower --batch-size" in " ".join(capsys.readouterr().err.split())

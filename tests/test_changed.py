@@ -35,6 +35,7 @@ from regraft.restoration.base import MethodSettings
 from regraft.restoration.methods.gain import step as gain_step
 from regraft.restoration.ranking import KEPT, Edits, Ranking, load_ranking
 from regraft.stages.ranking import check_restorable
+from regraft.stages.restoring import plan_restoration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
@@ -371,9 +372,9 @@ def test_what_needs_a_pruned_model(
     check_restorable(chosen, survey(dense, pruned))
     with pytest.raises(RegraftError, match=rf"needs a pruned model, .* are changed, not .*{why}"):
         check_restorable(chosen, survey(dense, changed))
-    restoration = stages.Restoration(dense)
+    setup, paths = stages.Setup(dense), stages.ArtifactPaths.beside(tmp_path / "patch")
     with pytest.raises(RegraftError, match=why):
-        restoration.planned(changed, chosen, stages.ArtifactPaths.beside(tmp_path / "patch"))
+        plan_restoration(setup, changed, chosen, paths)
     assert not list(tmp_path.iterdir())
     if "p" in type(chosen).model_fields:
         check_restorable(method(chosen.method, p=0.5), survey(dense, changed))

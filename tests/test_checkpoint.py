@@ -27,7 +27,7 @@ from regraft.models import checkpoint
 from regraft.models.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from regraft.models.checkpoint_copy import Edit, write_edited
 from regraft.models.load import open_source
-from regraft.progress import Advance, Silent
+from regraft.progress import Advance, Progress
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -280,7 +280,7 @@ def test_fingerprint(small: Path, tmp_path: Path) -> None:
     assert open_checkpoint(moved).fingerprint not in (first, template)
 
 
-class Tasks(Silent):
+class Tasks(Progress):
     """Records (what, announced units, units done) of every task."""
 
     def __init__(self) -> None:

@@ -49,8 +49,9 @@ from regraft.runs import pipeline
 from regraft.runs.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.stages import planning
+from regraft.stages import steps
 from regraft.stages.gathering import check_heads
+from regraft.stages.pruning import spilled_bytes
 from regraft.stages.reading import _made_from_demo
 from regraft.stages.steps import Step
 
@@ -1187,8 +1188,8 @@ def test_the_estimate_of_a_run_counts_what_each_stage_takes(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Heads half of the layers each, the ten forward and backward passes of gain: of prompts."""
-    monkeypatch.setattr(planning, "_speed", lambda *_: 1e9)
-    monkeypatch.setattr(planning, "_EFFICIENCY", {"cpu": 1})
+    monkeypatch.setattr(steps, "_speed", lambda *_: 1e9)
+    monkeypatch.setattr(steps, "_EFFICIENCY", {"cpu": 1})
     dense = open_source(world.model)
     heads = sum(layer.heads for layer in dense.architecture.layers)
 
@@ -1213,6 +1214,10 @@ def test_the_estimate_of_a_run_counts_what_each_stage_takes(
     screened = {"mode": "screened", "candidates": 1, "r_max": 2}
     fewer = passes(realign=[{"method": "hsr", "budget": 50, "top_heads": 1}], heads=screened)
     assert fewer == pytest.approx(heads / 12 + 1 / 2 + 2)
+    with pytest.raises(
+        RegraftError, match=r"only the 1 best will be .*in a recipe heads\.candidates"
+    ):
+        passes(realign=[{"method": "hsr", "budget": 50, "top_heads": 2}], heads=screened)
     ours = passes(answers=2, realign=[{"method": "gain", "budget": 50}])
     assert ours == pytest.approx(2 * 30), "both kinds"
 
@@ -1232,7 +1237,7 @@ def test_what_needs_no_backward_pass_needs_no_space_for_one(world: World) -> Non
         """Beside the checkpoints, and what pruning keeps of finished layers."""
         steps = pipeline.plan_run(read_recipe(world.recipe(**fields)), place.path).steps
         pruner = parse_pruning(fields.get("prune", {}))
-        spilled = stages.spilled_bytes(open_source(world.model), pruner)
+        spilled = spilled_bytes(open_source(world.model), pruner)
         return max(
             step.temporary_bytes() - spilled * (step.stage == "prune")
             for step in steps

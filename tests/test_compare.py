@@ -44,7 +44,7 @@ from regraft.report.rate_figures import _points, curve_figure, marker_size, trad
 from regraft.report.run import Run, Variant
 from regraft.report.study import Outcome, Row, Spread, Study, Table
 from regraft.restoration.base import METHODS, settings_in
-from regraft.runs import comparing, recipe_runs
+from regraft.runs import comparing, pipeline
 from regraft.runs.bundle import write_bundle
 from regraft.runs.bundle_check import read_bundle
 from regraft.runs.reporting import read_run
@@ -634,7 +634,7 @@ def world(
     }
     (root / "recipe.yaml").write_text(write_recipe(Recipe.model_validate(content)))
     with quick.without_figures():
-        recipe_runs.run_recipe(read_recipe(root / "recipe.yaml"), root / "run")
+        pipeline.run_recipe(read_recipe(root / "recipe.yaml"), root / "run")
     return root
 
 
@@ -687,25 +687,23 @@ def test_the_dense_model_answers_once(world: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(stages, "evaluate_target", watched)
     recipe = read_recipe(world / "recipe.yaml")
-    again = recipe_runs.run_recipe(recipe, world / "run")
+    again = pipeline.run_recipe(recipe, world / "run")
     assert done == [], "a finished stage was repeated"
     shutil.copytree(world / "run", world / "half")
     shutil.rmtree(world / "half" / "seed-3")
     shutil.rmtree(world / "half" / "report")
     for work in (
-        recipe_runs.report_recipe,
+        pipeline.report_recipe,
         lambda half: comparing.compare_runs([half], world / "comparison"),
         lambda half: write_bundle(half, world / "half.zip"),
     ):
         with pytest.raises(RegraftError, match="not finished: seed-3 has not been run"):
             work(world / "half")
-    assert recipe_runs.run_recipe(recipe, world / "half").tables == again.tables
+    assert pipeline.run_recipe(recipe, world / "half").tables == again.tables
     assert len(done) == 2 * (1 + 3)
     other = recipe.model_copy(update={"against": ("hsr",)})
-    assert recipe_runs.run_recipe(other, world / "half").against == ("hsr",), (
-        "tests of finished runs"
-    )
-    assert recipe_runs.report_recipe(world / "half").against == ("hsr",)
+    assert pipeline.run_recipe(other, world / "half").against == ("hsr",), "tests of finished runs"
+    assert pipeline.report_recipe(world / "half").against == ("hsr",)
     assert len(done) == 2 * (1 + 3)
     assert not [path for path in done if path.name == "dense"]
     dense = [world / "half" / f"seed-{seed}" / "evaluation" / "dense" for seed in (0, 3)]
@@ -864,7 +862,7 @@ def test_a_study_with_bad_input_writes_nothing(world: Path, tmp_path: Path) -> N
     recipe = read_recipe(world / "recipe.yaml")
     settings = recipe.compute.model_copy(update={"device": "nonsense"})
     with pytest.raises(RegraftError):
-        recipe_runs.run_recipe(recipe.model_copy(update={"compute": settings}), tmp_path / "run")
+        pipeline.run_recipe(recipe.model_copy(update={"compute": settings}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(RegraftError, match="another recipe"):
-        recipe_runs.run_recipe(recipe.model_copy(update={"title": "another"}), world / "run")
+        pipeline.run_recipe(recipe.model_copy(update={"title": "another"}), world / "run")

@@ -23,7 +23,7 @@ from regraft import distributed
 from regraft.costs import Cost, Ledger, Metered, read_costs
 from regraft.data.collate import prompt_batch
 from regraft.errors import RegraftError
-from regraft.progress import Silent
+from regraft.progress import Progress
 from regraft.report.formatting import duration, memory, operations
 from regraft.report.page import render_html, render_markdown
 from regraft.report.pooling import study_of
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 def test_operations_of_a_forward_and_a_backward_pass() -> None:
     net = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
-    metered = Metered(Silent())
+    metered = Metered(Progress())
     metered.loaded(net)
     metered.loaded(net)  # known: not counted twice
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_operations_of_a_forward_and_a_backward_pass() -> None:
 
 def test_operations_of_a_convolution() -> None:
     conv = nn.Conv2d(4, 6, kernel_size=3, groups=2, bias=False)
-    metered = Metered(Silent())
+    metered = Metered(Progress())
     metered.loaded(conv)
     with torch.no_grad():
         out = conv(torch.ones(1, 4, 8, 8))
@@ -57,7 +57,7 @@ def test_operations_of_a_convolution() -> None:
 
 
 def test_a_ledger_adds_what_was_broken_off(tmp_path: Path) -> None:
-    net, metered = nn.Linear(2, 2), Metered(Silent())
+    net, metered = nn.Linear(2, 2), Metered(Progress())
     metered.loaded(net)
     path = tmp_path / "costs.json"
     ledger = Ledger(path, metered, CPU)
@@ -78,7 +78,7 @@ def test_a_ledger_adds_what_was_broken_off(tmp_path: Path) -> None:
 @contextmanager
 def _at_work(tmp_path: Path, stage: str = "prune") -> Iterator[tuple[nn.Module, Any, Path]]:
     """A layer of 8 operations a forward pass, a task's advance and the file of the costs."""
-    net, metered, path = nn.Linear(2, 2), Metered(Silent()), tmp_path / "costs.json"
+    net, metered, path = nn.Linear(2, 2), Metered(Progress()), tmp_path / "costs.json"
     metered.loaded(net)
     ledger = Ledger(path, metered, CPU)
     with ledger.measure(stage), metered.task("Pruning", 9) as done, torch.no_grad():
@@ -196,7 +196,7 @@ def test_the_peak_of_the_fullest_accelerator(
         monkeypatch.setattr(torch.cuda, name, does)
     monkeypatch.setattr(module, "_WORTH_RECORDING", 0)
     path = tmp_path / "costs.json"
-    with Ledger(path, Metered(Silent()), torch.device("cuda")).measure("prune"):
+    with Ledger(path, Metered(Progress()), torch.device("cuda")).measure("prune"):
         assert reset == [0, 1, 2]
     (cost,) = read_costs(path)
     assert (cost.peak_bytes, cost.device) == (9, "card")
@@ -277,7 +277,7 @@ def test_operations_of_a_model_are_those_that_torch_counts(family: str, tmp_path
     """Image included; matrix products outside of linear layers, of attention, left out."""
     model, processor = pico.build(family)
     batch = prompt_batch(processor, truth.examples(family, tmp_path, 2))
-    metered = Metered(Silent())
+    metered = Metered(Progress())
     metered.loaded(model)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**batch.inputs)

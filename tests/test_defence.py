@@ -271,9 +271,8 @@ def _defend(source: Source, data: DataSource, out: Path, **settings: Any) -> Any
     if None in (settings.get("layer"), settings.get("strength")):
         given = {"validation": data, "max_new_tokens": 3, **settings}
     calibration = CalibrationSettings(data=data, samples=3)
-    return stages.write_defence(
-        stages.Target(source, COMPUTE), out, RefusalDirectionSettings(**given), calibration
-    )
+    setup = stages.Setup(source, calibration, COMPUTE)
+    return stages.write_defence(setup, source, out, RefusalDirectionSettings(**given))
 
 
 def test_a_given_direction_is_the_difference_of_means(
@@ -351,8 +350,8 @@ def test_answers_under_a_direction(source: Source, data: DataSource, tmp_path: P
 
 def test_the_prompt_reaches_the_model(source: Source, data: DataSource, tmp_path: Path) -> None:
     """Answers are those to instructions that were written so; the results show the user's."""
-    target, calibration = stages.Target(source, COMPUTE), CalibrationSettings(data=data)
-    made = stages.write_defence(target, tmp_path / "out", AdaShieldSettings(), calibration)
+    setup = stages.Setup(source, CalibrationSettings(data=data), COMPUTE)
+    made = stages.write_defence(setup, source, tmp_path / "out", AdaShieldSettings())
     assert made.prompt == DEFENCE_PROMPT
     examples = [
         one
@@ -452,8 +451,8 @@ def test_the_bundled_model_refuses_more(tmp_path: Path) -> None:
     source = open_source(demo_model())
     settings = RefusalDirectionSettings(layer=5, strength=3.0)
     compute = ComputeSettings(device="cpu", batch_size=20)
-    target = stages.Target(source, compute)
-    stages.write_defence(target, tmp_path / "out", settings, CalibrationSettings(samples=40))
+    setup = stages.Setup(source, CalibrationSettings(samples=40), compute)
+    stages.write_defence(setup, source, tmp_path / "out", settings)
     suite = [DataSource(name="demo", split="validation", kind="harmless")]
     answer = EvalSettings(max_new_tokens=12, limit=20)
     plain = stages.evaluate_target(

@@ -33,10 +33,10 @@ from regraft.heads.ships import HeadSettings
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import open_source
 from regraft.patch.format import load_patch
-from regraft.progress import Silent
+from regraft.progress import Progress
 from regraft.recipes.file import write_recipe
 from regraft.recipes.recipe import Recipe as RecipeModel
-from regraft.runs import pipeline, recipe_runs
+from regraft.runs import pipeline
 from regraft.runs.reporting import read_run
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -208,7 +208,7 @@ class StoppedError(Exception):
     """The run ends here."""
 
 
-class Stopping(Silent):
+class Stopping(Progress):
     """Ends a run when it says `text`."""
 
     def __init__(self, text: str) -> None:
@@ -236,7 +236,7 @@ def several(
 def test_a_run_says_that_test_prompts_were_used_before(several: Path) -> None:
     notes: list[str] = []
 
-    class Told(Silent):
+    class Told(Progress):
         def note(self, text: str) -> None:
             notes.append(text)
 
@@ -302,12 +302,12 @@ def test_a_report_is_not_written_on_another_patch(
     shutil.copyfile(patches / f"{by}.safetensors", patches / f"{replaced}.safetensors")
     before = tree(run)
     with pytest.raises(RegraftError, match=rf"{replaced}\.safetensors is not the patch with which"):
-        recipe_runs.report_recipe(run)
+        pipeline.report_recipe(run)
     assert tree(run) == before
     (patches / f"{replaced}.safetensors").unlink()
     os.mkfifo(patches / f"{replaced}.safetensors")
     with pytest.raises(RegraftError, match="is a device, a pipe or a socket"):
-        recipe_runs.report_recipe(run)
+        pipeline.report_recipe(run)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -318,7 +318,7 @@ def test_several_prunings_go_on_where_they_stopped(several: Path, tmp_path: Path
         with pytest.raises(StoppedError):
             pipeline.run_one(recipe, tmp_path / "run", Stopping(text))
         with pytest.raises(RegraftError, match=f"is not finished: {missing} has not"):
-            recipe_runs.report_recipe(tmp_path / "run")
+            pipeline.report_recipe(tmp_path / "run")
     done = tmp_path / "run" / "pruned" / "wanda-50" / "regraft.json"
     before = done.stat().st_mtime_ns
     pipeline.run_one(recipe, tmp_path / "run")
@@ -332,7 +332,7 @@ def _tree_but_costs(run: Path) -> dict[str, str]:
         copy = shutil.copytree(run, Path(folder) / "run")
         assert read_costs(copy / "costs.json")
         (copy / "costs.json").unlink()
-        recipe_runs.report_recipe(copy)
+        pipeline.report_recipe(copy)
         return tree(copy)
 
 

@@ -53,11 +53,12 @@ from regraft.evaluation.chat_server import ChatServer, Reply
 from regraft.evaluation.served import as_they_come, portable
 from regraft.evaluation.server_key import KEY_VARIABLE, without_key
 from regraft.models.load import open_source
-from regraft.progress import Silent
+from regraft.progress import Progress
 from regraft.report.pooling import study_of
 from regraft.runs import comparing
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EndpointSettings, EvalSettings
+from regraft.stages import endpoint
 
 SETTINGS = EvalSettings(max_new_tokens=16)
 KEY = 'sk-9"\\x<é>'.encode("ascii", "ignore").decode() + "-abcdefgh"  # which JSON must escape
@@ -80,8 +81,8 @@ def server() -> Iterator[Scripted]:
         yield found
 
 
-def target(server: Scripted, concurrency: int = 8, **more: Any) -> stages.EndpointTarget:
-    return stages.EndpointTarget(ChatServer(server.url, "m", pause=0.01), concurrency, **more)
+def target(server: Scripted, concurrency: int = 8, **more: Any) -> endpoint.EndpointTarget:
+    return endpoint.EndpointTarget(ChatServer(server.url, "m", pause=0.01), concurrency, **more)
 
 
 def evaluated(
@@ -100,8 +101,8 @@ class Notes:
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    task = Silent.task
-    loaded = Silent.loaded
+    task = Progress.task
+    loaded = Progress.loaded
 
     def note(self, text: str) -> None:
         self.said.append(text)
@@ -184,7 +185,7 @@ def test_python_names_it_as_the_command_line_does(
 @pytest.mark.parametrize("named", ["folder", "opened"])
 def test_a_checkpoint_is_a_target_of_its_own(pico_dir: Callable[[str], Path], named: str) -> None:
     folder = pico_dir("llava")
-    found = stages.open_target(
+    found = endpoint.open_target(
         folder if named == "folder" else open_source(folder), ComputeSettings(dtype="float32")
     )
     assert isinstance(found, stages.Target)
@@ -392,7 +393,7 @@ def test_a_prompt_beyond_the_context_is_told_to_be_shortened(code: int) -> None:
 def test_a_server_that_is_not_there_leaves_nothing(suite: DataSource, tmp_path: Path) -> None:
     before = tree(tmp_path)
     url = f"http://127.0.0.1:{free_port()}/v1"
-    gone = stages.EndpointTarget(ChatServer(url, "m", pause=0.0))
+    gone = endpoint.EndpointTarget(ChatServer(url, "m", pause=0.0))
     with pytest.raises(PassingError, match=rf"{url}/chat/completions failed: .*refused"):
         stages.evaluate_target(gone, tmp_path / "out", [suite], SETTINGS)
     assert tree(tmp_path) == before
@@ -687,13 +688,13 @@ def test_names_that_are_no_endpoints(
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     with pytest.raises(RegraftError, match=message) as raised:
-        stages.open_target(f"endpoint:{name}", ComputeSettings())
+        endpoint.open_target(f"endpoint:{name}", ComputeSettings())
     assert "secret" not in str(raised.value) and KEY not in str(raised.value)
 
 
 def test_a_model_may_be_a_path_with_a_number_sign() -> None:
-    found = stages.open_target("endpoint:http://h/v1#/m/a#1", ComputeSettings())
-    assert isinstance(found, stages.EndpointTarget)
+    found = endpoint.open_target("endpoint:http://h/v1#/m/a#1", ComputeSettings())
+    assert isinstance(found, endpoint.EndpointTarget)
     assert (found.server.url, found.server.model) == ("http://h/v1", "/m/a#1")
     assert found.concurrency == EndpointSettings().concurrency
 
@@ -854,11 +855,11 @@ def test_reports_have_endpoints_beside_models_in_memory(
     assert [one.pruned for one in found.variants] == [0, 0, 0]
     text = (tmp_path / "page-served" / "report.md").read_text()
     assert server.name() in text
-    pair = comparing.Pair(folders[0], folders[2])
+    pair = folders[0], folders[2]
     assert [one.restored for one in comparing.run_of_evaluations([folders[1]], pair).variants] == [
         0
     ] * 3
-    same = replace(pair, pruned=tmp_path / "again")
+    same = folders[0], tmp_path / "again"
     evaluated(server, tmp_path / "again", suite)
     with pytest.raises(RegraftError, match=rf"same model \({server.name()}\)"):
         comparing.run_of_evaluations([], same)
@@ -885,14 +886,14 @@ def test_transformers_serve_answers_as_the_model_in_memory(
     suites, settings = [demo, DataSource(name="jsonl", path=texts)], EvalSettings(limit=4)
     folder, compute = demo_model(), ComputeSettings(device="cpu", dtype="float32")
     ours = stages.evaluate_target(
-        stages.open_target(folder, compute), tmp_path / "ours", suites, settings
+        endpoint.open_target(folder, compute), tmp_path / "ours", suites, settings
     ).result
     words = ("--dtype", "float32", "--device", "cpu")
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     with transformers_serve(folder, tmp_path / "log", *words) as url:
         named = f"endpoint:{url}#{folder}"
         theirs = stages.evaluate_target(
-            stages.open_target(named, compute), tmp_path / "theirs", suites, settings
+            endpoint.open_target(named, compute), tmp_path / "theirs", suites, settings
         )
     assert theirs.result == ours
     answers = [one.answer for one in ours.answers]

@@ -171,7 +171,7 @@ def test_named_dense_and_pruned_give_rsr(
         *("report", gain, dense, prompt),
         *("--dense", dense, "--pruned", pruned, "--out", page),
     )
-    found = comparing.run_of_evaluations([gain, prompt], comparing.Pair(dense, pruned))
+    found = comparing.run_of_evaluations([gain, prompt], (dense, pruned))
     assert [one.name for one in found.variants] == ["dense", "pruned", "gain", "prompt"]
     roles = [row.role for row in rows_of(found)]
     assert roles == ["dense", "pruned", "method", "method"]
@@ -192,7 +192,7 @@ def test_restored_weights_are_counted_by_patches_and_not_by_zeros(
     dense = evaluation(tmp_path / "dense", asked, 4, 1)
     rounded = evaluation(tmp_path / "rounded", asked, 16, 1, zeros=20)
     applied = evaluation(tmp_path / "applied", asked, 7, 1, zeros=18)
-    pair = comparing.Pair(dense, rounded)
+    pair = dense, rounded
     found = study_of([comparing.run_of_evaluations([applied], pair)])
     assert [row.weights for row in found.rows] == [None, None, None]
     assert "Compression (20 % of the weights are zero) raised ASR" in summary(found)[0]
@@ -218,7 +218,7 @@ def test_what_is_no_pair_is_refused(
         ((other,), (dense, pruned), "x is an evaluation of another model with a patch"),
     ):
         with pytest.raises(RegraftError, match=message):
-            comparing.run_of_evaluations(folders, comparing.Pair(*pair))
+            comparing.run_of_evaluations(folders, pair)
     for words, message in (
         (("--dense", dense), "with --dense, name --pruned too"),
         (("--pruned", pruned), "with --pruned, name --dense too"),

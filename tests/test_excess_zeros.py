@@ -13,7 +13,7 @@ import pico
 from regraft import stages
 from regraft.data.sources import DataSource
 from regraft.models.load import open_source
-from regraft.progress import Silent
+from regraft.progress import Progress
 from regraft.pruning.base import prune_settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -64,7 +64,7 @@ def test_by_hand() -> None:
     assert excess_zeros(rows) == ((3 - 1) + (2 - 5)) / 64
 
 
-class Notes(Silent):
+class Notes(Progress):
     """Records notes."""
 
     def __init__(self) -> None:

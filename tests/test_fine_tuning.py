@@ -25,7 +25,7 @@ from regraft.recipes.recipe import Recipe
 from regraft.restoration.methods import fine_tune as fine_tuning
 from regraft.restoration.methods.fine_tune import is_trained
 from regraft.restoration.ranking import Ranking, load_ranking, save_ranking
-from regraft.runs import pipeline, recipe_runs
+from regraft.runs import pipeline
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 
@@ -250,7 +250,7 @@ def run(root: Path, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_says_that_values_are_trained(run: Path) -> None:
-    read = recipe_runs.report_recipe(run).runs[0]
+    read = pipeline.report_recipe(run).runs[0]
     labels = {one.name: one for one in read.variants}
     assert labels["there"].label == "there (fine-tuned, positions of drawn: trained values)"
     assert labels["anywhere"].label == "anywhere (fine-tuned, random positions: trained values)"

@@ -35,7 +35,7 @@ from regraft.models.load import (
 )
 from regraft.models.loaded import check_besides, refuse_tokens_without_embedding
 from regraft.models.model_settings import disagreement
-from regraft.progress import Silent
+from regraft.progress import Progress
 from regraft.settings.compute import ComputeSettings
 
 FAMILY = "llama"
@@ -190,7 +190,7 @@ def test_chat_templates(
 
 
 def test_a_template_that_prints_the_date_is_told(model: Path) -> None:
-    class Told(Silent):
+    class Told(Progress):
         def note(self, text: str) -> None:
             notes.append(text)
 

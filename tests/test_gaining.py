@@ -31,7 +31,7 @@ from regraft.models.load import Source, load_model, load_processor, open_source
 from regraft.patch.apply import patched
 from regraft.patch.format import load_patch
 from regraft.patch.pair import restorable
-from regraft.progress import Silent, Task
+from regraft.progress import Progress, Task
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
 from regraft.recipes.recipe import Recipe
@@ -260,7 +260,7 @@ def limit_by_hand(taken: int, before: int, step: Mapping[str, Any]) -> str:
 def test_other_ends(end, benches, tmp_path, monkeypatch):
     notes: list[str] = []
 
-    class Told(Silent):
+    class Told(Progress):
         def note(self, text: str) -> None:
             notes.append(text)
 
@@ -293,7 +293,7 @@ def test_other_ends(end, benches, tmp_path, monkeypatch):
     assert (_below_budget(patch, enough) == "") == (end == "weights")
 
 
-class Told(Silent):
+class Told(Progress):
     """Every task as a list: what was announced, then units done, and those beyond in a tuple."""
 
     def __init__(self) -> None:
@@ -445,7 +445,7 @@ def of(categories: Sequence[str], harmful: bool = True) -> Reading:
 def test_whole_sources_are_held_out_and_named(monkeypatch):
     notes: list[str] = []
 
-    class Told(Silent):
+    class Told(Progress):
         def note(self, text: str) -> None:
             notes.append(text)
 

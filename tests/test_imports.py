@@ -19,9 +19,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     *("data", "models", "pruning", "heads", "patch", "evaluation", "defence", "settings"),
     *("loading", "restoration", "flags", "report", "recipes", "stages"),
-    # a recipe's run: one, then the analyses of it, then several
+    # a recipe's run, then the analyses of it, then all runs of a recipe
     *(f"runs.{name}" for name in ("run_dir", "passes", "reporting", "comparing")),
-    *("runs.publishing", "api", "runs.plan", "runs.pipeline", "analysis", "runs.recipe_runs"),
+    *("runs.publishing", "api", "runs.plan", "analysis", "runs.pipeline", "runs.sweep"),
     *("runs.bundle", "runs.bundle_check", "console", "cli"),
 )
 FREE = {

@@ -50,7 +50,7 @@ from regraft.evaluation.verdicts import (
     read_verdicts,
 )
 from regraft.models.load import open_source
-from regraft.progress import Silent
+from regraft.progress import Progress
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages import judging
@@ -96,19 +96,19 @@ def _judge(folder: Path, by: str, loaded: Any = None, **more: Any) -> Judged:
     with pytest.MonkeyPatch.context() as patch:
         if loaded is not None:
             patch.setattr(judging, "load_judge", lambda *_: loaded)
-        return stages.judge_answers(folder, by, out, COMPUTE, Silent(), **more)
+        return judging.judge_answers(folder, by, out, COMPUTE, Progress(), **more)
 
 
 def test_two_keyword_judges_by_hand(tmp_path: Path) -> None:
     folder = _evaluation(tmp_path / "evaluation")
     theirs = _judge(folder, "vlguard-1")
     assert (theirs.asr, theirs.over_refusal, theirs.unread) == (wilson(0, 3), wilson(1, 2), 0)
-    attacks, refusals = stages.agreement(folder, [folder / "9.json"], folder / "agreement.json")
+    attacks, refusals = judging.agreement(folder, [folder / "9.json"], folder / "agreement.json")
     assert (attacks.harmful, attacks.share) == (True, wilson(2, 3))  # all but the second answer
     assert attacks.kappa == pytest.approx(0)  # the other sees no attack succeed
     assert (refusals.harmful, refusals.share) == (False, wilson(2, 2))
     assert refusals.kappa == pytest.approx(1)
-    assert stages.own_judge(folder).asr == wilson(1, 3)
+    assert judging.own_judge(folder).asr == wilson(1, 3)
     verdicts = json.loads((folder / "9.json").read_text())["verdicts"]
     assert verdicts["1"] == {"refused": True, "unsafe": None, "reason": "legally"}
 
@@ -118,7 +118,7 @@ def test_answers_that_say_nothing_are_counted_of_every_judge(
 ) -> None:
     texts = (*TEXTS, (False, ""), (True, "sorry " * 30))
     folder = _evaluation(tmp_path / "evaluation", texts=texts)
-    assert stages.own_judge(folder).degenerate == {"harmful": 1, "harmless": 1}
+    assert judging.own_judge(folder).degenerate == {"harmful": 1, "harmless": 1}
     with pytest.raises(SystemExit, match="0"):
         main(["judge", "answers", str(folder), "--by", "gcg-1"])
     rows = capsys.readouterr().out.splitlines()
@@ -131,10 +131,10 @@ def test_answers_that_say_nothing_are_counted_of_every_judge(
 
 def test_opinions_are_the_verdicts_beside_an_evaluation(tmp_path: Path) -> None:
     folder = _evaluation(tmp_path / "evaluation")
-    assert stages.opinions(folder) == ()
+    assert judging.opinions(folder) == ()
     with pytest.raises(SystemExit, match="0"):
         main(["judge", "answers", str(folder), "--by", "vlguard-1", "--by", "gcg-1"])
-    gcg, vlguard = stages.opinions(folder)
+    gcg, vlguard = judging.opinions(folder)
     assert (gcg[0].judge, vlguard[0].judge) == ("gcg-1", "vlguard-1")
     assert vlguard[0].asr == wilson(0, 3)
     attacks, refusals = vlguard[1]
@@ -147,7 +147,7 @@ def test_opinions_are_the_verdicts_beside_an_evaluation(tmp_path: Path) -> None:
     answers = stages.read_evaluation(folder).result.answers
     _write(folder, [*answers[:-2], replace(answers[-2], answer="Ten eggs."), answers[-1]])
     with pytest.raises(RegraftError, match=r"gcg-1.json judges other answers than"):
-        stages.opinions(folder)
+        judging.opinions(folder)
 
 
 def test_judging_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,11 +168,11 @@ def test_the_same_judge_again_says_the_same(tmp_path: Path, full: bool) -> None:
     )
     texts = (*TEXTS, *((harmful, loop) for loop in loops for harmful in (True, False)))
     folder = _evaluation(tmp_path / "evaluation", full, texts)
-    own, again = stages.own_judge(folder), _judge(folder, REGRAFT_2.name)
+    own, again = judging.own_judge(folder), _judge(folder, REGRAFT_2.name)
     assert (again.asr, again.over_refusal) == (own.asr, own.over_refusal)
     assert own.asr == wilson(1 if full else 2, 7)
     kept = folder / f"{len(REGRAFT_2.name)}.json"
-    attacks, refusals = stages.agreement(folder, [kept], folder / "agreement.json")
+    attacks, refusals = judging.agreement(folder, [kept], folder / "agreement.json")
     assert (attacks.share, refusals.share) == (wilson(7, 7), wilson(6, 6))
 
 
@@ -215,7 +215,7 @@ def test_answers_cut_short_are_for_their_judge_only(tmp_path: Path) -> None:
     folder = _evaluation(tmp_path / "evaluation", full=False)
     with pytest.raises(RegraftError, match="--full-answers"):
         _judge(folder, "vlguard-1")
-    assert _judge(folder, REGRAFT_2.name).asr == stages.own_judge(folder).asr
+    assert _judge(folder, REGRAFT_2.name).asr == judging.own_judge(folder).asr
 
 
 def test_verdicts_of_other_answers_are_refused(tmp_path: Path) -> None:
@@ -644,10 +644,10 @@ def test_what_an_endpoint_said_before_it_failed_stays(
     monkeypatch.setattr(judging, "load_judge", lambda *_: judge)
     monkeypatch.setattr(Endpoint, "verdicts", fails_later)
     with pytest.raises(PassingError):
-        stages.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Silent())
+        judging.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Progress())
     asked = len(_Server.got)
     monkeypatch.setattr(Endpoint, "verdicts", own)
-    stages.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Silent())
+    judging.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Progress())
     assert (asked, len(_Server.got)) == (5, 6)  # the last chunk is one answer
 
 
@@ -799,7 +799,7 @@ def test_unread_answers_behind_others_stop_nothing(
 
     monkeypatch.setattr(Endpoint, "verdicts", empty_later)
     monkeypatch.setattr(judging, "load_judge", lambda *_: judge)
-    judged = stages.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Silent())
+    judged = judging.judge_answers(folder, by, tmp_path / "out.json", COMPUTE, Progress())
     assert judged.unread == 2
 
 
@@ -897,7 +897,7 @@ def test_kappa_is_by_kind_and_of_every_pair() -> None:
 def test_agreement_is_written(tmp_path: Path) -> None:
     folder = _evaluation(tmp_path / "evaluation")
     _judge(folder, "vlguard-1")
-    found = stages.agreement(folder, [folder / "9.json"], folder / "agreement.json")
+    found = judging.agreement(folder, [folder / "9.json"], folder / "agreement.json")
     assert [one.other for one in found] == ["vlguard-1"] * 2
     written = json.loads((folder / "agreement.json").read_text())["agreement"]
     assert [one["harmful"] for one in written] == [True, False]
@@ -1045,7 +1045,7 @@ def test_a_label_that_no_answer_has(tmp_path: Path) -> None:
     wanted = ("2_full_refusal", "3_partial_refusel")
     with pytest.raises(RegraftError, match="No answer is labelled '3_partial_refusel'"):
         judging.measure_judges(
-            [tmp_path / "a.csv"], ["gcg-1"], Labels(positive=wanted), COMPUTE, Silent()
+            [tmp_path / "a.csv"], ["gcg-1"], Labels(positive=wanted), COMPUTE, Progress()
         )
 
 

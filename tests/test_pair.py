@@ -19,7 +19,7 @@ from regraft.models.checkpoint import SINGLE_FILE
 from regraft.models.checkpoint_copy import Edit, write_edited
 from regraft.models.load import Source, load_model, open_source
 from regraft.patch.pair import check_pair, survey
-from regraft.progress import Silent
+from regraft.progress import Progress
 from regraft.pruning.masks import Pattern
 from regraft.pruning.pruners.sparsegpt import PLUGIN as SPARSEGPT
 from regraft.pruning.pruners.sparsegpt import inverse_factor, sparsegpt_prune
@@ -161,7 +161,7 @@ def test_exports_with_other_names_are_compared_outside_the_decoder_too(
 
 @pytest.mark.parametrize("stage", ["realign", "rank"])
 def test_stages_tell_of_it(dense: Source, pruned: Source, stage: str, tmp_path: Path) -> None:
-    class Heard(Silent):
+    class Heard(Progress):
         def note(self, text: str) -> None:
             notes.append(text)
 

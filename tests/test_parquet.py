@@ -36,7 +36,7 @@ from regraft.models.load import open_source
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.reading import read_suites
 from regraft.stages.setup import Setup
-from regraft.stages.steps import PromptUse, Step, check_all
+from regraft.stages.steps import PromptUse, Step, plan_steps
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +221,7 @@ def test_a_table_that_is_refused_late_leaves_no_images(tmp_path: Path, cache: Pa
         for kind in KINDS
     ]
     with pytest.raises(RegraftError, match="image"):
-        check_all(drawn)  # of the second kind; the first is fine
+        plan_steps(setup, drawn)  # of the second kind; the first is fine
     assert not list((cache / "images").glob("*.*g"))
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from regraft import console, progress
 from regraft.console import ConsoleProgress
 from regraft.costs import Metered
-from regraft.progress import Pace, Silent, Task, expect
+from regraft.progress import Pace, Progress, Task, expect
 
 
 class Clock:
@@ -96,7 +96,7 @@ def _pace(clock: Clock) -> Pace:
 def test_what_is_metered_says_too_how_much_more_there_is() -> None:
     told: list[Any] = []
 
-    class Told(Silent):
+    class Told(Progress):
         @contextmanager
         def task(self, what: str, total: int, unit: str = "") -> Any:
             yield Task(told.append, lambda more: told.append((more,)))

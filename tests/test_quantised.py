@@ -231,9 +231,7 @@ def test_an_evaluation_from_end_to_end(quantised: Callable[[str], Path], tmp_pat
     assert texts[0] == texts[1] and len(set(texts[0])) > 1
     assert "prunable" in done["floats"].about and "prunable" not in done["packed"].about
     comparing.report_evaluations([tmp_path / "floats", tmp_path / "packed"], tmp_path / "page")
-    comparing.report_evaluations(
-        [], tmp_path / "pair", comparing.Pair(*(tmp_path / n for n in done))
-    )
+    comparing.report_evaluations([], tmp_path / "pair", tuple(tmp_path / n for n in done))
     for page in ("page", "pair"):
         assert "packed" in (tmp_path / page / "report.md").read_text()
 

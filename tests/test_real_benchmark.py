@@ -19,7 +19,7 @@ from regraft.data.readers.jsonl import read_jsonl
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.models.load import Source, open_source
-from regraft.progress import Silent
+from regraft.progress import Progress
 from regraft.recipes.file import read_recipe
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -188,7 +188,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _maker(source: Source, out: Path, samples: int = 3) -> make_real_benchmark.Maker:
     compute = ComputeSettings(device="cpu", dtype="float32", batch_size=4)
-    return make_real_benchmark.Maker(source, out, compute, Silent(), samples, new_tokens=8)
+    return make_real_benchmark.Maker(source, out, compute, Progress(), samples, new_tokens=8)
 
 
 def test_files_hold_the_answers_that_are_of_use(

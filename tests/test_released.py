@@ -34,6 +34,7 @@ from regraft.restoration.methods.hsr_released import (
 )
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
+from regraft.stages.restoring import plan_restoration
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=4)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -270,9 +271,8 @@ def test_screened_heads_and_old_files_lack_its_criterion(bench, tmp_path):
     with pytest.raises(RegraftError, match="mode exact"):
         restored(dense, pruned, tmp_path / "patch", settings, *files)
     with pytest.raises(RegraftError, match="needs every head scored exactly"):
-        stages.Restoration(dense, calibration, COMPUTE, scoring=screened).planned(
-            pruned, settings, stages.ArtifactPaths.beside(tmp_path / "patch")
-        )
+        setup = stages.Setup(dense, calibration, COMPUTE, scoring=screened)
+        plan_restoration(setup, pruned, settings, stages.ArtifactPaths.beside(tmp_path / "patch"))
     assert not (tmp_path / "patch").exists()
 
 

@@ -15,6 +15,7 @@ from regraft import stages
 from regraft.data.collate import batches, prompt_batch
 from regraft.data.sources import DataSource
 from regraft.defence import asked, load_defence
+from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
@@ -181,7 +182,7 @@ def test_the_stage_prunes_by_harmful_prompts_and_its_prompt(bench, tmp_path):
         for one in pruned
     )
     assert 0 < int((first ^ second).sum()) < 0.2 * len(first), "the prompt decides, a little"
-    about = read_json(tmp_path / "0" / stages.ABOUT_FILE)
+    about = read_json(tmp_path / "0" / ABOUT_FILE)
     assert about["data"].keys() == {"safety"} and about["settings"]["prompt"] == SAFETY_PROMPT
 
 
@@ -199,8 +200,8 @@ def test_the_same_prompt_as_a_defence(bench, tmp_path):
     dense = open_source(bench / "dense")
     settings = SafetyPromptSettings()
     assert settings.prompt == SAFETY_PROMPT
-    target = stages.Target(dense, COMPUTE)
-    stages.write_defence(target, tmp_path / "defence", settings, calibrated(bench))
+    setup = stages.Setup(dense, calibrated(bench), COMPUTE)
+    stages.write_defence(setup, dense, tmp_path / "defence", settings)
     examples = pico.write_examples(tmp_path, 2, images=False)
     shown = asked(load_defence(tmp_path / "defence"), examples)
     assert [one.instruction for one in shown] == [
@@ -208,7 +209,7 @@ def test_the_same_prompt_as_a_defence(bench, tmp_path):
     ]
     assert shown[0].instruction == f"{SAFETY_PROMPT}\n{examples[0].instruction}"
     around = AdaShieldSettings(prompt=SAFETY_PROMPT)
-    stages.write_defence(target, tmp_path / "around", around, calibrated(bench))
+    stages.write_defence(setup, dense, tmp_path / "around", around)
     assert asked(load_defence(tmp_path / "around"), examples)[0].instruction.startswith(
         examples[0].instruction
     )

@@ -18,7 +18,7 @@ import truth
 from regraft.errors import RegraftError
 from regraft.models.architecture import Block
 from regraft.patch.pair import check_pair, restorable, restored_by_module, survey
-from regraft.progress import Silent
+from regraft.progress import Progress
 from regraft.pruning.pruners.wanda import PLUGIN as WANDA
 from regraft.pruning.statistics import SavedStatistics
 from regraft.restoration.base import Context
@@ -356,7 +356,7 @@ def compared(dense, pruned, statistics, tmp_path):
         count=None,
         seed=0,
         compute=ComputeSettings(device="cpu"),
-        progress=Silent(),
+        progress=Progress(),
         work=tmp_path,
         statistics=statistics,
     )

@@ -32,7 +32,7 @@ from regraft.models.load import open_source
 from regraft.recipes.file import read_recipe, write_recipe
 from regraft.recipes.recipe import Recipe
 from regraft.report.study import Row, Study
-from regraft.runs import pipeline, recipe_runs
+from regraft.runs import pipeline
 from regraft.runs.bundle import MANIFEST, write_bundle
 from regraft.runs.bundle_check import read_bundle
 from regraft.runs.run_dir import RunDir, folder_of_model
@@ -88,11 +88,11 @@ def made(
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(content))
     with quick.without_figures():
-        recipe_runs.run_recipe(read_recipe(root / "recipe.yaml"), root / "run")
+        pipeline.run_recipe(read_recipe(root / "recipe.yaml"), root / "run")
         _answer_otherwise(root / "run")
         for name in ("one", "two", "third"):
             assert exit_code("report", folder_of_model(root / "run", name)) == 0
-    return root, recipe_runs.report_recipe(root / "run")
+    return root, pipeline.report_recipe(root / "run")
 
 
 @pytest.fixture(scope="module")
@@ -311,10 +311,10 @@ def test_a_run_of_several_models_resumes_and_grows(
     shutil.copytree(world / "run", tmp_path / "run")
     shutil.rmtree(folder_of_model(tmp_path / "run", "third"))
     with pytest.raises(RegraftError, match="not finished: model-third has not been run"):
-        recipe_runs.report_recipe(tmp_path / "run")
+        pipeline.report_recipe(tmp_path / "run")
     (tmp_path / "run" / "recipe.yaml").write_text(write_recipe(fewer))
-    assert models_of(recipe_runs.report_recipe(tmp_path / "run")) == ["one", "two"]
-    assert models_of(recipe_runs.run_recipe(recipe, tmp_path / "run")) == ["one", "two", "third"]
+    assert models_of(pipeline.report_recipe(tmp_path / "run")) == ["one", "two"]
+    assert models_of(pipeline.run_recipe(recipe, tmp_path / "run")) == ["one", "two", "third"]
     assert len(done) == 3
     assert all("model-third" in one for one in done)
     other = recipe.model_copy(update={"models": recipe.models[1:2]})
@@ -322,7 +322,7 @@ def test_a_run_of_several_models_resumes_and_grows(
         update={"models": (other.models[0].model_copy(update={"name": "one"}),)}
     )
     with pytest.raises(RegraftError, match="another recipe"):
-        recipe_runs.run_recipe(other, tmp_path / "run")
+        pipeline.run_recipe(other, tmp_path / "run")
 
 
 def test_a_run_of_one_model_is_no_run_of_several(tmp_path: Path) -> None:
@@ -342,12 +342,12 @@ def test_bad_input_of_several_models_writes_nothing(world: Path, tmp_path: Path)
     recipe = read_recipe(world / "recipe.yaml")
     gone = recipe.models[2].model_copy(update={"model": str(tmp_path / "gone")})
     with pytest.raises(RegraftError, match="gone"):
-        recipe_runs.run_recipe(
+        pipeline.run_recipe(
             recipe.model_copy(update={"models": (*recipe.models[:2], gone)}), tmp_path / "run"
         )
     (tmp_path / "published.yaml").write_text("rows: [{model: x, asr: {a: 101}}]")
     with pytest.raises(RegraftError, match=r"rows\.0\.asr\.a"):
-        recipe_runs.run_recipe(
+        pipeline.run_recipe(
             recipe.model_copy(update={"published": tmp_path / "published.yaml"}), tmp_path / "run"
         )
     assert not (tmp_path / "run").exists()

@@ -23,6 +23,7 @@ from disk import shards, tree, write_data
 from methods import a_variant, method
 from regraft import loading, stages
 from regraft.data.sources import DataSource
+from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.files import disk_errors, write_text
 from regraft.disk.parsing import read_json
 from regraft.errors import PassingError, RegraftError
@@ -142,7 +143,7 @@ class Bench:
             return load_patch(out).about
         if stage == "evaluate":
             return stages.read_evaluation(out).about
-        about: dict[str, Any] = read_json(out / stages.ABOUT_FILE)
+        about: dict[str, Any] = read_json(out / ABOUT_FILE)
         return about
 
 
@@ -389,7 +390,7 @@ def test_preview_writes_nothing_and_tells_the_truth(bench: Bench, tmp_path: Path
     folder, out, patch_file = bench.root / "pruned", tmp_path / "out", bench.root / "patch"
     (tmp_path / ".out.regraft-tmp").mkdir()
     before = tree(tmp_path)
-    plan, size = stages.preview("apply", folder, [patch_file], out)
+    plan, size = patching.preview("apply", folder, [patch_file], out)
     assert tree(tmp_path) == before
     patch = load_patch(patch_file)
     assert (plan.applied, patch.removed) == ((0,), 0)
@@ -398,10 +399,10 @@ def test_preview_writes_nothing_and_tells_the_truth(bench: Bench, tmp_path: Path
     stages.patch_checkpoint("apply", folder, patch_file, out)
     old, changed = shards(folder), shards(out)
     assert set(plan.shards) == {name for name in old if old[name] != changed[name]}
-    assert stages.preview("apply", folder, [patch_file], out)[1] == 0
-    back, _ = stages.preview("revert", out, [patch_file], tmp_path / "back")
+    assert patching.preview("apply", folder, [patch_file], out)[1] == 0
+    back, _ = patching.preview("revert", out, [patch_file], tmp_path / "back")
     assert (back.applied, back.weights) == ((patch.restored,), patch.restored)
-    assert not stages.preview("revert", folder, [patch_file], tmp_path / "back")[0].changes
+    assert not patching.preview("revert", folder, [patch_file], tmp_path / "back")[0].changes
 
 
 def test_preview_refuses_what_the_command_refuses(bench: Bench, tmp_path: Path) -> None:
@@ -409,9 +410,9 @@ def test_preview_refuses_what_the_command_refuses(bench: Bench, tmp_path: Path) 
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
     patches = [bench.root / "patch"]
     with pytest.raises(RegraftError, match="is not the base of this patch"):
-        stages.preview("apply", bench.root / "dense", patches, tmp_path / "new")
+        patching.preview("apply", bench.root / "dense", patches, tmp_path / "new")
     with pytest.raises(RegraftError, match="taken is not empty"):
-        stages.preview("apply", bench.root / "pruned", patches, tmp_path / "taken")
+        patching.preview("apply", bench.root / "pruned", patches, tmp_path / "taken")
 
 
 def test_weights_that_no_patch_touches_are_checked_as_they_are_copied(
@@ -423,7 +424,7 @@ def test_weights_that_no_patch_touches_are_checked_as_they_are_copied(
     spoilt = write_edited(source, tmp_path / "spoilt", {name: lambda one: one.fill_(torch.nan)})
     before = tree(tmp_path)
     job = "apply", spoilt.folder, [bench.root / "patch"], tmp_path / "out"
-    assert stages.preview(*job)[0].weights
+    assert patching.preview(*job)[0].weights
     with pytest.raises(RegraftError, match=f"the tensor {name} holds numbers that are NaN"):
         stages.patch_checkpoint(*job)
     assert tree(tmp_path) == before
@@ -672,7 +673,7 @@ def test_calibration_on_both_kinds_is_another_model(bench: Bench) -> None:
     """Refusals count too: the account names both data sets, and other weights go."""
     settings = prune_settings(calibrate_on="both")
     both = bench.run("prune", out=bench.root / "both", settings=settings)
-    about = read_json(bench.root / "both" / stages.ABOUT_FILE)
+    about = read_json(bench.root / "both" / ABOUT_FILE)
     assert set(about["data"]) == {"utility", "safety"}
     linears = list(bench.dense.architecture.linears)
     assert any(

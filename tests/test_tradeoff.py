@@ -36,7 +36,7 @@ from regraft.models.architecture import decoder_layers
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source, open_source
 from regraft.patch.format import load_patch
-from regraft.progress import Progress, Silent
+from regraft.progress import Progress
 from regraft.recipes.recipe import Recipe
 from regraft.report.page import CURVES_CAPTION
 from regraft.restoration.base import MethodSettings
@@ -45,7 +45,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.settings.searching import SearchSettings
-from regraft.stages import searching
+from regraft.stages import restoring, searching
 
 # The choice
 
@@ -156,7 +156,7 @@ COMPUTE = ComputeSettings(device="cpu", batch_size=8)
 SHORT = EvalSettings(max_new_tokens=3)
 
 
-class Notes(Silent):
+class Notes(Progress):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
@@ -195,10 +195,10 @@ class Bench:
         choice = SearchSettings(**{"validation": self.validation, **fields})
         paths = replace(stages.ArtifactPaths.beside(out), ranking=self.root / "ranking", curve=out)
         calibration = CalibrationSettings(data=self.validation)
-        restoration = stages.Restoration(
-            self.dense, calibration, compute, evaluation=SHORT, progress=progress or Silent()
+        setup = stages.Setup(
+            self.dense, calibration, compute, evaluation=SHORT, progress=progress or Progress()
         )
-        restoration.search(self.pruned, self.settings, paths, choice)
+        restoring.search(setup, self.pruned, self.settings, paths, choice)
         return read_curve(out).chosen or 0
 
 

@@ -42,6 +42,7 @@ from regraft.stages import trials as trials_module
 from regraft.stages import tuning
 from regraft.stages.searching import Search
 from regraft.stages.trials import Trials, space_of
+from regraft.stages.tuning import tune_method
 
 pytest.importorskip("optuna")
 COMPUTE = ComputeSettings(device="cpu", batch_size=4)
@@ -73,7 +74,7 @@ def tune(root: Path, tmp_path: Path) -> Callable[..., Tuned]:
             "out": tmp_path / "tuned",
             "choice": SearchSettings(validation=data, validation_limit=2, points=2),
         }
-        restoration = stages.Restoration(
+        restoration = stages.Setup(
             open_source(root / "dense"),
             CalibrationSettings(data=data, samples=4),
             COMPUTE,
@@ -81,9 +82,7 @@ def tune(root: Path, tmp_path: Path) -> Callable[..., Tuned]:
             evaluation=EVALUATION,
         )
         pruned, tuning = open_source(root / "pruned"), TuneSettings(**own)
-        return stages.tune_method(
-            restoration, pruned, method=settings, tuning=tuning, **given | changes
-        )
+        return tune_method(restoration, pruned, method=settings, tuning=tuning, **given | changes)
 
     return run
 
@@ -503,8 +502,11 @@ def test_methods_that_have_nothing_to_tune(tune: Callable[..., Tuned], name: str
         tune(method(name, budget=2))
 
 
-def test_validation_prompts_must_be_named(tune: Callable[..., Tuned], tmp_path: Path) -> None:
-    with pytest.raises(RegraftError, match="No validation prompts are named to choose on"):
+def test_validation_prompts_that_are_not_named_are_held_out(
+    tune: Callable[..., Tuned], tmp_path: Path
+) -> None:
+    """Of these eight prompts one, which is harmful."""
+    with pytest.raises(RegraftError, match="#held-out"):
         tune(method(), choice=SearchSettings(validation_limit=2, points=2))
     assert not (tmp_path / "tuned").exists()
 

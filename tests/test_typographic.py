@@ -22,7 +22,7 @@ from regraft.data.typographic import (
     write_typographic,
 )
 from regraft.errors import RegraftError
-from regraft.progress import Silent
+from regraft.progress import Progress
 
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono-Bold.ttf"
 
@@ -125,13 +125,13 @@ def test_drawing_leaves_nothing_half_done(tmp_path: Path) -> None:
     reading = read_prompts(tmp_path / "p.txt", harmful=False)
     assert [example.harmful for example in reading.examples] == [False, False]
     with pytest.raises(RegraftError, match=r"p\.txt: none of 2 prompts .* 2 do not fit into"):
-        write_typographic(reading, tmp_path / "out", Silent(), FONT)
+        write_typographic(reading, tmp_path / "out", Progress(), FONT)
     assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
     (tmp_path / "p.txt").write_text("short\n")
-    write_typographic(read_prompts(tmp_path / "p.txt"), tmp_path / "out", Silent(), FONT)
+    write_typographic(read_prompts(tmp_path / "p.txt"), tmp_path / "out", Progress(), FONT)
     with pytest.raises(RegraftError, match="has an image already"):
         drawn = read_jsonl(tmp_path / "out" / "examples.jsonl")
-        write_typographic(drawn, tmp_path / "again", Silent(), FONT)
+        write_typographic(drawn, tmp_path / "again", Progress(), FONT)
 
 
 def test_letters_that_the_font_has_not(tmp_path: Path) -> None:
@@ -139,12 +139,12 @@ def test_letters_that_the_font_has_not(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("Zubehör – “so” Привет\n中文\nplain 한\n", encoding="utf-8")
     reading = read_prompts(tmp_path / "p.txt")
     assert missing_letters("中 文a中", FONT) == "中文"
-    drawn = write_typographic(reading, tmp_path / "out", Silent(), FONT)
+    drawn = write_typographic(reading, tmp_path / "out", Progress(), FONT)
     assert len(drawn.images) == 1
     assert (drawn.left_out, drawn.unwritten) == ((), ("p-2", "p-3"))
     (tmp_path / "q.txt").write_text("中文\n", encoding="utf-8")
     with pytest.raises(RegraftError, match=r"1 have letters that .* lacks.* --font"):
-        write_typographic(read_prompts(tmp_path / "q.txt"), tmp_path / "none", Silent(), FONT)
+        write_typographic(read_prompts(tmp_path / "q.txt"), tmp_path / "none", Progress(), FONT)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,12 @@ from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
 from regraft.evaluation.gate import Check
 from regraft.evaluation.results import EvalResult
-from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_endpoint, check_inputs, check_search
+from regraft.flags import (
+    DEFAULT_VALIDATION_TOKENS,
+    check_endpoint,
+    check_realign,
+    refuse_compute,
+)
 from regraft.heads.score import HeadScores
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source
@@ -40,8 +45,11 @@ from regraft.settings.base import Settings, explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EndpointSettings, EvalSettings, Margins
-from regraft.settings.searching import SearchSettings, with_held_out
-from regraft.stages.planning import Planned
+from regraft.settings.searching import SearchSettings
+from regraft.stages.checking import check_compressed, clear_check, open_side
+from regraft.stages.endpoint import open_target
+from regraft.stages.patching import Tool, export_patches
+from regraft.stages.restoring import plan_restoration
 
 if TYPE_CHECKING:
     from regraft.report.study import Study
@@ -118,55 +126,28 @@ def realign(
         settings: Settings of the method (`budget`, `swap` ...), the scoring of heads, the
             calibration and the compute.
     """
-    plan = planned_realign(
-        dense,
-        pruned,
-        out,
-        method=method,
-        search=search,
-        max_new_tokens=max_new_tokens,
-        heads_file=heads_file,
-        statistics_file=statistics_file,
-        progress=progress,
-        **settings,
-    )
-    plan.setup.make(plan.steps)
-    return load_patch(Path(out))
-
-
-def planned_realign(
-    dense: Model,
-    pruned: Model,
-    out: str | Path,
-    *,
-    method: str,
-    search: Mapping[str, Any] | None,
-    max_new_tokens: int,
-    heads_file: str | Path | None,
-    statistics_file: str | Path | None,
-    progress: Progress,
-    **settings: Any,
-) -> Planned:
-    """Check what `realign` checks and return its steps; writes nothing."""
     kind = METHODS.get(method)
     needs = kind.needs(kind.settings_type(method=method))
     # Only statistics are gathered over responses of the data.
     prompts = CalibrationSettings if needs.statistics else PromptSettings
     blocks = kind.settings_type, HeadSettings, prompts, ComputeSettings
     own, scoring, data, compute = _settings({"method": method, **settings}, *blocks)
-    check_search(search is not None, own, max_new_tokens)
-    given = stages.Inputs(heads=_path(heads_file), statistics=_path(statistics_file))
-    check_inputs(own, scoring, given.heads, given.statistics)
-    (answers,) = _settings({"max_new_tokens": max_new_tokens, "full_answers": False}, EvalSettings)
     choice = None if search is None else _settings(search, SearchSettings)[0]
-    before, after = compute.opened(dense), compute.opened(pruned)
-    calibration = data.with_responses()
-    if choice is not None:
-        choice, calibration = with_held_out(choice, before.folder, calibration, progress.note)
-    restoration = stages.Restoration(
-        before, calibration, compute, progress, scoring=scoring, evaluation=answers
+    (answers,) = _settings({"max_new_tokens": max_new_tokens, "full_answers": False}, EvalSettings)
+    given = stages.Inputs(heads=_path(heads_file), statistics=_path(statistics_file))
+    files, searched = (given.heads, given.statistics), search is not None
+    check_realign(own, scoring, *files, search=searched, max_new_tokens=max_new_tokens)
+    setup = stages.Setup(
+        compute.opened(dense),
+        data.with_responses(),
+        compute,
+        progress,
+        scoring=scoring,
+        evaluation=answers,
     )
-    return restoration.planned(after, own, stages.ArtifactPaths.beside(Path(out), given), choice)
+    paths = stages.ArtifactPaths.beside(Path(out), given)
+    plan_restoration(setup, compute.opened(pruned), own, paths, choice).make()
+    return load_patch(Path(out))
 
 
 def apply(pruned: str | Path, patches: str | Path | Sequence[str | Path], out: str | Path) -> Path:
@@ -194,7 +175,7 @@ def export(
     patches: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
-    to: stages.Tool,
+    to: Tool,
 ) -> Path:
     """Convert patches for another tool, into the new folder `out`, with the code that loads them.
 
@@ -208,7 +189,7 @@ def export(
         RegraftError: a patch is for another checkpoint, patches disagree, or the tool cannot change
             these weights.
     """
-    return stages.export_patches(pruned, _paths(patches), Path(out), to)
+    return export_patches(pruned, _paths(patches), Path(out), to)
 
 
 def evaluate(
@@ -242,7 +223,7 @@ def evaluate(
         raise RegraftError("--dense is for measuring KL on a text: name the text with --text.")
     on_text = None if text is None else stages.OnText(Path(text), _path(dense))
     put_on = _path(patch), _path(defence)
-    target = stages.open_target(model, compute, endpoint, progress, *put_on, on_text)
+    target = open_target(model, compute, endpoint, progress, *put_on, on_text)
     return stages.evaluate_target(target, Path(out), _suites(suites), own).result
 
 
@@ -274,13 +255,14 @@ def check(
     )
     check_endpoint([dense, compressed], compute, endpoint)
     named = _suites(suites)
-    stages.clear_check(Path(out))
+    clear_check(Path(out))
     sides = (
-        stages.open_side(dense, compute, endpoint, progress=progress),
-        stages.open_side(compressed, compute, endpoint, _path(patch), progress),
+        open_side(dense, compute, endpoint, progress=progress),
+        open_side(compressed, compute, endpoint, _path(patch), progress),
     )
-    stages.check_compute(sides, compute)
-    return stages.check_compressed(*sides, Path(out), named, own, margins)
+    if all(isinstance(one, Path) or one.compute is None for one in sides):
+        refuse_compute(compute, "Neither of the two models is run here")
+    return check_compressed(*sides, Path(out), named, own, margins)
 
 
 def compare(

@@ -12,33 +12,31 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    Progress,
     ProgressColumn,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.progress import Progress as RichProgress
 from rich.progress import Task as RichTask
 from rich.table import Column, Table
 from rich.text import Text
 
 from regraft.evaluation.results import Estimate
 from regraft.evaluation.tradeoff import NOTE, Point, Searched, Tried, Tuned
-from regraft.progress import Advance, Pace, Task
+from regraft.progress import Advance, Pace, Progress, Task
 from regraft.report.formatting import DASH, Grid, percent, rate
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import nn
-
     from regraft.report.study import Study
-    from regraft.stages.planning import Planned
+    from regraft.stages.steps import Planned
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class ConsoleProgress:
+class ConsoleProgress(Progress):
     """Bars on a terminal; elsewhere lines at the start, at intervals and at the end of a task."""
 
     def __init__(self, console: Console) -> None:
@@ -46,9 +44,6 @@ class ConsoleProgress:
 
     def note(self, text: str) -> None:
         say(self.console, text, soft_wrap=True)
-
-    def loaded(self, network: nn.Module) -> None:
-        """Show nothing."""
 
     def task(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Task]:
         show = self._bar if self.console.is_terminal else self._lines
@@ -65,7 +60,7 @@ class ConsoleProgress:
             _Left(),
         )
         pace = Pace(total)
-        with Progress(*columns, console=self.console) as progress:
+        with RichProgress(*columns, console=self.console) as progress:
             task = progress.add_task(what, total=total, pace=pace)
 
             def change_and_show(change: Advance, units: int) -> None:
@@ -179,14 +174,8 @@ def show_preview(console: Console, out: Path, plan: Planned) -> None:
         console,
         ("step", "model", "done", "prompts answered", "calibration prompts"),
         (
-            (
-                step.stage,
-                step.of,
-                "yes" if step.done else "",
-                step.answers or "",
-                step.learns or "",
-            )
-            for step in plan.steps
+            (one.stage, one.of, "yes" if one.done else "", one.answers or "", one.learns or "")
+            for one in plan.steps
         ),
         title=str(out),
     )

@@ -85,7 +85,7 @@ class CalibrationPass:
     flops: _Positive
 
 
-class Metered:
+class Metered(Progress):
     """Progress that counts the floating point operations of every model that is `loaded`.
 
     It uses hooks rather than `torch.utils.flop_counter`, which intercepts every operator: a run on
@@ -114,7 +114,6 @@ class Metered:
             yield Task(advance_both, partial(expect, advance))
 
     def note(self, text: str) -> None:
-        """See `Progress`."""
         self._inner.note(text)
 
     def loaded(self, network: nn.Module) -> None:

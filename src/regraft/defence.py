@@ -63,9 +63,7 @@ def mean_states(
     Args:
         model: In eval mode; left as it was.
         batches: Prompts that end where the answer starts; the processes split them.
-        layers: Number of the model's decoder layers.
-        width: Its hidden size d.
-        advance: Called with the number of prompts just run.
+        width: The model's hidden size d.
 
     Returns:
         `[layers, d]` float64, NaN for a layer that did not run on every prompt.
@@ -118,12 +116,8 @@ def moved_output(model: nn.Module, layer: int, vector: Tensor) -> Iterator[None]
     """Add a vector to the output of one decoder layer, at all positions, while the block runs.
 
     It acts in every forward pass, so that `generate` applies it to the prompt and to each new
-    token, with or without a key/value cache. The sum is rounded once, to the model's dtype.
-
-    Args:
-        model: Left as it was.
-        layer: Index of the decoder layer.
-        vector: `[d]` float32.
+    token, with or without a key/value cache. The sum of the output and the `vector`, `[d]` float32,
+    is rounded once, to the model's dtype. The model is left as it was.
     """
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -163,10 +157,7 @@ def choose(trials: Sequence[Trial], plain: Trial, max_over_refusal: float) -> Tr
     model (strength 0) is a candidate: if nothing helps, nothing is added. Ties in ASR go to the
     lower over-refusal, then the smaller strength, then the earlier layer.
 
-    Args:
-        trials: The candidates.
-        plain: The model without a direction.
-        max_over_refusal: Allowed increase of either rate, in percentage points.
+    `max_over_refusal` is the allowed increase of either rate, in percentage points.
     """
     more = max_over_refusal / 100 + 1e-12
     fit = [

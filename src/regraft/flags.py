@@ -37,8 +37,16 @@ def check_endpoint(
         raise RegraftError("--concurrency is for requests to an endpoint: leave it out.")
 
 
-def check_search(search: bool, settings: MethodSettings, max_new_tokens: int) -> None:
-    """Refuse a search if there is no number to choose, and --max-new-tokens without a search."""
+def check_realign(
+    settings: MethodSettings,
+    scoring: HeadSettings,
+    heads_file: Path | None,
+    statistics_file: Path | None,
+    *,
+    search: bool,
+    max_new_tokens: int,
+) -> None:
+    """Refuse a search without a number to choose, and what would have no effect."""
     if search and not settings.searchable:
         raise RegraftError(
             "--search chooses a number of weights: give a --budget too."
@@ -47,15 +55,6 @@ def check_search(search: bool, settings: MethodSettings, max_new_tokens: int) ->
         )
     if not search and max_new_tokens != DEFAULT_VALIDATION_TOKENS:
         raise RegraftError("--max-new-tokens is for answers in a search: add --search.")
-
-
-def check_inputs(
-    settings: MethodSettings,
-    scoring: HeadSettings,
-    heads_file: Path | None,
-    statistics_file: Path | None,
-) -> None:
-    """Refuse head scores, statistics and scoring settings that would not be used."""
     needs = needs_of(settings)
     if heads_file is not None and needs.heads is None:
         raise RegraftError("These settings use no head scores: leave out --heads-file.")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from regraft import distributed
-from regraft.data.collate import Batch, batches
+from regraft.data.collate import batches
 from regraft.data.example import Example
 from regraft.data.images import length_class
 from regraft.errors import RegraftError
@@ -81,27 +81,6 @@ def hidden_state_bytes(source: Source, layerwise: LayerwisePass) -> int:
     architecture = source.architecture
     size = len(architecture.layers) * architecture.hidden_size * layerwise.model.dtype.itemsize
     return layerwise.tokens * size
-
-
-def collate(
-    processor: Any,
-    encode: Callable[[Any, Sequence[Example]], Batch],
-    examples: Sequence[Example],
-    compute: ComputeSettings,
-) -> list[Batch]:
-    """Encode examples as batches in host memory; see `cut`."""
-    return [encode(processor, chunk) for chunk in cut(examples, compute)]
-
-
-def each_of_share(
-    processor: Any,
-    encode: Callable[[Any, Sequence[Example]], Batch],
-    examples: Sequence[Example],
-    compute: ComputeSettings,
-) -> Iterator[Batch]:
-    """Encode this process's share of the batches (see `check_shares`) lazily."""
-    for chunk in distributed.share(cut(examples, compute)):
-        yield encode(processor, chunk)
 
 
 def cut(examples: Sequence[Example], compute: ComputeSettings) -> list[tuple[Example, ...]]:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from threading import Event, Lock
-from typing import Protocol
 
 from torch import nn
 
@@ -83,8 +82,8 @@ class Pace:
         return max(0.0, rest - (self._clock() - self._last))
 
 
-class Progress(Protocol):
-    """Something that shows progress."""
+class Progress:
+    """Shows the progress of long work; this base class shows nothing."""
 
     def task(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Advance]:
         """Announce `total` units of work; the yielded function is called with units done.
@@ -92,6 +91,7 @@ class Progress(Protocol):
         Units should take equally long, for a good estimate of the time left. If there turns out to
         be more or less to do, see `expect`.
         """
+        return nullcontext(lambda _: None)
 
     def note(self, text: str) -> None:
         """Show a message."""
@@ -100,17 +100,4 @@ class Progress(Protocol):
         """Called when a model has been loaded and is about to be used."""
 
 
-class Silent:
-    """Shows nothing."""
-
-    def task(self, what: str, total: int, unit: str = "") -> AbstractContextManager[Advance]:
-        return nullcontext(lambda _: None)
-
-    def note(self, text: str) -> None:
-        pass
-
-    def loaded(self, network: nn.Module) -> None:
-        pass
-
-
-SILENT: Progress = Silent()
+SILENT = Progress()

@@ -21,13 +21,8 @@ class Registry(Generic[Plugin]):
 
     A built-in plug-in is the variable PLUGIN of a module of `package`, and is named after the file
     ("mm_safetybench.py" is "mm-safetybench"). Other packages register theirs as entry points of
-    `group`, and cannot override a built-in one.
-
-    Args:
-        what: The kind in words, such as "data set".
-        package: The package of the built-in plug-ins.
-        group: The entry-point group of all others.
-        kind: The class of every plug-in.
+    `group`, and cannot override a built-in one. All are objects of the class `kind`; `what` is its
+    name in messages, such as "data set".
     """
 
     what: str
@@ -60,28 +55,27 @@ class Registry(Generic[Plugin]):
         entry = next(iter(entry_points(group=self.group, name=name)), None)
         if entry is None:
             raise RegraftError(f"There is no {self.what} {name!r}; {self.expected()}.")
+        named = f"The {self.what} {name!r} ({entry.value})"
+        correct = f"Correct the package that registers it under {self.group}"
         try:
             found = entry.load()
         except Exception as error:  # another package's module may raise anything
             raise RegraftError(
-                f"The {self.what} {name!r} ({entry.value}) cannot be imported: "
-                f"{type(error).__name__}: {error}. Repair or remove the package that registers it."
+                f"{named} cannot be imported: {type(error).__name__}: {error}. Repair or remove "
+                "the package that registers it."
             ) from error
         if not isinstance(found, self.kind):
             raise RegraftError(
-                f"The {self.what} {name!r} ({entry.value}) is {type(found).__name__!r}; expected "
-                f"{self.kind.__module__}.{self.kind.__name__}. Correct the package that registers "
-                f"it under {self.group}."
+                f"{named} is {type(found).__name__!r}; expected {self.kind.__module__}."
+                f"{self.kind.__name__}. {correct}."
             )
         if missing := [one for one in self.kind.__annotations__ if not hasattr(found, one)]:
             raise RegraftError(
-                f"The {self.what} {name!r} ({entry.value}) has no {missing[0]!r}, which every "
-                f"{self.what} has. Correct the package that registers it under {self.group}."
+                f"{named} has no {missing[0]!r}, which every {self.what} has. {correct}."
             )
         if (own := getattr(found, "name", name)) != name:
             raise RegraftError(
-                f"The {self.what} {name!r} ({entry.value}) has another name of its own, {own!r}. "
-                f"Correct the package that registers it under {self.group}: both must be the same."
+                f"{named} has another name of its own, {own!r}. {correct}: both must be the same."
             )
         return found
 

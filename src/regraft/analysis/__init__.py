@@ -1,7 +1,7 @@
-"""The paper's analyses: sweeps, total Ships against lost safety, weights that two tasks share.
+"""The paper's analyses: total Ships against lost safety, weights that two tasks share.
 
 Each module has the computation, its figure, and a function that writes both to a folder, as JSON
-and as a standalone SVG.
+and as a standalone SVG. Sweeps, which run a recipe, are in `regraft.runs.sweep`.
 """
 
 from __future__ import annotations

@@ -86,8 +86,6 @@ def overlaps(
     layers that did not run on the calibration data, and those whose statistics are not kept.
 
     Args:
-        dense: The dense checkpoint.
-        statistics: Statistics from `regraft analyse statistics`.
         share: Above 0, at most 1.
         scope: Weights compete within their row or their matrix.
     """

@@ -28,12 +28,10 @@ class ModelPoint:
     """A pruned model: total Ships of its dense model, and its loss of safety.
 
     Attributes:
-        name: Name of the pruned model.
         model: Fingerprint of the dense checkpoint.
         ships: Sum of the Ships of all scored heads, in radians.
         degradation: ASR of the pruned model minus ASR of the dense one, in [-1, 1].
-        heads: Number of scored heads.
-        estimated: Number of heads whose Ships is an estimate.
+        estimated: Number of the scored heads whose Ships is an estimate.
     """
 
     name: str
@@ -75,9 +73,6 @@ def correlate(points: Sequence[ModelPoint], pruning: str = "") -> Correlation:
 
     Without p if points share a dense model: prunings of one model share its Ships, so not all
     orders are equally likely.
-
-    Raises:
-        ValueError: see `spearman`.
     """
     rho, p = spearman([one.ships for one in points], [one.degradation for one in points])
     independent = len({one.model for one in points}) == len(points)

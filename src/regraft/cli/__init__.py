@@ -35,7 +35,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Restore pruned weights so that the model refuses as before; writes a patch.",
     ),
     "tune": (
-        "tuning:app",
+        "realigning:tune_app",
         "Search for a method's settings that give the lowest ASR within bounds, on validation "
         "prompts.",
     ),
@@ -65,7 +65,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Judge saved answers with other judges, or measure judges against human labels.",
     ),
     "report": (
-        "reporting:report",
+        "running:report",
         "Write a report (JSON, Markdown, HTML) on evaluations, or rewrite that of a finished run.",
     ),
     "analyse": (

@@ -22,7 +22,7 @@ from regraft.cli.options import (
     given,
     live_progress,
 )
-from regraft.cli.reporting import compare
+from regraft.cli.running import compare
 from regraft.console import say, show_grid, show_table
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import open_source
@@ -34,8 +34,8 @@ from regraft.settings.defending import DEFENCES, AnyDefenceSettings, DefenceProm
 
 if TYPE_CHECKING:
     from regraft.analysis.overlap import LayerOverlap
-    from regraft.analysis.sweep import Sweep
     from regraft.heads.score import HeadScores
+    from regraft.runs.sweep import Sweep
 
 
 app = App(
@@ -117,7 +117,7 @@ def sweep(
     values
         Values of the setting.
     """
-    from regraft.analysis.sweep import run_sweep
+    from regraft.runs.sweep import run_sweep
 
     progress = live_progress()
     found = run_sweep(read_recipe(recipe), setting, values, out, progress)
@@ -253,8 +253,9 @@ def defence(
 
     progress = live_progress()
     trust = trust_remote_code or compute.trust_remote_code
-    target = stages.Target(open_source(pruned, trust_remote_code=trust), compute, progress=progress)
-    made = stages.write_defence(target, out, settings, prompts.with_responses())
+    model = open_source(pruned, trust_remote_code=trust)
+    setup = stages.Setup(model, prompts.with_responses(), compute, progress)
+    made = stages.write_defence(setup, model, out, settings)
     if isinstance(made, Direction):
         progress.note(
             f"{out}: adds {made.strength:g} times the difference of means after layer {made.layer}."

@@ -53,21 +53,21 @@ def judge(
     images
         Folder with the prompts' images, for judges that see images.
     """
-    from regraft import stages
     from regraft.disk.files import slug
     from regraft.evaluation.judges import find
+    from regraft.stages import judging
 
     progress = live_progress()
     for one in by:
         find(one)
-    folder = out or evaluation / stages.VERDICTS
+    folder = out or evaluation / judging.VERDICTS
     files = {one: folder / f"{slug(one)}.json" for one in by}
     judged = [
-        stages.judge_answers(evaluation, one, file, compute, progress, images)
+        judging.judge_answers(evaluation, one, file, compute, progress, images)
         for one, file in files.items()
     ]
-    _show_judged(progress.console, [stages.own_judge(evaluation), *judged])
-    found = stages.agreement(evaluation, [*files.values()], folder / "agreement.json")
+    _show_judged(progress.console, [judging.own_judge(evaluation), *judged])
+    found = judging.agreement(evaluation, [*files.values()], folder / "agreement.json")
     _show_agreement(progress.console, found)
     progress.note(f"Verdicts with reasons: {folder}")
 
@@ -99,12 +99,12 @@ def judge_bench(
     ids
         Use only rows with even, or odd, ids: regraft-keywords-2 was chosen on XSTest's odd ids.
     """
-    from regraft import stages
     from regraft.evaluation.labelled import Labels
+    from regraft.stages import judging
 
     progress = live_progress()
     labels = Labels(question, positive, ids)
-    found = stages.measure_judges(file, by, labels, compute, progress, out)
+    found = judging.measure_judges(file, by, labels, compute, progress, out)
     for name, bench in found.items():
         _show_quality(progress.console, name, bench)
     if out is not None:

@@ -32,11 +32,11 @@ def respond(
 
     Example: regraft data respond MODEL --data prompts.jsonl --out calibration.jsonl
     """
-    from regraft import stages
+    from regraft.stages.answering import write_responses
 
     progress = live_progress()
     source = open_answering(model, trust_remote_code=compute.trust_remote_code)
-    reading = stages.write_responses(source, data, out, max_response_tokens, compute, progress)
+    reading = write_responses(source, data, out, max_response_tokens, compute, progress)
     kinds = Counter(one.harmful for one in reading.examples)
     progress.note(reading.describe("Answers"))
     progress.note(

@@ -42,17 +42,17 @@ def apply(
         Check the patches and the weights that they change, and show what would be written; write
         nothing.
     """
-    from regraft import stages
+    from regraft.stages import patching
 
     if out.exists() and real(out) == real(checkpoint):
         raise RegraftError(f"{out} is the checkpoint itself. Name a new folder with --out.")
     operation: Operation = "revert" if revert else "apply"
     progress = live_progress()
     if dry_run:
-        plan, size = stages.preview(operation, checkpoint, patch, out, progress)
+        plan, size = patching.preview(operation, checkpoint, patch, out, progress)
         _show_preview(progress.console, plan, size, out)
         return
-    stages.patch_checkpoint(operation, checkpoint, patch, out, progress)
+    patching.patch_checkpoint(operation, checkpoint, patch, out, progress)
     progress.note(f"Checkpoint: {out}")
 
 
@@ -91,10 +91,10 @@ def export(
     patch
         Patches as for `regraft apply`, in any order.
     """
-    from regraft import stages
+    from regraft.stages import patching
 
     progress = live_progress()
-    stages.export_patches(pruned, patch, out, to, progress, trust_remote_code=trust_remote_code)
+    patching.export_patches(pruned, patch, out, to, progress, trust_remote_code=trust_remote_code)
     progress.note(f"Export: {out}")
 
 

@@ -1,20 +1,22 @@
-"""Restore pruned weights: `regraft realign`."""
+"""Restore pruned weights and tune how: `regraft realign`, `regraft tune`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Group, Parameter
 from pydantic import ValidationError
 
-from regraft.cli.options import OutFile, as_command, given, live_progress
-from regraft.console import ConsoleProgress, show_preview, show_search
+from regraft.cli.options import OutFile, OutFolder, as_command, live_progress
+from regraft.console import ConsoleProgress, show_preview, show_search, show_tuned
 from regraft.errors import RegraftError
-from regraft.flags import DEFAULT_VALIDATION_TOKENS
+from regraft.evaluation.tradeoff import read_curve
+from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_realign, check_tuning
 from regraft.heads.ships import HeadSettings
-from regraft.patch.format import Patch
+from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import is_changed
 from regraft.restoration.base import METHODS, Budgeted, MethodSettings
 from regraft.restoration.methods.fine_tune import TRAINED_VALUES, is_trained
@@ -22,7 +24,11 @@ from regraft.restoration.methods.gain.path import read_path, short_of
 from regraft.settings.base import EXPERT, explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
-from regraft.settings.searching import SearchSettings
+from regraft.settings.evaluating import EvalSettings
+from regraft.settings.searching import SearchSettings, TuneSettings
+
+if TYPE_CHECKING:
+    from regraft.stages import Setup
 
 _SEARCH = Group("Search for the number of weights", sort_key=2)
 _DATA = Parameter(name="*", group=Group("Calibration prompts", sort_key=1))
@@ -39,6 +45,18 @@ StatisticsFile = Annotated[
 ]
 Scoring = Annotated[HeadSettings, Parameter(name="*", group=Group("Scoring of heads", sort_key=3))]
 Where = Annotated[ComputeSettings, Parameter(name="*", group=Group("Where it runs", sort_key=4))]
+Trials = Annotated[TuneSettings, Parameter(name="*", group=Group("Trials", sort_key=0))]
+_ABOUT_TUNING = (
+    "Search for a method's settings that give the lowest ASR within bounds, on validation "
+    "prompts.\n\n"
+    "Uses constrained TPE (Optuna: pip install 'regraft[tune]'). The same command resumes after a "
+    "kill, continues with more --trials, and shares the trials if started several times at once. A "
+    "trial is rated by its best number of weights within the bounds. Settings that are not tuned "
+    "stay as given, such as the budget. Writes tuned.json and best.yaml, an item for a recipe's "
+    "`realign`.\n\n"
+    "Example: regraft tune hsr MODEL pruned --budget 2 --data vlguard VLGuard/train.json "
+    "--validation validation.jsonl --trials 40 --points 3 --out tuned"
+)
 
 
 def for_method(
@@ -77,28 +95,44 @@ def run_method(
     dry_run: DryRun = False,
 ) -> None:
     """Rank weights by a method and write the dense values of the first ones as a patch."""
-    from regraft import api, stages
+    from regraft import stages
+    from regraft.stages.restoring import plan_restoration
 
     if not search and choice != SearchSettings():
         raise RegraftError("Bounds, targets and points are for a search: add --search.")
+    files = heads_file, statistics_file
+    check_realign(settings, scoring, *files, search=search, max_new_tokens=max_new_tokens)
     progress = live_progress()
-    options: dict[str, Any] = {
-        "search": given(choice) if search else None,
-        "max_new_tokens": max_new_tokens,
-        "heads_file": heads_file,
-        "statistics_file": statistics_file,
-        "progress": progress,
-        **given(settings, calibration, scoring, compute),
-    }
+    setup = _setup(dense, calibration, max_new_tokens, scoring, compute, progress)
+    given = stages.Inputs(heads=heads_file, statistics=statistics_file)
+    paths = stages.ArtifactPaths.beside(out, given)
+    chosen = choice if search else None
+    plan = plan_restoration(setup, compute.opened(pruned), settings, paths, chosen)
     if dry_run:
-        show_preview(progress.console, out, api.planned_realign(dense, pruned, out, **options))
+        show_preview(progress.console, out, plan)
         return
-    patch = api.realign(dense, pruned, out, **options)
+    plan.make()
+    patch = load_patch(out)
     if search:
-        curve = stages.ArtifactPaths.beside(out).curve
-        show_search(progress.console, stages.read_curve(curve))
-        progress.note(f"All points: {curve}")
+        show_search(progress.console, read_curve(paths.curve))
+        progress.note(f"All points: {paths.curve}")
     _describe(progress, out, patch, settings)
+
+
+def _setup(
+    dense: str,
+    calibration: PromptSettings,
+    max_new_tokens: int,
+    scoring: HeadSettings,
+    compute: ComputeSettings,
+    progress: ConsoleProgress,
+) -> Setup:
+    from regraft.stages import Setup
+
+    data = calibration.with_responses()
+    answers = EvalSettings(max_new_tokens=max_new_tokens, full_answers=False)
+    model = compute.opened(dense)
+    return Setup(model, data, compute, progress, scoring=scoring, evaluation=answers)
 
 
 def _broken(name: str, error: Exception) -> Callable[..., None]:
@@ -160,3 +194,37 @@ for _name in METHODS.names():
         app.command(for_method(run_method, _name, _text, _unread), name=_name)
     except Exception as _error:  # another package's method must not break the others
         app.command(_broken(_name, _error), name=_name)
+
+
+def tune(
+    name: str,
+    dense: Dense,
+    pruned: Pruned,
+    *,
+    out: OutFolder,
+    settings: MethodSettings,
+    tuning: Trials = TuneSettings(),
+    calibration: Prompts = CalibrationSettings(),
+    choice: Choice = SearchSettings(),
+    max_new_tokens: AnswerLength = DEFAULT_VALIDATION_TOKENS,
+    scoring: Scoring = HeadSettings(),
+    compute: Where = ComputeSettings(),
+) -> None:
+    from regraft.stages.tuning import tune_method
+
+    progress = live_progress()
+    check_tuning(settings, choice, scoring)
+    setup = _setup(dense, calibration, max_new_tokens, scoring, compute, progress)
+    tuned = tune_method(setup, compute.opened(pruned), out, settings, tuning, choice)
+    show_tuned(progress.console, tuned)
+    progress.note(f"All trials: {out / 'tuned.json'}")
+    if tuned.best is not None:
+        progress.note(f"The best settings, for a recipe: {out / 'best.yaml'}")
+
+
+tune_app = App(name="tune", help=_ABOUT_TUNING)
+for _name in METHODS.working():
+    if METHODS.get(_name).tunes:
+        _text = f"Tune {_name}: {(METHODS.get(_name).settings_type.__doc__ or '').strip()}"
+        with suppress(Exception):  # a package's method; `realign` says what is wrong with it
+            tune_app.command(for_method(tune, _name, _text), name=_name)

@@ -1,10 +1,13 @@
-"""Run whole recipes: `regraft run`, `regraft demo`."""
+"""Run recipes and report on runs and evaluations: `regraft run`, `demo`, `report`."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
 
 from regraft.cli.options import MaybeOutFolder, OutFolder, live_progress
 from regraft.console import ConsoleProgress, show_preview, show_study
@@ -13,6 +16,15 @@ from regraft.recipes.file import read_recipe
 
 if TYPE_CHECKING:
     from regraft.report.study import Study
+    from regraft.runs.comparing import Pair
+
+Against = Annotated[
+    tuple[str, ...],
+    Parameter(consume_multiple=True, help="Methods to test all others against, one or several."),
+]
+Bundled = Annotated[
+    Path | None, Parameter(help="New .zip file for the run's results, to send to others.")
+]
 
 
 def run(
@@ -48,7 +60,7 @@ def run(
         raise RegraftError(
             "Name a recipe and, with --out, a folder; --template prints a recipe to start from."
         )
-    from regraft.runs import pipeline, recipe_runs
+    from regraft.runs import pipeline
     from regraft.runs.run_dir import runs_of
     from regraft.stages.evaluation_cache import EvaluationCache
 
@@ -60,7 +72,7 @@ def run(
             planned = pipeline.plan_run(one, folder, cache, progress)
             show_preview(progress.console, folder, planned)
     else:
-        show_page(progress, recipe_runs.run_recipe(read, out, progress), out / "report")
+        show_page(progress, pipeline.run_recipe(read, out, progress), out / "report")
 
 
 def demo(*, out: OutFolder = Path("demo-run")) -> None:
@@ -74,3 +86,125 @@ def show_page(progress: ConsoleProgress, study: Study, out: Path) -> None:
     """Print a report and the path of its HTML page."""
     show_study(progress.console, study)
     progress.note(f"Report: {(out / 'report.html').absolute()}")
+
+
+def report(
+    *folder: Path,
+    out: MaybeOutFolder = None,
+    dense: Path | None = None,
+    pruned: Path | None = None,
+    bundle: Bundled = None,
+    texts: bool = False,
+) -> None:
+    """Write a report (JSON, Markdown, HTML) on evaluations, or rewrite that of a finished run.
+
+    Also bundles a run's results in a zip file, or checks such a bundle and shows its table.
+
+    Example: regraft report ev-gain --dense ev-dense --pruned ev-pruned --out page
+
+    Parameters
+    ----------
+    folder
+        Folder of `regraft run`; or folders of `regraft eval` on the same prompts with the same
+        judge, of any checkpoints, which are compared with the first; or a bundle, whose digests are
+        checked and whose rates are counted again.
+    texts
+        Include the texts of prompts and answers in the bundle.
+    out
+        New folder for a report on evaluations; by default `report` in the folder of a single one.
+    dense
+        Folder of the dense model's evaluation; with --pruned, all others are compared with the
+        pruned model, and their RSR is reported.
+    pruned
+        Folder of the pruned model's evaluation.
+    """
+    from regraft.runs.comparing import is_evaluation
+
+    pair = _pair(dense, pruned)
+    if not folder and pair is None:
+        raise RegraftError("Name the folder of a run, or folders of evaluations.")
+    if texts and bundle is None:
+        raise RegraftError("--texts is for a bundle: name its file with --bundle.")
+    progress = live_progress()
+    if folder and folder[0].suffix == ".zip":
+        _check_bundles(progress, folder)
+    elif pair is not None or any(map(is_evaluation, folder)):
+        if bundle is not None:
+            raise RegraftError("A bundle holds a run, and these are evaluations.")
+        _report_evaluations(progress, folder, pair, out)
+    else:
+        _report_run(progress, folder, out)
+        if bundle is not None:
+            from regraft.runs.bundle import write_bundle
+
+            write_bundle(folder[0], bundle, texts=texts)
+            size = bundle.stat().st_size / 1e6
+            progress.note(f"Bundle: {bundle.absolute()} ({size:.1f} MB)")
+
+
+def _report_evaluations(
+    progress: ConsoleProgress, folders: Sequence[Path], pair: Pair | None, out: Path | None
+) -> None:
+    from regraft.runs import comparing
+
+    if out is None and (pair is not None or len(folders) > 1):
+        raise RegraftError("Name a folder for the report on several evaluations: --out.")
+    page = out or folders[0] / "report"
+    show_page(progress, comparing.report_evaluations(folders, page, pair), page)
+
+
+def _report_run(progress: ConsoleProgress, folders: Sequence[Path], out: Path | None) -> None:
+    from regraft.runs import pipeline
+
+    if len(folders) > 1:
+        raise RegraftError(
+            "Several folders must be evaluations, which have a results.json; compare runs with "
+            "`regraft analyse compare`."
+        )
+    run = folders[0]
+    if out is not None:
+        raise RegraftError(
+            f"{run} has no results.json, so it is not an evaluation; the report on a run is "
+            "written to the run's folder: leave out --out."
+        )
+    show_page(progress, pipeline.report_recipe(run), run / "report")
+
+
+def _check_bundles(progress: ConsoleProgress, files: Sequence[Path]) -> None:
+    from regraft.runs.bundle_check import read_bundle
+
+    for file in files:
+        bundle = read_bundle(file)
+        answers = sum(len(one.answers) for one in bundle.evaluations.values())
+        progress.note(bundle.page)
+        progress.note(
+            f"{file}: {bundle.title}, regraft {bundle.version}. All {bundle.files} files match "
+            f"their digests, and the verdicts on {answers:,} answers of {len(bundle.evaluations)} "
+            f"evaluations give the reported rates. Digest of the bundle: {bundle.digest}"
+        )
+
+
+def _pair(dense: Path | None, pruned: Path | None) -> Pair | None:
+    if dense is None and pruned is None:
+        return None
+    if dense is None or pruned is None:
+        given, missing = ("--pruned", "--dense") if dense is None else ("--dense", "--pruned")
+        raise RegraftError(f"RSR needs both evaluations: with {given}, name {missing} too.")
+    return dense, pruned
+
+
+def compare(*run: Path, out: OutFolder, against: Against = ()) -> None:
+    """Compare methods over finished runs: tests, intervals, verdicts and the trade-off plot.
+
+    Example: regraft analyse compare runs/study --out runs/study/comparison --against hsr
+
+    Parameters
+    ----------
+    run
+        Folders of `regraft run` whose recipes differ only in the calibration seed; the folder of a
+        recipe with `seeds` stands for all its runs.
+    """
+    from regraft.runs.comparing import compare_runs
+
+    progress = live_progress()
+    show_page(progress, compare_runs(run, out, against), out)

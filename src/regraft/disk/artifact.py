@@ -15,12 +15,18 @@ from torch.nn import Parameter
 
 from regraft.disk.descriptions import Fields, described
 from regraft.disk.files import atomic_file, digest
-from regraft.disk.parsing import json_value, shown
+from regraft.disk.parsing import json_value, read_json, shown
 from regraft.disk.paths import require_file
 from regraft.errors import RegraftError
 
 ABOUT_FILE = "regraft.json"  # in a checkpoint that regraft wrote: how it was made
 _KEY = "regraft"  # a single key: safetensors does not keep the order of several
+
+
+def about_in(folder: Path) -> Fields | None:
+    """The description of a checkpoint that regraft wrote; None of any other."""
+    path = folder / ABOUT_FILE
+    return described(read_json(path), str(path)) if path.exists() else None
 
 
 def write_artifact(

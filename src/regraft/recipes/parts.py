@@ -38,11 +38,7 @@ def _parsed(
     Args:
         given: An item, settings of a method, or values by name.
         item: Class with the fields that do not depend on the method.
-        find: Returns a method's settings class. Raises RegraftError if there is no such method.
-        default: The method of an item that names none.
-
-    Raises:
-        ValidationError: see `by_method`.
+        find, default: As for `by_method`.
     """
     if isinstance(given, item):
         return given

@@ -143,7 +143,12 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _check_runs(self) -> Recipe:
-        """Check `seeds`, `against`, `models` and `published`, which concern several runs."""
+        """Check `pruned`, `seeds`, `against`, `models` and `published` against each other."""
+        if self.pruned is not None and len(self.prune) > 1:
+            raise ValueError(
+                f"`pruned` names an existing checkpoint and `prune` has {len(self.prune)} "
+                "prunings; leave one of them out"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"`seeds` must differ, not {list(self.seeds)}")
         if self.seeds and self.calibration.seed:
@@ -209,22 +214,6 @@ class Recipe(Settings):
                         f"same `prunings`, {', '.join(source.prunings)}"
                     )
             before.append(one.name)
-        return self
-
-    @model_validator(mode="after")
-    def _check_across_blocks(self) -> Recipe:
-        heads = [found for one in self.realign if (found := needs_of(one).heads)]
-        most = max((one.count for one in heads), default=0)
-        if self.heads.mode == "screened" and most > self.heads.candidates:
-            raise ValueError(
-                f"`heads.candidates` is {self.heads.candidates}, but `realign` takes {most} heads, "
-                "some of which would only have estimated scores; raise the candidates"
-            )
-        if self.pruned is not None and len(self.prune) > 1:
-            raise ValueError(
-                f"`pruned` names an existing checkpoint and `prune` has {len(self.prune)} "
-                "prunings; leave one of them out"
-            )
         return self
 
     def for_model(self, model: ModelSettings) -> Recipe:

@@ -14,7 +14,7 @@ from regraft import distributed
 from regraft.data.collate import response_batch
 from regraft.data.example import Example
 from regraft.disk.artifact import load_unfinished, save_unfinished
-from regraft.loading import each_of_share, load_layerwise
+from regraft.loading import cut, load_layerwise
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.placement import PlacedModel
 from regraft.models.replay import logits_of
@@ -142,7 +142,8 @@ def with_teacher(
     with progress.task("Reading the prompts", total) as done:
         for kind, several in parts.items():
             for examples in several:
-                batches = each_of_share(processor, response_batch, examples, compute)
+                chunks = distributed.share(cut(examples, compute))
+                batches = (response_batch(processor, chunk) for chunk in chunks)
                 embedded[kind].append(LayerwisePass(model, batches))
                 done(len(examples))
     if missing:

@@ -70,7 +70,6 @@ def write_bundle(folder: Path, out: Path, *, texts: bool = False) -> None:
 
     Args:
         folder: The folder of the run; its report must have been written.
-        out: A new .zip file.
         texts: Whether to include the texts of prompts and answers.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
@@ -23,7 +22,8 @@ from regraft.report.write import check_report_folder, write_report
 from regraft.restoration.base import settings_in
 from regraft.runs.reporting import accounts_of, images_of, open_run, read_run, run_folders
 from regraft.stages import Evaluation
-from regraft.stages.provenance import but_for_rounding, difference, differing
+from regraft.stages.judging import opinions
+from regraft.stages.provenance import but_for_rounding, difference, differences
 
 _CONDITIONS = ("settings", "compute", "versions")  # under which models are evaluated
 _SERVER = {"device": "a server's"}  # all that is known of how an endpoint ran
@@ -34,12 +34,8 @@ def is_evaluation(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("results.json", "answers.jsonl"))
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The evaluations of a dense model and of the pruned model that others were made from."""
-
-    dense: Path
-    pruned: Path
+Pair = tuple[Path, Path]
+"""The evaluations of a dense model and of the pruned model that others were made from."""
 
 
 def report_evaluations(folders: Sequence[Path], out: Path, pair: Pair | None = None) -> Study:
@@ -65,9 +61,8 @@ def run_of_evaluations(folders: Sequence[Path], pair: Pair | None = None) -> Run
             the recorded models contradict `pair`.
     """
     if pair is not None:
-        named = [real(pair.dense), real(pair.pruned)]
-        others = [folder for folder in folders if real(folder) not in named]
-        folders = [pair.dense, pair.pruned, *others]
+        named = [*map(real, pair)]
+        folders = [*pair, *(folder for folder in folders if real(folder) not in named)]
     found = dict(zip(_names(folders), map(stages.read_evaluation, folders), strict=True))
     if pair is not None:
         _check_pair(found)
@@ -95,7 +90,7 @@ def run_of_evaluations(folders: Sequence[Path], pair: Pair | None = None) -> Run
         opinions=tuple(
             Opinion(name, *one)
             for folder, name in zip(folders, found, strict=True)
-            for one in stages.opinions(folder)
+            for one in opinions(folder)
         ),
         unrelated=pair is None,
     )
@@ -180,15 +175,7 @@ def _differences(found: Mapping[str, Evaluation]) -> Iterator[str]:
     first, *names = found
     for name in names:
         ours, theirs = found[first].about, found[name].about
-        differences = [
-            f"{setting} {other} instead of {own}"
-            for _, setting, own, other in differing(ours, theirs, *_CONDITIONS)
-        ]
-        if ("compute" in ours) != ("compute" in theirs):
-            one, other = (first, name) if "compute" in ours else (name, first)
-            yield f"{other} was answered by an endpoint, {one} in memory."
-        if differences:
-            yield f"{name} was evaluated differently from {first}: {', '.join(differences)}."
+        yield from differences(first, ours, name, theirs, *_CONDITIONS)
 
 
 def _replies(found: Mapping[str, Evaluation]) -> Iterator[str]:

@@ -21,7 +21,10 @@ from regraft.runs.run_dir import RunDir
 from regraft.settings.defending import RefusalDirectionSettings
 from regraft.settings.searching import SearchSettings
 from regraft.stages.defending import check_direction_layer
+from regraft.stages.pruning import spilled_bytes
 from regraft.stages.reading import read_validation
+from regraft.stages.restoring import gathering_steps, patch_steps
+from regraft.stages.searching import Search
 from regraft.stages.steps import PromptUse, Step
 
 
@@ -35,7 +38,7 @@ class Planner:
 
     recipe: Recipe
     run_dir: RunDir
-    setup: stages.Restoration
+    setup: stages.Setup
     existing: Source | None
 
     def steps(self) -> Iterator[Step]:
@@ -50,7 +53,7 @@ class Planner:
             step = self._evaluate(one.name, source, out)
             yield replace(step, title=f"Evaluating the {one.name} model")
         needs = [needs_of(one) for one in recipe.realign]
-        yield from self.setup.gathering(needs, run_dir.of(recipe.prune[0].name, "", ""))
+        yield from gathering_steps(self.setup, needs, run_dir.of(recipe.prune[0].name, "", ""))
         for pruning in recipe.prune:
             for variant in recipe.variants_of(pruning):
                 yield from _titled("Realigning", self._realign(pruning.name, variant))
@@ -65,7 +68,7 @@ class Planner:
     def _prune(self, pruning: PruningSettings) -> Step:
         setup, out, pruner = self.setup, self.run_dir.pruned(pruning.name), pruning.method
         by_gradients = PRUNERS.get(pruner).by_gradients
-        spilled = stages.spilled_bytes(setup.dense, pruning)
+        spilled = spilled_bytes(setup.dense, pruning)
 
         def check() -> PromptUse:
             pruning.patterns(setup.dense.architecture.linears)
@@ -114,16 +117,7 @@ class Planner:
             return PromptUse(evaluated=tests)
 
         def make() -> object:
-            target = stages.Target(
-                model(),
-                setup.compute,
-                patch,
-                text,
-                setup.dense,
-                defence=defence,
-                progress=setup.progress,
-                cache=setup.cache,
-            )
+            target = setup.target(model(), patch=patch, defence=defence, text=text)
             return stages.evaluate_target(target, out, settings.suite, settings.only())
 
         return Step("evaluate", name, out, make, check, answers=len(self._tests().examples))
@@ -146,7 +140,7 @@ class Planner:
             points = run_dir.points(pruning, f"{paths.ranking.stem}-{prompts}")
             paths = replace(paths, references=references, points=points)
             yield self._references(pruning, search, references, paths.curve)
-        yield from self.setup.steps(pruned, settings, paths, search, name)
+        yield from patch_steps(self.setup, pruned, settings, paths, search, name)
         out = run_dir.evaluation(pruning, settings.name)
         if not recipe.on_disk(settings):
             yield self._evaluate(name, pruned, out, patch=paths.patch)
@@ -169,7 +163,7 @@ class Planner:
         def make() -> object:
             if curve.exists():
                 return None
-            return stages.Search(setup, search).references(self.pruned(pruning), references)
+            return Search(setup, search).references(self.pruned(pruning), references)
 
         return Step(SEARCH_REFERENCES, pruning, references / "pruned", make)
 
@@ -191,11 +185,8 @@ class Planner:
             return PromptUse(learnt, searched)
 
         def make() -> object:
-            target = stages.Target(
-                pruned(), setup.compute, processor_from=setup.dense, progress=setup.progress
-            )
             judge = self.recipe.evaluate.text_judge()
-            return stages.write_defence(target, file, own, setup.calibration, judge)
+            return stages.write_defence(setup, pruned(), file, own, judge)
 
         yield Step("defend", name, file, make, check, loads_model=direction is not None)
         out = self.run_dir.evaluation(pruning, settings.name)

@@ -16,9 +16,9 @@ from regraft.costs import read_costs, read_pass
 from regraft.data.readers.demo import CAVEAT, is_demo
 from regraft.data.sources import DataSource, join_suites
 from regraft.defence import DEFENCE_PROMPT, Direction, load_defence
-from regraft.disk.descriptions import about_of, described
+from regraft.disk.artifact import about_in
+from regraft.disk.descriptions import about_of
 from regraft.disk.files import file_digest
-from regraft.disk.parsing import read_json
 from regraft.disk.paths import require_file
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
@@ -179,8 +179,7 @@ class _Artifacts:
         if gathered:
             yield load_statistics(gathered[0]).about
             return
-        written = (run_dir.pruned(one.name) / stages.ABOUT_FILE for one in recipe.prune)
-        yield from (described(read_json(path), str(path)) for path in written if path.exists())
+        yield from filter(None, (about_in(run_dir.pruned(one.name)) for one in recipe.prune))
 
     def group(self, pruning: PruningSettings) -> Iterator[Variant]:
         """One pruned model, then the variants realigned from it and its defences."""
@@ -219,11 +218,12 @@ class _Artifacts:
 
     def evaluated(self, role: str, of: Callable[[str, str], Path], pruning: str, name: str) -> Path:
         """The file of a variant's patch or defence, if it is that of the variant's evaluation."""
-        file, applied = of(pruning, name), self.run_dir.realigned(pruning, name) / stages.ABOUT_FILE
+        file = of(pruning, name)
         require_file(file, f"It should hold a {role}.")
         used = self.evaluations[f"{pruning}/{name}"].about["inputs"].get(role)
-        if used is None and applied.exists():  # a checkpoint was evaluated
-            used = described(read_json(applied), str(applied))["inputs"].get(role)
+        applied = about_in(self.run_dir.realigned(pruning, name))
+        if used is None and applied:  # a checkpoint was evaluated
+            used = applied["inputs"].get(role)
         if used not in (None, file_digest(file)):
             raise RegraftError(
                 f"{file} is not the {role} with which {self.run_dir.name(pruning, name)} was "

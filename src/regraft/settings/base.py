@@ -67,10 +67,7 @@ def by_method(given: Any, find: Callable[[str], type[S]], default: str) -> S:
 
     Methods are only looked up here, since installed packages may add their own.
 
-    Args:
-        given: Values by setting name.
-        find: Returns a method's settings class. Raises RegraftError if there is no such method.
-        default: The method of settings that name none.
+    `find` returns a method's settings class, or raises RegraftError if there is no such method.
 
     Raises:
         ValidationError: there is no such method, it has no such setting, or a value is wrong.

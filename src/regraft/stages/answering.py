@@ -115,23 +115,14 @@ def imitation_data(setup: Setup, folder: Path) -> dict[str, Reading]:
 
 @dataclass(frozen=True)
 class _Request:
-    """Which prompts to answer, and which answers to keep.
+    """Which prompts to answer, and which answers to keep."""
 
-    Attributes:
-        prompts: In the order in which they are answered.
-        kept: How many answers to keep.
-        tokens: Maximum tokens of an answer.
-        judge: Decides whether an answer is kept.
-        about: Settings of `judge`, for the provenance.
-        none_kept: Error message if no answer is kept.
-    """
-
-    prompts: Reading
-    kept: int
-    tokens: int
-    judge: Callable[[Example, str], Response]
-    about: Mapping[str, Any]
-    none_kept: str
+    prompts: Reading  # in the order in which they are answered
+    kept: int  # how many answers to keep
+    tokens: int  # maximum tokens of an answer
+    judge: Callable[[Example, str], Response]  # decides whether an answer is kept
+    about: Mapping[str, Any]  # settings of `judge`, for the provenance
+    none_kept: str  # error message if no answer is kept
 
 
 def _loader(setup: Setup) -> Loader:

@@ -18,7 +18,6 @@ from regraft.evaluation.gate import Check, compared
 from regraft.evaluation.pairing import on_the_same
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.served import explained
-from regraft.flags import refuse_compute
 from regraft.models.load import Source
 from regraft.progress import SILENT, Progress
 from regraft.report.gate import check_to_json, junit, markdown
@@ -32,7 +31,7 @@ from regraft.stages.evaluating import (
     read_evaluation,
     require_evaluation,
 )
-from regraft.stages.provenance import but_for_rounding, differing
+from regraft.stages.provenance import but_for_rounding, differences
 from regraft.stages.targets import Answered
 
 Side = Evaluable | Path  # a model to evaluate, or the folder of a finished evaluation
@@ -96,24 +95,10 @@ def check_compressed(
             evaluations[name] = evaluate_target(side, out / name, suites, settings)
     found = _verdict(evaluations, names, margins)
     if distributed.first():
-        _write(out, found)
+        texts = {"junit.xml": junit(found), "summary.md": markdown(found)}
+        texts["check.json"] = to_json(check_to_json(found))
+        write_texts({out / name: text for name, text in texts.items()})
     return found
-
-
-def _write(out: Path, found: Check) -> None:
-    texts = {"junit.xml": junit(found), "summary.md": markdown(found)}
-    texts["check.json"] = to_json(check_to_json(found))
-    write_texts({out / name: text for name, text in texts.items()})
-
-
-def check_compute(sides: Sequence[Side], compute: ComputeSettings) -> None:
-    """Refuse compute settings if no model is run here.
-
-    Raises:
-        RegraftError: both are evaluations or behind servers, and a compute setting was given.
-    """
-    if all(isinstance(one, Path) or one.compute is None for one in sides):
-        refuse_compute(compute, "Neither of the two models is run here")
 
 
 def clear_check(out: Path) -> None:
@@ -236,13 +221,15 @@ def _verdict(
     evaluations: Mapping[str, Evaluation], names: Mapping[str, str], margins: Margins
 ) -> Check:
     dense, compressed = evaluations[DENSE], evaluations[COMPRESSED]
+    both_here = all("compute" in one.about for one in evaluations.values())
+    parts = ("compute", "versions") if both_here else ()  # a server's versions are not known
     other = on_the_same(names[DENSE], dense.result, names[COMPRESSED], compressed.result)
     fractions = {name: points / 100 for name, points in margins.points().items()}
     return Check(
         compared(dense.result, other, fractions),
         _provenance(dense, compressed),
         (
-            *_difference_notes(dense.about, compressed.about),
+            *differences(DENSE, dense.about, COMPRESSED, compressed.about, *parts),
             *_reply_notes(DENSE, dense),
             *_reply_notes(COMPRESSED, compressed),
         ),
@@ -285,18 +272,4 @@ def _reply_notes(name: str, evaluation: Evaluation) -> Iterator[str]:
         yield (
             f"The {name} model: harmful prompts without any answer: {empty:,}. ASR counts them as "
             "not answered, although the server's filter may have withheld the answers."
-        )
-
-
-def _difference_notes(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences on what differs between the evaluations, but does not prevent a verdict."""
-    if ("compute" in dense) != ("compute" in compressed):
-        yield "Only one of the two ran here: how a server runs a model is not known."
-        return  # the server's versions are not known
-    if "compute" not in dense:
-        return
-    for way, name, ours, theirs in differing(dense, compressed, "compute", "versions"):
-        yield (
-            f"The two were evaluated with different {way}: {name} is {ours} for the dense model "
-            f"and {theirs} for the compressed one."
         )

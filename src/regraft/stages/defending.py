@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regraft import distributed
-from regraft.data.collate import prompt_batch
+from regraft.data.collate import Batch, prompt_batch
 from regraft.data.example import KINDS, Example, Reading
 from regraft.defence import (
     Defence,
@@ -30,10 +30,9 @@ from regraft.evaluation.judges import TextJudge
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.evaluation.metrics import wilson
 from regraft.evaluation.summary import judge_answer
-from regraft.loading import collate, load
+from regraft.loading import cut, load
 from regraft.models.load import Source
 from regraft.progress import Advance
-from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import (
     AnyDefenceSettings,
     DefencePromptSettings,
@@ -42,53 +41,48 @@ from regraft.settings.defending import (
 from regraft.settings.searching import with_validation
 from regraft.stages.provenance import describe, fingerprints, is_done, working
 from regraft.stages.reading import draw_calibration, read_validation
-from regraft.stages.targets import Target
+from regraft.stages.setup import Setup
 
 
 def write_defence(
-    target: Target,
+    setup: Setup,
+    model: Source,
     out: Path,
     settings: AnyDefenceSettings,
-    calibration: CalibrationSettings,
     judge: TextJudge = DEFAULT_JUDGE,
 ) -> Defence:
     """Make a defence for a pruned model; writes the file `out`.
 
-    A refusal direction is the difference between this model's mean states on D^s and D^u prompts.
-
-    Args:
-        calibration: Prompts for the direction; their responses are not used.
+    A refusal direction is the difference between this model's mean states on D^s and D^u prompts,
+    whose responses are not used.
 
     Raises:
         RegraftError: see the data readers; the layer is not one that every prompt runs through.
     """
-    if target.patch is not None or target.defence is not None:
-        raise RegraftError(
-            "A defence is made for a checkpoint as it is: apply the patch first, and leave out "
-            "another defence."
-        )
-    inputs = fingerprints(target.progress, model=target.model)
+    inputs = fingerprints(setup.progress, model=model)
     if isinstance(settings, DefencePromptSettings):
         data: dict[str, Reading] = {}
         about = describe("defend", inputs, settings)
     else:
         if settings.searches:
-            settings = with_validation(settings, target.model.folder, calibration)
-        check_direction_layer(target.model, settings)
-        data = _read_data(target.model, settings, calibration)
-        about = describe("defend", inputs, settings, target.compute, data)
+            settings = with_validation(settings, model.folder, setup.calibration)
+        check_direction_layer(model, settings)
+        data = {kind: draw_calibration(model, setup.calibration, kind) for kind in KINDS}
+        if settings.searches:
+            data["validation"] = read_validation(model, settings)
+        about = describe("defend", inputs, settings, setup.compute, data)
         about["judge"] = judge.name
     if not is_done(out, about, lambda: load_defence(out).about):
         for role, reading in zip(("D^s", "D^u", "Validation"), data.values(), strict=False):
-            target.progress.note(reading.describe(role))
+            setup.progress.note(reading.describe(role))
         with working(out, about) as work:
             made: Defence
             if isinstance(settings, DefencePromptSettings):
                 made = ShieldPrompt(settings.prompt, about, settings.before)
             else:
-                made = _direction(target, settings, data, judge, work, about)
+                made = _direction(setup, model, settings, data, judge, work, about)
                 if not made.strength:
-                    target.progress.note(
+                    setup.progress.note(
                         f"{out.name}: no layer and strength lowers ASR within the limit on "
                         "over-refusal; nothing is added."
                     )
@@ -97,42 +91,33 @@ def write_defence(
     return load_defence(out)
 
 
-def _read_data(
-    model: Source, settings: RefusalDirectionSettings, calibration: CalibrationSettings
-) -> dict[str, Reading]:
-    """D^s, D^u and, if layer and strength are to be chosen, the validation prompts."""
-    data = {kind: draw_calibration(model, calibration, kind) for kind in KINDS}
-    if settings.searches:
-        data["validation"] = read_validation(model, settings)
-    return data
-
-
 def _direction(
-    target: Target,
+    setup: Setup,
+    model: Source,
     settings: RefusalDirectionSettings,
     data: Mapping[str, Reading],
     judge: TextJudge,
     work: Path,
     about: Mapping[str, Any],
 ) -> Direction:
-    target.cache.unload()
-    model, processor = load(target.model, target.compute, target.progress, target.processor_from)
-    vectors = _differences(target, model, processor, data)
-    search = _Search(model, processor, vectors, settings, target, judge, work, about)
+    setup.cache.unload()
+    network, processor = load(model, setup.compute, setup.progress, setup.dense)
+    cuts = (cut(data[kind].examples, setup.compute) for kind in KINDS)
+    encoded = [[prompt_batch(processor, chunk) for chunk in chunks] for chunks in cuts]
+    vectors = _differences(setup, model, network, encoded)
+    search = _Search(network, processor, vectors, settings, setup, judge, work, about)
     return search.run(data.get("validation"))
 
 
 def _differences(
-    target: Target, model: nn.Module, processor: Any, data: Mapping[str, Reading]
+    setup: Setup, model: Source, network: nn.Module, encoded: Sequence[Sequence[Batch]]
 ) -> Tensor:
     """Difference of mean states by layer, `[layers, d]` float32; NaN if one skipped a prompt."""
-    architecture = target.model.architecture
-    sets = [collate(processor, prompt_batch, data[kind].examples, target.compute) for kind in KINDS]
-    own = sum(len(batch.ids) for batches in sets for batch in distributed.share(batches))
-    with target.progress.task("Taking means of hidden states", own, "prompts") as done:
+    layers, width = len(model.architecture.layers), model.architecture.hidden_size
+    own = sum(len(batch.ids) for batches in encoded for batch in distributed.share(batches))
+    with setup.progress.task("Taking means of hidden states", own, "prompts") as done:
         harmful, harmless = (
-            mean_states(model, batches, len(architecture.layers), architecture.hidden_size, done)
-            for batches in sets
+            mean_states(network, batches, layers, width, done) for batches in encoded
         )
     return (harmful - harmless).float()
 
@@ -145,7 +130,7 @@ class _Search:
     processor: Any
     vectors: Tensor  # [layers, d]
     settings: RefusalDirectionSettings
-    target: Target
+    setup: Setup
     judge: TextJudge
     work: Path
     about: Mapping[str, Any]
@@ -161,7 +146,7 @@ class _Search:
             validation.examples, self.settings.max_new_tokens
         )
         what = "Choosing layer and strength", tokens, "tokens, about"
-        with self.target.progress.task(*what) as done:
+        with self.setup.progress.task(*what) as done:
             plain, *trials = (
                 self._try(layer, strength, validation.examples, done)
                 for layer, strength in [(layers[0], 0.0), *grid]
@@ -194,7 +179,7 @@ class _Search:
                 examples,
                 self.work / f"layer_{layer:03d}_strength_{strength!r}",
                 max_new_tokens=self.settings.max_new_tokens,
-                batch_size=self.target.compute.batch_size,
+                batch_size=self.setup.compute.batch_size,
                 advance=advance,
             )
         judged = [

@@ -20,6 +20,7 @@ from regraft.progress import SILENT, Progress
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EndpointSettings, EvalSettings
 from regraft.stages.evaluation_cache import Prompts
+from regraft.stages.reading import warn_of_bundled
 from regraft.stages.targets import Answered, AnyTarget, OnText, Target
 
 _PATIENCE = 600.0  # seconds to wait for a reply, which may be queued on the server
@@ -97,11 +98,7 @@ class EndpointTarget(AnyTarget):
     def warn(self, suites: Sequence[DataSource]) -> None:
         """Note if prompts were made for the bundled model; the server's may be another."""
         for suite in suites:
-            if suite.name == "demo":
-                self.progress.note(
-                    f"{suite} are the bundled images, made for the bundled model; what is measured "
-                    "on them says little about another."
-                )
+            warn_of_bundled(None, suite, self.progress.note)
 
     def inputs(self) -> dict[str, str]:
         """Address and model name, what the server says about it, and the defence's digest.

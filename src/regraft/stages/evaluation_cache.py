@@ -15,11 +15,9 @@ from regraft.disk.artifact import ABOUT_FILE
 from regraft.evaluation.generate import MEMO_BYTES, Answerer, check_lengths
 from regraft.evaluation.judges import TextJudge
 from regraft.loading import load
-from regraft.models.architecture import Architecture
 from regraft.models.load import Source, load_processor
 from regraft.patch.pair import Survey, survey
 from regraft.progress import Progress
-from regraft.pruning.prune import zeros
 from regraft.settings.compute import ComputeSettings
 from regraft.stages.reading import read_suites
 
@@ -66,11 +64,6 @@ class EvaluationCache:
         """As `read_suites`, once for the same suites, so that images are decoded only once."""
         key = "suites", tuple(suites), limit, model is None or model.has_vision
         return self.once(key, lambda: read_suites(model, suites, limit))
-
-    def zero_count(self, model: Source, architecture: Architecture) -> int:
-        """Number of prunable weights that are zero on disk."""
-        key = "zeros", model.checkpoint.fingerprint
-        return self.once(key, lambda: zeros(model.checkpoint, architecture))
 
     def surveyed(self, dense: Source, pruned: Source, progress: Progress) -> Survey:
         """As `survey`, which reads all weights, once for the same pair of checkpoints."""

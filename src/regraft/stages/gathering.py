@@ -17,7 +17,7 @@ from regraft.errors import RegraftError
 from regraft.heads.score import HeadScores, load_heads, save_heads, score_heads
 from regraft.heads.ships import HeadSettings, most_rank
 from regraft.heads.states import layers_run
-from regraft.loading import check_shares, collate, cut, hidden_state_bytes, load, load_layerwise
+from regraft.loading import check_shares, cut, hidden_state_bytes, load, load_layerwise
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
 from regraft.pruning.base import PRUNERS, Pruner
@@ -63,7 +63,7 @@ def write_head_scores(
         progress.note(data.describe("D^s"))
         with working(out, about) as work:
             model, processor = load(dense, compute, progress)
-            prompts = collate(processor, prompt_batch, data.examples, compute)
+            prompts = [prompt_batch(processor, one) for one in cut(data.examples, compute)]
             every = {layer.index: range(layer.heads) for layer in dense.architecture.layers}
             total = len(data.examples) * layers_run(dense.architecture, every)
             what = "Scoring heads", total, "prompts x heads x layers to run again"
@@ -126,7 +126,7 @@ def check_heads(dense: Source, needs: Needs, scoring: HeadSettings | None) -> No
         raise RegraftError(
             f"top_heads is {needs.heads.count}, but of the screened heads only the "
             f"{scoring.candidates} best will be scored exactly. Give --candidates "
-            f"{needs.heads.count} or more."
+            f"{needs.heads.count} or more (in a recipe heads.candidates)."
         )
 
 
@@ -183,7 +183,7 @@ def write_statistics(
     return loaded.safety, loaded.utility
 
 
-def gathering_passes(pruner: Pruner) -> int:
+def forward_passes(pruner: Pruner) -> int:
     """Cost of a pruner's statistics, in forward passes over the prompts."""
     return BOTH_WAYS if pruner.by_gradients else 1
 
@@ -199,7 +199,7 @@ def _gather(
         for kind, reading in readings.items()
     }
     own = sum(len(chunk) for chunks in shares.values() for chunk in chunks)
-    total = gathering_passes(pruner) * own * len(architecture.layers)
+    total = forward_passes(pruner) * own * len(architecture.layers)
     with progress.task("Gathering statistics", total, "samples x layers") as done:
         found = {}
         for kind, chunks in shares.items():

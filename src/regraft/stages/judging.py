@@ -193,11 +193,7 @@ def own_judge(folder: Path) -> Judged:
 
 
 def agreement(folder: Path, files: Sequence[Path], out: Path) -> tuple[Agreement, ...]:
-    """How far the judges of an evaluation agree, its own among them; writes the JSON file `out`.
-
-    Raises:
-        RegraftError: see `read_verdicts`.
-    """
+    """How far the judges of an evaluation agree, its own among them; writes the JSON file `out`."""
     result = read_evaluation(folder).result
     ids = [answer.id for answer in result.answers]
     others = [read_verdicts(one, ids) for one in files]
@@ -250,7 +246,6 @@ def measure_judges(
     Args:
         files: See `read_labelled`.
         judges: By name, see `judges.find`.
-        labels: Which rows, and what their labels say.
         out: JSON file for the figures; may be left out if all judges are keyword judges.
 
     Returns:

@@ -11,10 +11,8 @@ from torch import nn
 
 from regraft import distributed
 from regraft.data.storage import MODEL_ID, from_hub
-from regraft.disk.artifact import ABOUT_FILE, save_tensors
-from regraft.disk.descriptions import described
+from regraft.disk.artifact import ABOUT_FILE, about_in, save_tensors
 from regraft.disk.files import atomic_folder, file_digest, to_json
-from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from regraft.models.checkpoint_copy import check_target
@@ -206,9 +204,7 @@ class PatchJob:
 
 def _about(job: PatchJob) -> dict[str, Any]:
     """The description of the output; its field `before` is the checkpoint's own."""
-    path = job.checkpoint.folder / ABOUT_FILE
-    before = described(read_json(path), str(path)) if path.exists() else None
-    return describe(job.operation, job.inputs()) | {"before": before}
+    return describe(job.operation, job.inputs()) | {"before": about_in(job.checkpoint.folder)}
 
 
 def export_patches(

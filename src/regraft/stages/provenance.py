@@ -33,7 +33,7 @@ from regraft.disk.files import (
     to_json,
 )
 from regraft.disk.locks import locked
-from regraft.disk.parsing import read_json
+from regraft.disk.parsing import read_json, shown
 from regraft.errors import PassingError, RegraftError
 from regraft.models.load import Source, pick_device
 from regraft.progress import Progress
@@ -156,7 +156,7 @@ def difference(found: Any, wanted: Any, where: str = "") -> str:
             if found.get(name) != wanted.get(name):
                 inner = f"{where}.{name}" if where else str(name)
                 return difference(found.get(name), wanted.get(name), inner)
-    return f"{where}: {_short(found)} there, {_short(wanted)} now"
+    return f"{where}: {shown(found)} there, {shown(wanted)} now"
 
 
 @contextmanager
@@ -249,26 +249,31 @@ def but_for_rounding(content: Any) -> Any:
     return [but_for_rounding(one) for one in content] if isinstance(content, list) else content
 
 
-def differing(
-    one: Mapping[str, Any], other: Mapping[str, Any], *parts: str
-) -> Iterator[tuple[str, str, Any, Any]]:
-    """(part, field, both values) where two descriptions differ by more than rounding settings."""
-    for part in parts:
-        if part in one and part in other:
-            ours, theirs = (but_for_rounding(about[part]) for about in (one, other))
-            for name in dict.fromkeys([*ours, *theirs]):
-                if ours.get(name) != theirs.get(name):
-                    yield part, name, ours.get(name), theirs.get(name)
+def differences(
+    one: str, ours: Mapping[str, Any], other: str, theirs: Mapping[str, Any], *parts: str
+) -> Iterator[str]:
+    """Sentences on these parts of two evaluations' descriptions, where they differ.
+
+    Settings that only change rounding are left out.
+    """
+    if ("compute" in ours) != ("compute" in theirs):
+        here, served = (one, other) if "compute" in ours else (other, one)
+        yield f"{served} was answered by an endpoint, {here} in memory."
+    found: list[str] = []
+    for part in (part for part in parts if part in ours and part in theirs):
+        mine, its = (but_for_rounding(about[part]) for about in (ours, theirs))
+        found += [
+            f"{name} {its.get(name)} instead of {mine.get(name)}"
+            for name in dict.fromkeys([*mine, *its])
+            if mine.get(name) != its.get(name)
+        ]
+    if found:
+        yield f"{other} was evaluated differently from {one}: {', '.join(found)}."
 
 
 def unfinished_bytes(out: Path) -> int:
     """Disk space taken by unfinished work on `out`."""
     return leftover_bytes(out) + size_of(_work_folder(out))
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _work_folder(out: Path) -> Path:

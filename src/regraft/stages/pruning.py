@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 from torch import Tensor
@@ -15,12 +14,7 @@ from regraft import distributed
 from regraft.data.example import Reading
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.files import require_space, to_json
-from regraft.loading import (
-    check_shares,
-    each_of_share,
-    hidden_state_bytes,
-    load_layerwise,
-)
+from regraft.loading import check_shares, cut, hidden_state_bytes, load_layerwise
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.checkpoint_copy import Edit, check_target, write_edited
 from regraft.models.layerwise import LayerwisePass
@@ -108,10 +102,9 @@ def _calibrated(
         progress.note(reading.describe({"utility": "D^u", "safety": "D^s"}[role]))
     model, processor = load_layerwise(dense, compute, progress)
     pruner = PRUNERS.get(settings.method)
-    encoded = (
-        each_of_share(processor, encode, examples, compute) for encode in pruner.encoders(settings)
-    )
-    layerwise = LayerwisePass(model, chain.from_iterable(encoded), again=False)
+    chunks = distributed.share(cut(examples, compute))
+    encoded = (encode(processor, one) for encode in pruner.encoders(settings) for one in chunks)
+    layerwise = LayerwisePass(model, encoded, again=False)
     needed = dense.checkpoint.bytes + spilled_bytes(dense, settings)
     if pruner.by_gradients:
         needed += hidden_state_bytes(dense, layerwise)

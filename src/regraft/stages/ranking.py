@@ -266,13 +266,7 @@ def write_patch(
 
 
 def check_made_by(
-    out: Path,
-    dense: Source,
-    pruned: Source,
-    settings: MethodSettings,
-    progress: Progress,
-    *,
-    searched: bool,
+    setup: Setup, pruned: Source, out: Path, settings: MethodSettings, *, searched: bool
 ) -> None:
     """Check, before long work, that the existing patch `out` was made in the same way.
 
@@ -285,13 +279,9 @@ def check_made_by(
             f"{out} exists and was made {'without' if searched else 'by'} a search. Choose another "
             "output or remove it."
         )
-    existing = {"inputs": found["inputs"], "settings": found["settings"]}
-    inputs = fingerprints(progress, dense=dense, pruned=pruned)
-    wanted = {
-        "inputs": {**existing["inputs"], **inputs},
-        "settings": settings.model_dump(mode="json"),
-    }
-    require_same(out, existing, wanted)
+    inputs = found["inputs"] | fingerprints(setup.progress, dense=setup.dense, pruned=pruned)
+    wanted = {**found, "inputs": inputs, "settings": settings.model_dump(mode="json")}
+    require_same(out, found, wanted)
 
 
 def _with_violations(patch: Patch, pruned: Source) -> Patch:

@@ -15,9 +15,7 @@ from regraft.data.images import check_images
 from regraft.data.readers.demo import demo_model, is_demo
 from regraft.data.sources import DataSource, join_suites, read
 from regraft.data.storage import kept_if_read
-from regraft.disk.artifact import ABOUT_FILE
-from regraft.disk.descriptions import described
-from regraft.disk.parsing import read_json
+from regraft.disk.artifact import about_in
 from regraft.errors import RegraftError
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source
@@ -26,63 +24,63 @@ from regraft.settings.defending import RefusalDirectionSettings
 from regraft.settings.searching import validation_of
 
 
-@kept_if_read()
 def draw_calibration(source: Source, calibration: CalibrationSettings, kind: str) -> Reading:
     """Draw D^s (kind "safety") or D^u ("utility") and check that this model can read it.
 
     Rows need a response, unless the dense model is to write them. The examples have the data set's
-    responses; a stage that learns from responses calls `stages.calibration_data` instead.
+    responses; a stage that learns from responses calls `answering.calibration_data` instead.
 
     Raises:
         RegraftError: see the data readers and `draw`; an image is unreadable, or there are images
             and the model reads text only.
     """
-    answered = responses_are_given(calibration, kind)
-    return _read_calibration(draw, source, calibration, kind, answered=answered)
+    return _read_calibration(draw, source, calibration, kind)
 
 
-@kept_if_read()
 def draw_prompts(source: Source, calibration: CalibrationSettings, kind: str) -> Reading:
-    """Draw prompts of one kind by the same seed, with or without responses, which are dropped.
-
-    Raises:
-        RegraftError: see `draw_calibration`.
-    """
+    """Draw prompts of one kind by the same seed, with or without responses, which are dropped."""
     reading = _read_calibration(draw, source, calibration, kind, answered=False)
     bare = tuple(replace(one, response=None) for one in reading.examples)
     return replace(reading, examples=bare)
 
 
-@kept_if_read()
 def order_calibration(source: Source, calibration: CalibrationSettings, kind: str) -> Reading:
     """All prompts of one kind, in the order in which `draw_calibration` draws them."""
-    answered = responses_are_given(calibration, kind)
-    return _read_calibration(in_drawn_order, source, calibration, kind, answered=answered)
+    return _read_calibration(in_drawn_order, source, calibration, kind)
 
 
+@kept_if_read()
 def _read_calibration(
     take: Callable[..., Reading],
     source: Source,
     calibration: CalibrationSettings,
     kind: str,
     *,
-    answered: bool,
+    answered: bool | None = None,
 ) -> Reading:
-    """Apply `take`, which is `draw` or `in_drawn_order`, to the calibration data."""
+    """Apply `take`, which is `draw` or `in_drawn_order`, to the calibration data.
+
+    Rows need a response if `answered`, by default if `responses_are_given`.
+    """
     if "data" not in calibration.model_fields_set and not _made_for_bundled(source):
         raise RegraftError(
             "No calibration prompts are named, and the bundled ones are for the bundled model: "
             "give harmful and harmless ones with --data (in a recipe calibration.data)."
         )
     whole = read(calibration.source, "train")
+    if answered is None:
+        answered = responses_are_given(calibration, kind, whole)
     samples, seed, harmful = calibration.samples, calibration.seed, kind == "safety"
     reading = take(whole, harmful=harmful, samples=samples, seed=seed, answered=answered)
     return _readable(source, reading)
 
 
-def warn_of_bundled(source: Source, data: DataSource, note: Callable[[str], None]) -> None:
-    """Note if a model other than the bundled one is given prompts made for that one."""
-    if data.name == "demo" and not _made_for_bundled(source):
+def warn_of_bundled(source: Source | None, data: DataSource, note: Callable[[str], None]) -> None:
+    """Note if a model other than the bundled one is given prompts made for that one.
+
+    `source` is None for a model behind a server, which may be any.
+    """
+    if data.name == "demo" and not (source and _made_for_bundled(source)):
         note(
             f"Warning: {data} are the bundled images, made for the bundled model; what is learnt "
             "from them or measured on them says little about this one. Use your own data."
@@ -95,23 +93,27 @@ def _made_for_bundled(source: Source) -> bool:
 
 def _made_from_demo(folder: Path) -> bool:
     """Whether a checkpoint is the bundled model pruned by regraft, with or without patches."""
-    path = folder / ABOUT_FILE
-    about: Any = described(read_json(path), str(path)) if path.is_file() else None
-    while isinstance(about, dict) and "before" in about:
+    about: Any = about_in(folder)
+    while about and "before" in about:
         about = about["before"]
-    if not isinstance(about, dict):
+    if not about:
         return False
-    demo = open_checkpoint(demo_model()).fingerprint
-    inputs = about.get("inputs")
-    return isinstance(inputs, dict) and inputs.get("dense") == demo
+    dense = about.get("inputs", {}).get("dense")
+    return dense is not None and dense == open_checkpoint(demo_model()).fingerprint
 
 
-def responses_are_given(calibration: CalibrationSettings, kind: str) -> bool:
-    """Whether responses to a kind are the data set's, and not written by the dense model."""
+def responses_are_given(
+    calibration: CalibrationSettings, kind: str, whole: Reading | None = None
+) -> bool:
+    """Whether responses to a kind are the data set's, and not written by the dense model.
+
+    `whole` is the data set, which is read if it is needed and not given.
+    """
     if calibration.responses != "auto":
         return calibration.responses == "given"
-    whole = read(calibration.source, "train").of_kind(harmful=kind == "safety")
-    return any(one.response and one.response.strip() for one in whole.examples)
+    whole = whole or read(calibration.source, "train")
+    rows = whole.of_kind(harmful=kind == "safety").examples
+    return any(one.response and one.response.strip() for one in rows)
 
 
 @kept_if_read()

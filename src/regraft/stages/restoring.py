@@ -7,14 +7,12 @@ time or lock every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from regraft.data.example import KINDS
 from regraft.evaluation.tradeoff import read_curve
-from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source, check_split
 from regraft.patch.pair import check_pair
 from regraft.pruning.base import PRUNERS
@@ -22,234 +20,206 @@ from regraft.pruning.statistics import StatisticsSettings
 from regraft.restoration.base import MethodSettings, Needs, method_of, needs_of, own_settings
 from regraft.restoration.ranking import load_ranking
 from regraft.settings.searching import SearchSettings
+from regraft.stages import gathering, ranking
 from regraft.stages.answering import imitation_data
-from regraft.stages.gathering import (
-    check_heads,
-    check_r_max,
-    gathering_passes,
-    write_head_scores,
-    write_statistics,
-)
-from regraft.stages.planning import Planned, plan_steps
-from regraft.stages.ranking import (
-    check_budget,
-    check_made_by,
-    check_restorable,
-    read_inputs,
-    write_patch,
-    write_ranking,
-)
 from regraft.stages.searching import Search, remarks
-from regraft.stages.setup import ArtifactPaths, Inputs, Setup
-from regraft.stages.steps import PromptUse, Step, StepGuard
+from regraft.stages.setup import ArtifactPaths, Setup
+from regraft.stages.steps import Planned, PromptUse, Step, plan_steps
 
 
-@dataclass(frozen=True)
-class Restoration(Setup):
-    """The steps of restorations, and what they share.
+def gathering_steps(setup: Setup, needs: Iterable[Needs], paths: ArtifactPaths) -> Iterator[Step]:
+    """Inputs of the methods that are not given: head scores, answers, statistics."""
+    wanted = list(needs)
+    by_heads = [one for one in wanted if one.heads]
+    if by_heads and paths.given.heads is None:
+        yield _heads(setup, by_heads, paths)
+    if any(one.answers for one in wanted):
+        yield _answer(setup, paths.responses)
+    if paths.given.statistics is None:
+        for score in dict.fromkeys(one.statistics for one in wanted if one.statistics):
+            yield _statistics(setup, score, paths)
 
-    Attributes:
-        scoring: How heads are scored.
-        guard: Context in which every step is made.
+
+def patch_steps(
+    setup: Setup,
+    pruned: Callable[[], Source],
+    settings: MethodSettings,
+    paths: ArtifactPaths,
+    choice: SearchSettings | None = None,
+    name: str = "",
+) -> Iterator[Step]:
+    """From a method's inputs to its patch: ranking, search if there is a `choice`, patch.
+
+    Args:
+        pruned: Returns the pruned model; called when a step is made, not before.
     """
-
-    scoring: HeadSettings = HeadSettings()
-    guard: StepGuard = lambda _stage, _of: nullcontext()
-
-    def planned(
-        self,
-        pruned: Source,
-        settings: MethodSettings,
-        paths: ArtifactPaths,
-        choice: SearchSettings | None = None,
-    ) -> Planned:
-        """The steps of a method's inputs, its ranking and the patch, for `make`; writes nothing.
-
-        Raises:
-            RegraftError: bad input of any step, found before any long work.
-        """
-        steps = [
-            *self.gathering([needs_of(settings)], paths),
-            *self.steps(lambda: pruned, settings, paths, choice),
-        ]
-        check_pair(self.dense, pruned)
-        check_restorable(settings, self.cache.surveyed(self.dense, pruned, self.progress))
-        _check_given(self.dense, pruned, settings, paths.given)
-        plan = plan_steps(self, steps)
-        for line in plan.prompts.warnings():
-            self.progress.note(f"Warning: {line}.")
-        if paths.patch.exists():
-            searched = choice is not None
-            pair = self.dense, pruned
-            check_made_by(paths.patch, *pair, settings, self.progress, searched=searched)
-        return plan
-
-    def make(self, steps: Iterable[Step]) -> None:
-        """Make steps in order, each in the context of the guard."""
-        for step in steps:
-            if step.title:
-                self.progress.note(step.title)
-            if step.loads_model and not step.done:
-                self.cache.unload()
-            with self.guard(step.stage, step.of):
-                step.make()
-
-    def gathering(self, needs: Iterable[Needs], paths: ArtifactPaths) -> Iterator[Step]:
-        """Inputs of the methods that are not given: head scores, answers, statistics."""
-        wanted = list(needs)
-        by_heads = [one for one in wanted if one.heads]
-        if by_heads and paths.given.heads is None:
-            yield self._heads(by_heads, paths)
-        if any(one.answers for one in wanted):
-            yield self._answer(paths.responses)
-        if paths.given.statistics is None:
-            for score in dict.fromkeys(one.statistics for one in wanted if one.statistics):
-                yield self._statistics(score, paths)
-
-    def steps(
-        self,
-        pruned: Callable[[], Source],
-        settings: MethodSettings,
-        paths: ArtifactPaths,
-        choice: SearchSettings | None = None,
-        name: str = "",
-    ) -> Iterator[Step]:
-        """From a method's inputs to its patch: ranking, search if there is a `choice`, patch.
-
-        Args:
-            pruned: Returns the pruned model; called when a step is made, not before.
-        """
-        own = own_settings(settings)
-        yield self._rank(pruned, own, paths, name)
-        if choice is not None:
-            yield Step(
-                "search",
-                name,
-                paths.curve,
-                lambda: self.search(pruned(), own, paths, choice),
-                Search(self, choice).check,
-                answers=choice.points * (choice.validation_limit or 0) * 2,
-            )
+    own = own_settings(settings)
+    yield _rank(setup, pruned, own, paths, name)
+    if choice is not None:
         yield Step(
-            "realign",
+            "search",
             name,
+            paths.curve,
+            lambda: search(setup, pruned(), own, paths, choice),
+            Search(setup, choice).check,
+            answers=choice.points * (choice.validation_limit or 0) * 2,
+        )
+    yield Step(
+        "realign",
+        name,
+        paths.patch,
+        lambda: ranking.write_patch(
+            setup.dense,
+            pruned(),
             paths.patch,
-            lambda: write_patch(
-                self.dense,
-                pruned(),
-                paths.patch,
-                own,
-                paths.ranking,
-                None if choice is None else read_curve(paths.curve).chosen or 0,
-            ),
-        )
-
-    def search(
-        self, pruned: Source, settings: MethodSettings, paths: ArtifactPaths, choice: SearchSettings
-    ) -> None:
-        """Choose how many weights to restore, and note what could not be achieved."""
-        found = Search(self, choice).curve(pruned, settings, paths)
-        for line in remarks(found):
-            self.progress.note(f"{paths.curve.stem}: {line}")
-
-    def _heads(self, wanted: Sequence[Needs], paths: ArtifactPaths) -> Step:
-        def check() -> PromptUse:
-            for needs in wanted:
-                check_heads(self.dense, needs, self.scoring)
-            check_r_max(self.dense, self.scoring, self.drawn("safety"))
-            return PromptUse(learnt=self.learnt_from(["safety"]))
-
-        make = partial(write_head_scores, self, paths.heads, self.scoring, paths.states)
-        samples = self.calibration.samples
-        return Step(
-            "score heads",
-            "",
-            paths.heads,
-            make,
-            check,
-            learns=samples,
-            passes=self.scoring.passes(sum(one.heads for one in self.dense.architecture.layers)),
-            loads_model=True,
-        )
-
-    def _answer(self, folder: Path) -> Step:
-        def check() -> PromptUse:
-            prompts = self.imitated().items()
-            return PromptUse({f"{KINDS[k]} calibration (imitated)": one for k, one in prompts})
-
-        answers = 2 * self.calibration.samples
-        make = partial(imitation_data, self, folder)
-        return Step("answer", "", folder, make, check, answers=answers, loads_model=True)
-
-    def _statistics(self, score: str, paths: ArtifactPaths) -> Step:
-        by_gradients = PRUNERS.get(score).by_gradients
-        out = paths.statistics(score)
-
-        def check() -> PromptUse:
-            return PromptUse(learnt=self.learnt_from())
-
-        def states() -> int:  # the kinds are read one after the other
-            if not by_gradients:
-                return 0
-            return max(self.state_bytes([self.drawn(kind)]) for kind in KINDS)
-
-        return Step(
-            f"statistics for {score}",
-            "",
-            out,
-            lambda: write_statistics(self, out, StatisticsSettings(score=score), paths.responses),
-            check,
-            learns=2 * self.calibration.samples,
-            passes=gathering_passes(PRUNERS.get(score)),
-            loads_model=True,
-            temporary_bytes=states,
-        )
-
-    def _rank(
-        self,
-        pruned: Callable[[], Source],
-        settings: MethodSettings,
-        paths: ArtifactPaths,
-        name: str,
-    ) -> Step:
-        method, needs = method_of(settings), needs_of(settings)
-        gathered = None if paths.given.statistics else needs.statistics
-
-        def check() -> PromptUse:
-            check_heads(self.dense, needs, None)
-            check_budget(self.dense, settings)
-            if needs.positions is not None and paths.given.positions is None:
-                load_ranking(Path(needs.positions))
-            if needs.answers or (gathered and PRUNERS.get(gathered).by_gradients):
-                self.check_gradients(f"Realigning by {settings.method}")
-            if needs.answers:
-                check_split(self.compute.device, self.compute.placement)
-            prompts = self.imitated() if needs.answers else {}
-            method.check(settings, self.dense, self.calibration.seed, self.compute, prompts)
-            return PromptUse()
-
-        def states() -> int:  # both kinds are read together
-            return self.state_bytes(self.imitated().values()) if needs.answers else 0
-
-        return Step(
-            "rank",
-            name,
+            own,
             paths.ranking,
-            lambda: write_ranking(self, pruned(), paths.ranking, settings, paths.inputs(needs)),
-            check,
-            learns=2 * self.calibration.samples if needs.answers else 0,
-            passes=needs.passes,
-            loads_model=True,
-            temporary_bytes=states,
-        )
+            None if choice is None else read_curve(paths.curve).chosen or 0,
+        ),
+    )
 
 
-def _check_given(dense: Source, pruned: Source, settings: MethodSettings, given: Inputs) -> None:
-    """Check that given files are of these checkpoints and have what the method needs."""
-    needs = needs_of(settings)
-    needed = replace(
+def search(
+    setup: Setup,
+    pruned: Source,
+    settings: MethodSettings,
+    paths: ArtifactPaths,
+    choice: SearchSettings,
+) -> None:
+    """Choose how many weights to restore, and note what could not be achieved."""
+    found = Search(setup, choice).curve(pruned, settings, paths)
+    for line in remarks(found):
+        setup.progress.note(f"{paths.curve.stem}: {line}")
+
+
+def _heads(setup: Setup, wanted: Sequence[Needs], paths: ArtifactPaths) -> Step:
+    def check() -> PromptUse:
+        for needs in wanted:
+            gathering.check_heads(setup.dense, needs, setup.scoring)
+        gathering.check_r_max(setup.dense, setup.scoring, setup.drawn("safety"))
+        return PromptUse(learnt=setup.learnt_from(["safety"]))
+
+    return Step(
+        "score heads",
+        "",
+        paths.heads,
+        partial(gathering.write_head_scores, setup, paths.heads, setup.scoring, paths.states),
+        check,
+        learns=setup.calibration.samples,
+        passes=setup.scoring.passes(sum(one.heads for one in setup.dense.architecture.layers)),
+        loads_model=True,
+    )
+
+
+def _answer(setup: Setup, folder: Path) -> Step:
+    def check() -> PromptUse:
+        prompts = setup.imitated().items()
+        return PromptUse({f"{KINDS[k]} calibration (imitated)": one for k, one in prompts})
+
+    answers = 2 * setup.calibration.samples
+    make = partial(imitation_data, setup, folder)
+    return Step("answer", "", folder, make, check, answers=answers, loads_model=True)
+
+
+def _statistics(setup: Setup, score: str, paths: ArtifactPaths) -> Step:
+    pruner, out = PRUNERS.get(score), paths.statistics(score)
+
+    def check() -> PromptUse:
+        return PromptUse(learnt=setup.learnt_from())
+
+    def states() -> int:  # the kinds are read one after the other
+        if not pruner.by_gradients:
+            return 0
+        return max(setup.state_bytes([setup.drawn(kind)]) for kind in KINDS)
+
+    return Step(
+        f"statistics for {score}",
+        "",
+        out,
+        lambda: gathering.write_statistics(
+            setup, out, StatisticsSettings(score=score), paths.responses
+        ),
+        check,
+        learns=2 * setup.calibration.samples,
+        passes=gathering.forward_passes(pruner),
+        loads_model=True,
+        temporary_bytes=states,
+    )
+
+
+def _rank(
+    setup: Setup,
+    pruned: Callable[[], Source],
+    settings: MethodSettings,
+    paths: ArtifactPaths,
+    name: str,
+) -> Step:
+    method, needs = method_of(settings), needs_of(settings)
+    gathered = None if paths.given.statistics else needs.statistics
+
+    def check() -> PromptUse:
+        gathering.check_heads(setup.dense, needs, None)
+        ranking.check_budget(setup.dense, settings)
+        if needs.positions is not None and paths.given.positions is None:
+            load_ranking(Path(needs.positions))
+        if needs.answers or (gathered and PRUNERS.get(gathered).by_gradients):
+            setup.check_gradients(f"Realigning by {settings.method}")
+        if needs.answers:
+            check_split(setup.compute.device, setup.compute.placement)
+        prompts = setup.imitated() if needs.answers else {}
+        method.check(settings, setup.dense, setup.calibration.seed, setup.compute, prompts)
+        return PromptUse()
+
+    def states() -> int:  # both kinds are read together
+        return setup.state_bytes(setup.imitated().values()) if needs.answers else 0
+
+    return Step(
+        "rank",
+        name,
+        paths.ranking,
+        lambda: ranking.write_ranking(
+            setup, pruned(), paths.ranking, settings, paths.inputs(needs)
+        ),
+        check,
+        learns=2 * setup.calibration.samples if needs.answers else 0,
+        passes=needs.passes,
+        loads_model=True,
+        temporary_bytes=states,
+    )
+
+
+def plan_restoration(
+    setup: Setup,
+    pruned: Source,
+    settings: MethodSettings,
+    paths: ArtifactPaths,
+    choice: SearchSettings | None = None,
+) -> Planned:
+    """The steps of a method's inputs, its ranking and the patch; writes nothing.
+
+    Validation prompts of a search that are not named are held out of the calibration data.
+
+    Raises:
+        RegraftError: bad input of any step, found before any long work.
+    """
+    dense, progress, needs, given = setup.dense, setup.progress, needs_of(settings), paths.given
+    if choice is not None:
+        choice, setup = setup.choosing(choice)
+    steps = [
+        *gathering_steps(setup, [needs], paths),
+        *patch_steps(setup, lambda: pruned, settings, paths, choice),
+    ]
+    check_pair(dense, pruned)
+    ranking.check_restorable(settings, setup.cache.surveyed(dense, pruned, progress))
+    supplied = replace(
         needs,
         heads=needs.heads if given.heads else None,
         statistics=needs.statistics if given.statistics else None,
     )
-    read_inputs(dense, pruned, settings, needed, given)
+    ranking.read_inputs(dense, pruned, settings, supplied, given)
+    plan = plan_steps(setup, steps)
+    for line in plan.prompts.warnings():
+        progress.note(f"Warning: {line}.")
+    if paths.patch.exists():
+        ranking.check_made_by(setup, pruned, paths.patch, settings, searched=choice is not None)
+    return plan

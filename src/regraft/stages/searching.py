@@ -28,7 +28,6 @@ from regraft.stages.provenance import describe, fingerprints, is_done
 from regraft.stages.ranking import write_patch
 from regraft.stages.setup import ArtifactPaths, Setup
 from regraft.stages.steps import PromptUse
-from regraft.stages.targets import Target
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,7 @@ class Search:
         return self.setup.cache.reading(self.setup.dense, suites_of(self.choice), limit)
 
     def check(self) -> PromptUse:
-        """Check that models can be evaluated on the validation prompts.
-
-        Raises:
-            RegraftError: see the data readers and `check_split`.
-        """
+        """Check that models can be evaluated on the validation prompts."""
         check_split(self.setup.compute.device, self.setup.compute.placement)
         role = f"validation ({self.choice.validation}, {self.choice.validation_limit or 'all'})"
         return PromptUse(chosen_on={role: self.prompts()})
@@ -57,19 +52,10 @@ class Search:
         self, model: Source, out: Path, restored: int = 0, patch: Path | None = None
     ) -> Point:
         """Evaluate a model, with `restored` weights of a patch; writes the folder `out`."""
-        setup = self.setup
-        target = Target(
-            model,
-            setup.compute,
-            patch,
-            processor_from=setup.dense,
-            progress=setup.progress,
-            cache=setup.cache,
-        )
-        limited = setup.evaluation.model_copy(update={"limit": self.choice.validation_limit})
-        return Point.of(
-            restored, evaluate_target(target, out, suites_of(self.choice), limited).result
-        )
+        target = self.setup.target(model, patch=patch)
+        limited = self.setup.evaluation.model_copy(update={"limit": self.choice.validation_limit})
+        found = evaluate_target(target, out, suites_of(self.choice), limited)
+        return Point.of(restored, found.result)
 
     def references(self, pruned: Source, folder: Path) -> tuple[Point, Point]:
         """Evaluate the dense and the pruned model; writes two folders in `folder`."""

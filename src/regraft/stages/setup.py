@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from regraft.data.example import KINDS, Reading
 from regraft.errors import RegraftError
+from regraft.heads.ships import HeadSettings
 from regraft.loading import check_shares
 from regraft.models.load import Source
 from regraft.progress import SILENT, Progress
@@ -17,6 +19,7 @@ from regraft.restoration.base import Needs
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
+from regraft.settings.searching import SearchSettings, with_held_out
 from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.reading import (
     draw_calibration,
@@ -24,6 +27,10 @@ from regraft.stages.reading import (
     order_calibration,
     responses_are_given,
 )
+from regraft.stages.targets import OnText, Target
+
+StepGuard = Callable[[str, str], AbstractContextManager[None]]
+"""(stage, name of the model) -> context in which a step is made."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ class Setup:
             seed decides whatever is drawn at random.
         cache: Data sets that were read, and what evaluations share.
         evaluation: How validation prompts are answered and judged.
+        scoring: How heads are scored.
+        guard: Context in which every step of a run is made.
     """
 
     dense: Source
@@ -93,13 +102,37 @@ class Setup:
     progress: Progress = SILENT
     cache: EvaluationCache = field(default_factory=EvaluationCache)
     evaluation: EvalSettings = EvalSettings(full_answers=False)
+    scoring: HeadSettings = HeadSettings()
+    guard: StepGuard = lambda _stage, _of: nullcontext()
+
+    def choosing(self, choice: SearchSettings) -> tuple[SearchSettings, Setup]:
+        """The choice with validation prompts, held out of the calibration if none are named."""
+        note, folder = self.progress.note, self.dense.folder
+        choice, calibration = with_held_out(choice, folder, self.calibration, note)
+        return choice, replace(self, calibration=calibration)
+
+    def target(
+        self,
+        model: Source,
+        *,
+        patch: Path | None = None,
+        defence: Path | None = None,
+        text: OnText | None = None,
+    ) -> Target:
+        """A model to evaluate; it has the dense model's processor if it has none of its own."""
+        return Target(
+            model,
+            self.compute,
+            patch,
+            text,
+            self.dense,
+            defence=defence,
+            progress=self.progress,
+            cache=self.cache,
+        )
 
     def drawn(self, kind: str) -> Reading:
-        """Draw D^s or D^u, as `draw_calibration`.
-
-        Raises:
-            RegraftError: see `draw_calibration`; there are fewer batches than processes.
-        """
+        """As `draw_calibration`; raises RegraftError if there are fewer batches than processes."""
         reading = self._once(draw_calibration, kind)
         check_shares(reading.examples, self.compute)
         return reading
@@ -112,9 +145,6 @@ class Setup:
         """Calibration prompts of these kinds that may be learnt from, by role.
 
         These are all prompts if the dense model writes the responses until enough are kept.
-
-        Raises:
-            RegraftError: as `drawn`.
         """
         learnt: dict[str, Reading] = {}
         for kind in kinds:

@@ -1,19 +1,29 @@
-"""The steps of a run, one artifact each: all are checked before the first is made."""
+"""The steps of a run, one artifact each, and what they take: time, memory, disk.
+
+The input of all steps is checked before the first one is made.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
+
+import torch
 
 from regraft.data.example import Example, Reading
 from regraft.data.sources import seen_before
 from regraft.data.storage import kept_if_read
+from regraft.models.load import pick_device
 from regraft.stages.provenance import unfinished_bytes
+from regraft.stages.setup import Setup
 
-StepGuard = Callable[[str, str], AbstractContextManager[None]]
-"""(stage, name of the model) -> context in which a step is made."""
+_SIDE = 2048  # of the square matrices of a large product, which measures the device's speed
+_EFFICIENCY = {"cpu": 0.8}  # whole models reach this share of that speed: measured
+_DEFAULT_EFFICIENCY = 0.3  # on devices where products wait for memory: a guess
+_TRIES = 5  # the fastest product counts, since other programs may use the machine
 
 
 @dataclass(frozen=True)
@@ -72,27 +82,94 @@ class Step:
         return self.out.exists()
 
 
-@kept_if_read()
-def check_all(steps: Iterable[Step]) -> PromptUse:
-    """Check the input of all steps, before the first is made; returns their use of prompts."""
-    found = PromptUse()
+@dataclass(frozen=True)
+class Planned:
+    """Steps that have been checked, with the resources they need."""
+
+    setup: Setup
+    steps: tuple[Step, ...]
+    prompts: PromptUse
+
+    @property
+    def left(self) -> Sequence[Step]:
+        """The steps that are not done, one per artifact, since steps may share one."""
+        return tuple({step.out: step for step in self.steps if not step.done}.values())
+
+    @property
+    def kept(self) -> int:
+        """Bytes of the checkpoints still to be written."""
+        return self._disk[0]
+
+    @property
+    def most(self) -> int:
+        """Peak bytes of disk space, temporary files included."""
+        return self._disk[1]
+
+    @cached_property
+    def _disk(self) -> tuple[int, int]:
+        """`kept` and `most`; unfinished work counts as free, since its step removes it."""
+        kept = most = 0
+        for step in self.left:
+            kept += step.bytes - unfinished_bytes(step.out)
+            most = max(most, kept + step.temporary_bytes())
+        return kept, most
+
+    @property
+    def weights(self) -> int:
+        """Bytes of one model in memory."""
+        dtype: torch.dtype = getattr(torch, self.setup.compute.dtype_of(self.setup.dense))
+        return self.setup.dense.architecture.parameters * dtype.itemsize
+
+    def make(self) -> None:
+        """Make the steps in order."""
+        make_steps(self.setup, self.steps)
+
+    def seconds(self) -> float:
+        """Estimated seconds of the steps that are not done, within a factor of about three."""
+        dense, compute = self.setup.dense, self.setup.compute
+        prompt = self.setup.cache.prompt_tokens(dense, self.prompts.examples)
+        answered = prompt + self.setup.evaluation.max_new_tokens
+        tokens = sum(
+            step.answers * answered + step.learns * step.passes * prompt for step in self.left
+        )
+        device = pick_device(compute.device)
+        efficiency = _EFFICIENCY.get(device.type, _DEFAULT_EFFICIENCY)
+        speed = efficiency * _speed(device, compute.dtype_of(dense))
+        return 2 * dense.architecture.parameters * tokens / speed
+
+
+def make_steps(setup: Setup, steps: Iterable[Step]) -> None:
+    """Make steps in order, each in the context of the guard."""
     for step in steps:
-        found |= step.check()
-    return found
+        if step.title:
+            setup.progress.note(step.title)
+        if step.loads_model and not step.done:
+            setup.cache.unload()
+        with setup.guard(step.stage, step.of):
+            step.make()
 
 
-def not_done(steps: Iterable[Step]) -> Sequence[Step]:
-    """The steps that are not done, one per artifact, since steps may share one."""
-    return tuple({step.out: step for step in steps if not step.done}.values())
+@kept_if_read()
+def plan_steps(setup: Setup, steps: Sequence[Step]) -> Planned:
+    """Check the input of all steps, before anything is written.
 
-
-def disk_bytes(steps: Iterable[Step]) -> tuple[int, int]:
-    """Additional disk space for the artifacts still to be made: in the end, and at the peak.
-
-    Unfinished work of a killed run counts as free, since its step removes it.
+    Raises:
+        RegraftError: bad input.
     """
-    kept = most = 0
-    for step in not_done(steps):
-        kept += step.bytes - unfinished_bytes(step.out)
-        most = max(most, kept + step.temporary_bytes())
-    return kept, most
+    prompts = PromptUse()
+    for step in steps:
+        prompts |= step.check()
+    return Planned(setup, tuple(steps), prompts)
+
+
+@cache
+def _speed(device: torch.device, dtype: str) -> float:
+    """FLOPs per second of one large matrix product, measured once per device and dtype."""
+    matrix = torch.ones(_SIDE, _SIDE, device=device, dtype=getattr(torch, dtype))
+    float((matrix @ matrix)[0, 0])
+    seconds = []
+    for _ in range(_TRIES):
+        start = time.monotonic()
+        float((matrix @ matrix)[0, 0])  # waits for the device
+        seconds.append(time.monotonic() - start)
+    return 2 * _SIDE**3 / max(min(seconds), 1e-6)

@@ -36,6 +36,7 @@ from regraft.patch.apply import make_plan, patched, zeros_filled
 from regraft.patch.format import Patch, load_patch
 from regraft.patch.pair import is_changed
 from regraft.progress import SILENT, Progress
+from regraft.pruning.prune import zeros
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages.evaluation_cache import EvaluationCache, Prompts
@@ -168,10 +169,12 @@ class Target(AnyTarget):
         """
         if (architecture := self.model.readable_architecture) is None:
             return {}
-        found = {"zeros": self.cache.zero_count(self.model, architecture)}
-        found["prunable"] = architecture.prunable
+        checkpoint = self.model.checkpoint
+        key = "zeros", checkpoint.fingerprint
+        count = self.cache.once(key, lambda: zeros(checkpoint, architecture))
+        found = {"zeros": count, "prunable": architecture.prunable}
         if self._patch is not None:
-            found["zeros"] -= zeros_filled(self.model.checkpoint, self._patch)
+            found["zeros"] -= zeros_filled(checkpoint, self._patch)
             kind = "changed" if is_changed(self._patch) else "pruned"
             found |= {"restored": self._patch.restored, kind: self._patch.about.get("pruned", 0)}
         return found

@@ -48,20 +48,14 @@ class Trials:
         self._optuna = optuna = require_optuna()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.file = folder / "study.db"
-        with exclusive(folder, "study"):
-            self._study = self._opened()
-
-    def _opened(self) -> Study:
-        optuna = self._optuna
-        with self._readable():
+        with exclusive(folder, "study"), self._readable():
             storage = optuna.storages.RDBStorage(
                 f"sqlite:///{self.file.absolute()}",
                 engine_kwargs={"connect_args": {"timeout": _PATIENCE}},
             )
-            found: Study = optuna.create_study(
+            self._study: Study = optuna.create_study(
                 study_name="regraft", storage=storage, load_if_exists=True
             )
-            return found
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
@@ -123,17 +117,8 @@ class Trials:
             self._study.tell(trial, value)
 
     def finished(self) -> dict[int, Any]:
-        """The saved outcome of every finished trial, by its number.
-
-        Raises:
-            RegraftError: another version of regraft saved it in another form.
-        """
-        trials = self._in_state("COMPLETE")
-        if any(_TRIED not in one.user_attrs for one in trials):
-            raise RegraftError(
-                f"{self._folder} was begun by another version of regraft: choose another folder."
-            )
-        return {one.number: one.user_attrs[_TRIED] for one in trials}
+        """The saved outcome of every finished trial, by its number; None where there is none."""
+        return {one.number: one.user_attrs.get(_TRIED) for one in self._in_state("COMPLETE")}
 
     def failed(self) -> int:
         """How many trials have ended in an error."""
@@ -215,8 +200,6 @@ def space_of(
     """The search space: the method's own, and r_max if it needs head scores.
 
     Args:
-        dense: The dense model; it bounds the number of heads.
-        tuning: Its `keep` names settings that are not tuned.
         scoring: How heads are scored; if screened, only the candidates may be chosen.
         kept: Share of weights that pruning kept.
         samples: Number of D^s prompts, which bounds r_max.

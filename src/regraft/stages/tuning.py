@@ -36,14 +36,14 @@ from regraft.patch.pair import check_pair
 from regraft.recipes.file import recipe_item
 from regraft.restoration.base import MethodSettings, needs_of
 from regraft.settings.base import explain
-from regraft.settings.searching import SearchSettings, TuneSettings, with_validation
+from regraft.settings.searching import SearchSettings, TuneSettings
 from regraft.stages.gathering import check_r_max
 from regraft.stages.provenance import describe, fingerprints
 from regraft.stages.ranking import check_restorable
-from regraft.stages.restoring import Restoration
+from regraft.stages.restoring import gathering_steps, patch_steps
 from regraft.stages.searching import Search, bounds_of
-from regraft.stages.setup import ArtifactPaths
-from regraft.stages.steps import PromptUse
+from regraft.stages.setup import ArtifactPaths, Setup
+from regraft.stages.steps import PromptUse, make_steps
 from regraft.stages.trials import Trials, claim, exclusive, one_at_a_time, require_optuna, space_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ _PAUSE = 0.5  # seconds between polls of other workers
 
 
 def tune_method(
-    restoration: Restoration,
+    setup: Setup,
     pruned: Source,
     out: Path,
     method: MethodSettings,
@@ -72,19 +72,19 @@ def tune_method(
     Raises:
         RegraftError: bad input, the folder is of another tuning, or Optuna is missing.
     """
-    dense, calibration = restoration.dense, restoration.calibration
-    choice = with_validation(choice, dense.folder, calibration)
     _check(choice)
+    dense = setup.dense
+    choice, setup = setup.choosing(choice)
     check_pair(dense, pruned)
-    survey = restoration.cache.surveyed(dense, pruned, restoration.progress)
+    survey = setup.cache.surveyed(dense, pruned, setup.progress)
     if method.searchable or survey.kind == "changed":
         check_restorable(method, survey)
-    data = _read_prompts(restoration, choice)
+    data = _read_prompts(setup, choice)
     kept, samples = survey.kept / dense.architecture.prunable, distinct(data["safety"])
-    space = space_of(dense, method, tuning, restoration.scoring, kept, samples)
+    space = space_of(dense, method, tuning, setup.scoring, kept, samples)
     if needs_of(method).heads and "r_max" not in space:
-        check_r_max(dense, restoration.scoring, data["safety"])
-    work = _Tuning(restoration, pruned, out, method, tuning, choice)
+        check_r_max(dense, setup.scoring, data["safety"])
+    work = _Tuning(setup, pruned, out, method, tuning, choice)
     about = work.describe(data)
     claim(out, about)
     trials = Trials(out, space, tuning)
@@ -118,13 +118,13 @@ def _check(choice: SearchSettings) -> None:
         )
 
 
-def _read_prompts(restoration: Restoration, choice: SearchSettings) -> dict[str, Reading]:
+def _read_prompts(setup: Setup, choice: SearchSettings) -> dict[str, Reading]:
     """Calibration and validation prompts by role; warns of those that are both."""
-    search = Search(restoration, choice)
-    learnt = PromptUse(learnt=restoration.learnt_from())
+    search = Search(setup, choice)
+    learnt = PromptUse(learnt=setup.learnt_from())
     for line in (search.check() | learnt).warnings():
-        restoration.progress.note(f"Warning: {line}.")
-    drawn = {kind: restoration.drawn(kind) for kind in KINDS}
+        setup.progress.note(f"Warning: {line}.")
+    drawn = {kind: setup.drawn(kind) for kind in KINDS}
     return {**drawn, "validation": search.prompts()}
 
 
@@ -132,7 +132,7 @@ def _read_prompts(restoration: Restoration, choice: SearchSettings) -> dict[str,
 class _Tuning:
     """The arguments of `tune_method`."""
 
-    restoration: Restoration
+    setup: Setup
     pruned: Source
     out: Path
     method: MethodSettings
@@ -141,7 +141,7 @@ class _Tuning:
 
     def describe(self, data: Mapping[str, Reading]) -> dict[str, Any]:
         """Everything that determines the trials; see `describe`."""
-        own = self.restoration
+        own = self.setup
         inputs = fingerprints(own.progress, dense=own.dense, pruned=self.pruned)
         about = describe("tune", inputs, None, own.compute, data)
         about["settings"] = {
@@ -156,11 +156,11 @@ class _Tuning:
 
     def try_all(self, trials: Trials) -> None:
         """Run trials until enough are finished."""
-        progress = self.restoration.progress
+        progress = self.setup.progress
         while len(trials.finished()) < self.tuning.trials:
             with trials.take(self.tuning.trials) as trial:
                 if trial is None:  # wait: if another worker dies, this one takes its trial over
-                    self.restoration.cache.unload()
+                    self.setup.cache.unload()
                     time.sleep(_PAUSE)
                     continue
                 settings = ", ".join(
@@ -179,18 +179,18 @@ class _Tuning:
     def _try(self, trial: Trial) -> Tried:
         """Restore with a trial's settings, evaluate, and take the best point."""
         settings, seconds = dict(trial.params), dict[str, float]()
-        own = self.restoration
+        own = self.setup
         r_max = int(settings.get("r_max", own.scoring.r_max))
-        restoration = replace(
+        setup = replace(
             own,
             scoring=own.scoring.model_copy(update={"r_max": r_max}),
             guard=partial(one_at_a_time, self.out, seconds),
         )
-        search, references = Search(restoration, self.choice), self.out / "references"
-        with restoration.guard("references", ""):
+        search, references = Search(setup, self.choice), self.out / "references"
+        with setup.guard("references", ""):
             evaluations = 0 if (references / "pruned").exists() else 2
             full, before = search.references(self.pruned, references)
-        tried = self._points(restoration, search, self._varied(settings), trial.number)
+        tried = self._points(setup, search, self._varied(settings), trial.number)
         points, bounds = tried or [before], bounds_of(self.choice, full, before)
         point = choose(points, bounds) or nearest(points, bounds)
         evaluations += len(tried)
@@ -211,15 +211,15 @@ class _Tuning:
             raise RegraftError(f"These settings do not fit together:\n{explain(error)}") from error
 
     def _points(
-        self, restoration: Restoration, search: Search, method: MethodSettings, number: int
+        self, setup: Setup, search: Search, method: MethodSettings, number: int
     ) -> list[Point]:
         """The points with restored weights; none if there is nothing to restore."""
-        paths = self._paths(method, restoration.scoring.r_max, number)
-        restoration.make(restoration.gathering([needs_of(method)], paths))
+        paths = self._paths(method, setup.scoring.r_max, number)
+        make_steps(setup, gathering_steps(setup, [needs_of(method)], paths))
         name = paths.ranking.stem
-        rank, realign = restoration.steps(lambda: self.pruned, method, paths, name=name)
-        restoration.make([rank] if method.searchable else [rank, realign])
-        with restoration.guard("evaluate", str(number)):
+        rank, realign = patch_steps(setup, lambda: self.pruned, method, paths, name=name)
+        make_steps(setup, [rank] if method.searchable else [rank, realign])
+        with setup.guard("evaluate", str(number)):
             if method.searchable:
                 return list(search.curve(self.pruned, method, paths).points[1:])
             restored, own = load_patch(paths.patch).restored, paths.patch.with_name("evaluation")
@@ -243,7 +243,7 @@ class _Tuning:
 
     def conclude(self, trials: Trials, about: Mapping[str, Any], weights: int) -> Tuned:
         """Read all trials and write the outcome; `weights` is how many can be restored."""
-        search = Search(self.restoration, self.choice)
+        search = Search(self.setup, self.choice)
         with exclusive(self.out, "outcome"):
             full, before = search.references(self.pruned, self.out / "references")
             tuned = Tuned(
@@ -260,7 +260,7 @@ class _Tuning:
                 (self.out / "best.yaml").unlink(missing_ok=True)
             else:
                 method = self._varied(tuned.best.settings)
-                calibration, answers = self.restoration.calibration, self.restoration.evaluation
+                calibration, answers = self.setup.calibration, self.setup.evaluation
                 item = recipe_item(tuned, tuned.best, method, calibration, answers.max_new_tokens)
                 write_text(self.out / "best.yaml", item)
         return tuned

@@ -48,9 +48,6 @@ def run_sweep(
     """Run the swept recipe in `folder`, or resume it, and read the points from its report.
 
     Writes sweep.json and sweep.svg beside the run's own files.
-
-    Raises:
-        RegraftError: see `swept` and `pipeline.run_one`.
     """
     study = pipeline.run_one(swept(recipe, setting, values), folder, progress)
     sweep = _read(study.runs[0], setting, values)
