@@ -898,6 +898,10 @@ def test_the_bundled_model_pruned_is_known(tmp_path: Path) -> None:
     write_json(tmp_path / ABOUT_FILE, {"stage": "apply", "inputs": {}, "before": None})
     assert not _made_from_demo(tmp_path)
     assert not _made_from_demo(tmp_path / "none")
+    for damaged in ("prune", ["prune"], {"inputs": []}, {"before": {"inputs": {"dense": 1}}}):
+        write_json(tmp_path / ABOUT_FILE, {"stage": "apply", "inputs": {}, "before": damaged})
+        with pytest.raises(RegraftError, match=rf"{ABOUT_FILE}: .*before"):
+            _made_from_demo(tmp_path)
 
 
 def test_bundled_data_for_another_model_is_said(

@@ -70,7 +70,7 @@ class _About(TypedDict, total=False):
     settings: _Settings
     compute: dict[str, Any]
     data: dict[str, _Account]
-    before: dict[str, Any] | None
+    before: _About | None
     replies: dict[str, _Count]
     zeros: _Count
     prunable: Annotated[int, Field(ge=1)]
