@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,7 @@ from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import AdaShieldSettings, RefusalDirectionSettings
 from regraft.settings.evaluating import EvalSettings
+from regraft.stages import defending
 from regraft.stages.provenance import describe, fingerprints
 from regraft.stages.reading import draw_calibration
 
@@ -309,6 +311,26 @@ def test_the_search_is_recorded(source: Source, data: DataSource, tmp_path: Path
     assert (made.layer, made.strength) == (best.layer, best.strength)
     assert made.about["data"]["validation"]["skipped"] == {"beyond the limit": 4}
     assert {path.name for path in tmp_path.iterdir()} == {"data", "out"}, "scratch is left"
+
+
+def test_calibration_prompts_are_freed_before_the_search(
+    source: Source, data: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    run = defending._Search.run
+
+    def encoded(*words: Any) -> Any:
+        batch = prompt_batch(*words)
+        made.append(weakref.ref(batch))
+        return batch
+
+    def run_without(*words: Any) -> Any:
+        assert made and not any(one() is not None for one in made)
+        return run(*words)
+
+    monkeypatch.setattr(defending, "prompt_batch", encoded)
+    monkeypatch.setattr(defending._Search, "run", run_without)
+    _defend(source, data, tmp_path / "out", layer=1, strength=1.5)
 
 
 def test_validation_needs_both_kinds(source: Source, data: DataSource, tmp_path: Path) -> None:

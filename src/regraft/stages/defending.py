@@ -102,9 +102,13 @@ def _direction(
 ) -> Direction:
     setup.cache.unload()
     network, processor = load(model, setup.compute, setup.progress, setup.dense)
-    cuts = (cut(data[kind].examples, setup.compute) for kind in KINDS)
-    encoded = [[prompt_batch(processor, chunk) for chunk in chunks] for chunks in cuts]
-    vectors = _differences(setup, model, network, encoded)
+    cuts = [cut(data[kind].examples, setup.compute) for kind in KINDS]
+    vectors = _differences(
+        setup,
+        model,
+        network,  # the batches have no name here: their images are freed before the search
+        [[prompt_batch(processor, chunk) for chunk in chunks] for chunks in cuts],
+    )
     search = _Search(network, processor, vectors, settings, setup, judge, work, about)
     return search.run(data.get("validation"))
 
