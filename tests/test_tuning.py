@@ -6,9 +6,10 @@ import errno
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,17 @@ def test_a_second_start_does_the_rest(tune: Callable[..., Tuned], tmp_path: Path
     assert {name.partition("/")[0] for name in after.keys() - before.keys()} == {"0002"}
     tune(method(), trials=1)
     assert tree(tmp_path / "tuned" / "trials") == after
+
+
+def test_a_trial_without_an_outcome_stops_a_start_before_the_next_trial(
+    tune: Callable[..., Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(method(), trials=1)
+    with closing(sqlite3.connect(tmp_path / "tuned" / "study.db")) as file, file:
+        file.execute("DELETE FROM trial_user_attributes")
+    monkeypatch.setattr(tuning._Tuning, "_try", lambda *_: pytest.fail("a trial began"))
+    with pytest.raises(RegraftError, match="study.db, trial 0: expected a JSON object"):
+        tune(method(), trials=2)
 
 
 def test_bounds_decide(

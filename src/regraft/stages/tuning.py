@@ -157,7 +157,7 @@ class _Tuning:
     def try_all(self, trials: Trials) -> None:
         """Run trials until enough are finished."""
         progress = self.setup.progress
-        while len(trials.finished()) < self.tuning.trials:
+        while len(finished(trials)) < self.tuning.trials:  # a damaged one stops it here
             with trials.take(self.tuning.trials) as trial:
                 if trial is None:  # wait: if another worker dies, this one takes its trial over
                     self.setup.cache.unload()
