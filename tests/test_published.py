@@ -54,7 +54,10 @@ def test_data_sets_count_the_same_whatever_their_size() -> None:
     assert found[1] - found[0] > pooled[1] - pooled[0], "the small data set weighs more"
 
 
-def test_no_rise_has_no_interval_of_rsr() -> None:
+def test_no_data_set_has_no_rsr() -> None:
+    for strata in ([], [[]]):
+        with pytest.raises(ValueError, match="at least one prompt"):
+            bootstrap_rsr(strata)
     assert bootstrap_rsr([[(True, False, False)] * 20]) is None, "pruning raised nothing"
 
 
