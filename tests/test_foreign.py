@@ -76,6 +76,8 @@ def change(path: Path, **fields: Any) -> None:
         ),
         ("config.json", {"num_labels": 10**9}, r"config.json: num_labels is 1000000000"),
         ("config.json", {"sub": {"depths": [2, 10**9]}}, r"config.json: sub.depths is 1000000000"),
+        ("config.json", {"kernel_size": [[3, 3], [3, 10**9]]}, r"kernel_size is 1000000000"),
+        ("config.json", {"parts": [{"num_layers": 1025}]}, r"parts.num_layers is 1025"),
         (
             "config.json",
             {"rope_scaling": {"factor": "x"}},
@@ -143,6 +145,13 @@ def test_files_that_are_not_what_they_are_called(
     (model / name).write_bytes(content)
     with pytest.raises(RegraftError, match=message):
         open_answering(model)
+
+
+def test_tokens_of_a_wrong_type_are_named_where_a_tokenizer_fails(tmp_path: Path) -> None:
+    write_json(tmp_path / "tokenizer_config.json", {"extra_special_tokens": ["a", True]})
+    message = r'extra_special_tokens is \["a", true\]; expected a list of tokens'
+    with pytest.raises(RegraftError, match=message), foreign.of_processor(tmp_path):
+        raise ValueError("unhashable")
 
 
 @pytest.mark.parametrize(

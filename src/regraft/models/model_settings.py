@@ -11,7 +11,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,9 @@ _is_token = _of(str, dict, bool)  # True or False in settings such as add_bos_to
 
 
 def _are_tokens(value: Any) -> bool:
-    return all(map(_is_token, value)) if isinstance(value, list) else isinstance(value, dict | bool)
+    if isinstance(value, list):
+        return all(isinstance(one, str | dict) for one in value)
+    return isinstance(value, dict | bool)
 
 
 _Kinds = Sequence[tuple[str, Callable[[Any], bool], str]]  # name of a field, type, type in words
@@ -216,13 +217,19 @@ def _growth(start: str, replacements: Sequence[tuple[str, str]]) -> int:
     return len(text) // len(start)
 
 
-def _check_bounds(path: Path, settings: dict[str, Any], bounds: _Bounds) -> None:
-    for field, value in _fields(settings):
-        numbers = filter(_is_number, value if isinstance(value, list) else [value])
-        for number, (name, least, most) in product(numbers, bounds):
-            if re.search(f"{name}$", field) and not least <= number <= most:
+def _check_bounds(path: Path, value: Any, bounds: _Bounds, field: str = "") -> None:
+    """Raise where a number is out of bounds, also inside of lists, whose items have its name."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_bounds(path, inner, bounds, f"{field}.{name}" if field else name)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_bounds(path, inner, bounds, field)
+    elif _is_number(value):
+        for name, least, most in bounds:
+            if re.search(f"{name}$", field) and not least <= value <= most:
                 wanted = f"{most:,} at most" if least == _ANY else f"{least:g} to {most:,.0f}"
-                raise RegraftError(f"{path}: {field} is {shown(number)}; expected {wanted}.")
+                raise RegraftError(f"{path}: {field} is {shown(value)}; expected {wanted}.")
 
 
 def check_kinds(path: Path, settings: dict[str, Any], kinds: _Kinds) -> None:
