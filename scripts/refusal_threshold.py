@@ -36,6 +36,7 @@ from regraft.data.example import Example
 from regraft.data.sources import DataSource, read
 from regraft.disk.files import atomic_folder, file_digest, write_json
 from regraft.disk.parsing import read_json
+from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.evaluation.results import Answer, result_to_json, write_answers
 from regraft.evaluation.summary import judge_answer, summarise
@@ -115,6 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Score the prompts, choose the threshold, write the evaluation and print the AUC."""
     args = _arguments(arguments)
     own, dense = read_evaluation(args.evaluation), read_evaluation(args.dense)
+    if own.result.judge != DEFAULT_JUDGE.name:
+        raise RegraftError(
+            f"{args.evaluation} was judged by {own.result.judge}, but refusals here are judged by "
+            f"{DEFAULT_JUDGE.name}. Evaluate with that judge."
+        )
     compute = ComputeSettings(dtype=args.dtype)
     model, processor = load(open_source(args.model), compute, SILENT)
 

@@ -20,6 +20,7 @@ from regraft import stages
 from regraft.data.collate import response_batch
 from regraft.data.example import Example
 from regraft.data.sources import DataSource
+from regraft.errors import RegraftError
 from regraft.models.load import open_source
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EvalSettings
@@ -98,3 +99,8 @@ def test_it_refuses_above_the_threshold_and_keeps_all_other_answers(
     printed = capsys.readouterr().out
     assert "from 2 of 6 refusals" in printed
     assert "harmless prompts: none, since the dense model refuses 0 and answers 2" in printed
+    other = EvalSettings(max_new_tokens=2, full_answers=False, judge="gcg-1")
+    stages.evaluate_target(target, tmp_path / "other", [suite], other)
+    arguments = [str(folder), str(tmp_path / "other"), *arguments[2:]]
+    with pytest.raises(RegraftError, match=r"other was judged by gcg-1, but"):
+        script.main([*arguments, "--out", str(tmp_path / "another")])

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -255,17 +254,22 @@ def _chunks(examples: Sequence[Example], batch_size: int, judge: TextJudge | Non
     Within a kind, prompts without an image come first, then those with smaller images, and among
     similar images those with shorter text, to keep padding short.
     """
-    ended = {i for i, one in enumerate(examples) if judge is not None and not is_compared(one)}
-
-    def kind(i: int) -> tuple[bool, bool]:
-        return i not in ended, examples[i].image is not None
-
-    by_length = sorted(range(len(examples)), key=lambda i: length_class(examples[i]))
+    indices = range(len(examples))
+    kinds: list[tuple[Sequence[int], TextJudge | None]] = [(indices, None)]
+    if judge is not None:
+        compared = {i for i in indices if is_compared(examples[i])}
+        kinds = [([i for i in indices if i not in compared], judge), (sorted(compared), None)]
     return [
-        _Chunk(chunk, None if compared else judge)
-        for (compared, _), members in groupby(sorted(by_length, key=kind), key=kind)
-        for chunk in batches(list(members), batch_size)
+        _Chunk(chunk, ender)
+        for members, ender in kinds
+        for image in (False, True)
+        for chunk in batches(_by_length(examples, members, image), batch_size)
     ]
+
+
+def _by_length(examples: Sequence[Example], members: Sequence[int], image: bool) -> list[int]:
+    selected = [i for i in members if (examples[i].image is not None) == image]
+    return sorted(selected, key=lambda i: length_class(examples[i]))
 
 
 def prefetch(

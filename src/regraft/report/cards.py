@@ -69,10 +69,13 @@ def card_variant(run: Run) -> Variant:
 
     Without candidates it is a pruned model, and without these the dense one.
     """
+
+    def attacked(variant: Variant) -> float:
+        asr = variant.result.asr
+        return 1.0 if asr is None else asr.value
+
     candidates = _candidates(run)
-    if not candidates:
-        return (shown_group(run) or [run.dense])[0]
-    return min(candidates, key=lambda one: one.result.asr.value if one.result.asr else 0.0)
+    return min(candidates, key=attacked) if candidates else (shown_group(run) or [run.dense])[0]
 
 
 def _candidates(run: Run) -> list[Variant]:

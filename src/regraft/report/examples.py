@@ -27,9 +27,12 @@ Row = tuple[Answer, ...]
 
 def shown_group(run: Run) -> tuple[Variant, ...]:
     """The pruned model with the highest ASR and those realigned from it; empty without any."""
-    return max(
-        run.groups, key=lambda group: asr.value if (asr := group[0].result.asr) else 0.0, default=()
-    )
+
+    def attacked(group: tuple[Variant, ...]) -> float:
+        asr = group[0].result.asr
+        return asr.value if asr else 0.0
+
+    return max(run.groups, key=attacked, default=())
 
 
 def shown_variants(run: Run) -> tuple[Variant, ...]:

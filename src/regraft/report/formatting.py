@@ -193,17 +193,22 @@ def degenerate(result: EvalResult) -> str:
     harmful prompts)".
     """
     kinds = (("harmful", "to harmful prompts"), ("harmless", "to harmless ones"))
-    among = {"": result.answers, " refusals": [one for one in result.answers if one.refused]}
     counted, refusals = (
         ", ".join(
-            f"{count:,} of {sum(one.harmful == (kind == 'harmful') for one in answers):,} {words}"
+            f"{count:,} of {_total(result, kind, refused=bool(suffix)):,} {words}"
             for kind, words in kinds
             if (count := result.degenerate.get(kind + suffix, 0))
         )
-        for suffix, answers in among.items()
+        for suffix in ("", " refusals")
     )
     also = f" (refusals that are degenerate too: {refusals})" if refusals else ""
     return (counted or "none") + also
+
+
+def _total(result: EvalResult, kind: str, *, refused: bool) -> int:
+    """Number of answers to prompts of a kind, or only of the refusals among them."""
+    answers = [one for one in result.answers if one.harmful == (kind == "harmful")]
+    return sum(one.refused for one in answers) if refused else len(answers)
 
 
 def marked(answer: Answer, complied: str) -> str:
