@@ -43,7 +43,7 @@ import real_prompts
 
 from regraft.console import ConsoleProgress
 from regraft.data.example import Example, Reading
-from regraft.data.readers.jsonl import read_jsonl
+from regraft.data.formats import read_jsonl
 from regraft.data.typographic import find_font, write_typographic
 from regraft.disk.files import digest, write_json, write_text
 from regraft.errors import RegraftError

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ from regraft.pruning.base import prune_settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.stages import evaluation_cache
+from regraft.stages import evaluation_cache, targets
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
 TOKENS = 6
@@ -495,17 +496,18 @@ def test_a_session_changes_no_file(
     _evaluations(models_on_disk, tmp_path / "alone", None, full_answers=full, **JUDGED)
     done: dict[str, int] = {}
 
-    def counted(name: str) -> None:
-        own = getattr(evaluation_cache, name)
+    def counted(module: ModuleType, name: str) -> None:
+        own = getattr(module, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             done[name] = done.get(name, 0) + 1
             return own(*args, **kwargs)
 
-        monkeypatch.setattr(evaluation_cache, name, call)
+        monkeypatch.setattr(module, name, call)
 
-    for name in ("read_suites", "zeros", "load", "Answerer"):
-        counted(name)
+    counted(targets, "zeros")
+    for name in ("read_suites", "load", "Answerer"):
+        counted(evaluation_cache, name)
     _evaluations(
         models_on_disk, tmp_path / "shared", stages.EvaluationCache(), full_answers=full, **JUDGED
     )

@@ -22,10 +22,10 @@ from pydantic import TypeAdapter, ValidationError
 
 import pico
 from regraft.data.example import Example, Reading
+from regraft.data.formats import read_jsonl
 from regraft.data.images import check_images, open_image
 from regraft.data.readers import demo
 from regraft.data.readers.demo import demo_model, read_demo
-from regraft.data.readers.jsonl import read_jsonl
 from regraft.data.readers.safebench import FIGSTEP_PROMPT, read_safebench
 from regraft.data.readers.vlguard import parse_vlguard, read_vlguard
 from regraft.data.sources import DataSource, join_suites, of_split, read, seen_before, split_off

@@ -20,12 +20,11 @@ from PIL import Image
 from disk import tree
 from regraft.data import parquet
 from regraft.data.example import KINDS
+from regraft.data.formats import read_jsonl, read_prompts
 from regraft.data.images import check_images, open_image
 from regraft.data.readers.demo import demo_model
 from regraft.data.readers.docvqa import read_docvqa
-from regraft.data.readers.jsonl import read_jsonl
 from regraft.data.readers.mmbench import read_mmbench
-from regraft.data.readers.prompts import read_prompts
 from regraft.data.readers.vlguard import read_vlguard
 from regraft.data.readers.xstest import read_xstest
 from regraft.data.rows import table_rows

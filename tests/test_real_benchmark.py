@@ -15,7 +15,7 @@ import pytest
 import pico
 from disk import write_jsonl
 from regraft.data.example import Example
-from regraft.data.readers.jsonl import read_jsonl
+from regraft.data.formats import read_jsonl
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
 from regraft.models.load import Source, open_source

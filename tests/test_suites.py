@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from regraft.data.example import Reading
+from regraft.data.formats import read_prompts
 from regraft.data.readers.ch3ef import read_ch3ef
 from regraft.data.readers.mm_safetybench import read_mm_safetybench
 from regraft.data.readers.mossbench import read_mossbench
-from regraft.data.readers.prompts import read_prompts
 from regraft.data.readers.safebench import read_safebench
 from regraft.data.readers.vlguard import parse_vlguard
 from regraft.data.readers.xstest import read_xstest

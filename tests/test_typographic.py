@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from commands import exit_code
-from regraft.data.readers.jsonl import read_jsonl
-from regraft.data.readers.prompts import read_prompts
+from regraft.data.formats import read_jsonl, read_prompts
 from regraft.data.readers.safebench import FIGSTEP_PROMPT
 from regraft.data.typographic import (
     TooLongError,

@@ -8,8 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from regraft.data.example import Reading
+from regraft.data.formats import read_jsonl
 from regraft.data.readers import Dataset
-from regraft.data.readers.jsonl import read_jsonl
 from regraft.disk.paths import at_home, real
 from regraft.errors import RegraftError
 
