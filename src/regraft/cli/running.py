@@ -135,11 +135,15 @@ def report(
     else:
         _report_run(progress, folder, out)
         if bundle is not None:
-            from regraft.runs.bundle import write_bundle
+            _write_bundle(progress, folder[0], bundle, texts)
 
-            write_bundle(folder[0], bundle, texts=texts)
-            size = bundle.stat().st_size / 1e6
-            progress.note(f"Bundle: {bundle.absolute()} ({size:.1f} MB)")
+
+def _write_bundle(progress: ConsoleProgress, run: Path, bundle: Path, texts: bool) -> None:
+    from regraft.runs.bundle import write_bundle
+
+    write_bundle(run, bundle, texts=texts)
+    size = bundle.stat().st_size / 1e6
+    progress.note(f"Bundle: {bundle.absolute()} ({size:.1f} MB)")
 
 
 def _report_evaluations(
