@@ -45,14 +45,16 @@ def response_nlls(
     examples: Sequence[Example],
     batch_size: int,
     *,
+    first: int | None = None,
     partial: Path | None = None,
     advance: Advance = lambda _: None,
 ) -> list[Nll]:
     """Negative log-likelihood of every response, in order; logits at response tokens only.
 
-    Examples with and without an image are in separate batches, which some models need. Finished
-    batches found in the scratch folder `partial` are not computed again. `advance` is called with
-    the number of examples just done.
+    It is that of the `first` tokens of each response, by default of all. Examples with and without
+    an image are in separate batches, which some models need. Finished batches found in the scratch
+    folder `partial`, of the same `first`, are not computed again. `advance` is called with the
+    number of examples just done.
 
     Raises:
         RegraftError: see `response_batch`; or the model's numbers overflow.
@@ -62,7 +64,7 @@ def response_nlls(
 
     def measure(missing: Sequence[Sequence[Example]]) -> Iterator[tuple[int, list[Nll]]]:
         for i, chunk in enumerate(missing):
-            nlls = _of_batch(model, processor, chunk)
+            nlls = _of_batch(model, processor, chunk, first)
             for example, (total, count) in zip(chunk, nlls, strict=True):
                 _require_finite(f"response of {example.id}", total / max(1, count))
             yield i, nlls
@@ -92,13 +94,18 @@ def perplexity(nlls: Sequence[Nll]) -> Estimate:
 
 
 @torch.no_grad()
-def _of_batch(model: nn.Module, processor: Any, examples: Sequence[Example]) -> list[Nll]:
+def _of_batch(
+    model: nn.Module, processor: Any, examples: Sequence[Example], first: int | None
+) -> list[Nll]:
     batch = placed(response_batch(processor, examples), model)
     assert batch.labels is not None
     final = replay(model, text_inputs(model, batch.inputs))
     final = final[:, -batch.labels.shape[1] :]  # [B, S, d], without GIT's image before the prompt
     targets = batch.labels[:, 1:]  # [B, S - 1], what positions 0 .. S - 2 predict
-    rows, positions = (targets != IGNORED).nonzero(as_tuple=True)  # [N], [N]
+    counted = targets != IGNORED
+    if first is not None:
+        counted &= counted.cumsum(1) <= first
+    rows, positions = counted.nonzero(as_tuple=True)  # [N], [N]
     nll = torch.cat(
         [
             F.cross_entropy(

@@ -60,7 +60,7 @@ def evaluate_target(
             result = replace(summarise(name, settings.text_judge(), answers), text=found.text)
             provenance = {"about": {**about, **found.more}, "sizes": target.sizes()}
             if distributed.first():
-                _write(out, provenance, result, found.teacher)
+                write_evaluation(out, provenance, result, found.teacher)
     if not target.cache.keeps:  # nothing else uses the model, but the target may live on
         target.cache.unload()
     return read_evaluation(out)
@@ -84,9 +84,10 @@ def judged(
         yield replace(answer, nll=nll, nll_tokens=tokens, image_digest=image)
 
 
-def _write(
-    out: Path, provenance: Mapping[str, Any], result: EvalResult, teacher: Teacher | None
+def write_evaluation(
+    out: Path, provenance: Mapping[str, Any], result: EvalResult, teacher: Teacher | None = None
 ) -> None:
+    """Write the folder `out`; `provenance` has the fields `about` and `sizes` of results.json."""
     with atomic_folder(out) as folder:
         answers = folder / "answers.jsonl"
         write_answers(answers, result.answers)
