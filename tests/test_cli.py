@@ -28,7 +28,7 @@ import pico
 from commands import exit_code
 from disk import rewrite, shards, tree, write_data
 from methods import method, restored
-from regraft import stages
+from regraft import loading, stages
 from regraft.cli import COMMANDS, GROUPS, app, application
 from regraft.console import show_preview
 from regraft.data.collate import prompt_batch
@@ -224,8 +224,8 @@ def test_quantised_weights(world: World, refused: Refused, dtype: torch.dtype) -
     ("recipe", "what"),
     [
         ({"realign": [{"method": "gain", "budget": 50}]}, "by gain"),
-        ({"prune": {"method": "snip"}}, "(SNIP)"),
-        ({"realign": [HSR | {"score": "snip"}]}, "by hsr"),
+        ({"prune": {"method": "snip"}}, "Pruning by SNIP"),
+        ({"realign": [HSR | {"score": "snip"}]}, "Importance by SNIP"),
     ],
 )
 def test_float16_has_no_gradients(
@@ -234,6 +234,25 @@ def test_float16_has_no_gradients(
     compute = {"device": "cpu", "dtype": "float16"}
     message = refused("run", world.recipe(**recipe, compute=compute), "--out", "run")
     has(message, what, "vanish in float16", "compute.dtype")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prune", "model", "--method", "snip"],
+        ["analyse", "statistics", "model", "--score", "snip"],
+        ["tune", "hsr", "model", "pruned", "--score", "snip", "--budget", 9, "--keep", "score"],
+    ],
+)
+def test_commands_refuse_float16_before_they_load_a_model(
+    world: World, refused: Refused, monkeypatch: pytest.MonkeyPatch, words: list[object]
+) -> None:
+    monkeypatch.setattr(loading, "load_placed", lambda *_args, **_kw: pytest.fail("loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_args, **_kw: pytest.fail("loaded"))
+    if words[0] == "tune":
+        words = [*words, "--validation", world.data]
+    words = [*words, "--data", world.data, "--out", "out", "--dtype", "float16"]
+    has(refused(*words, "--device", "cpu"), "by SNIP needs gradients", "--dtype bfloat16")
 
 
 def test_no_config(world: World, refused: Refused) -> None:
@@ -961,6 +980,45 @@ def test_dry_run(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     has(shown, "weights", "already applied", "would change, in", "Nothing was written")
     assert tree(world.root) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "step"),
+    [
+        (["prune", "model"], "prune"),
+        (["analyse", "heads", "model", "--r-max", 2], "score heads"),
+        (["analyse", "statistics", "model"], "statistics for wanda"),
+        (["analyse", "defence", "refusal-direction", "pruned"], "defend"),
+    ],
+)
+def test_a_dry_run_shows_the_step_and_writes_nothing(
+    world: World,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[object],
+    step: str,
+) -> None:
+    monkeypatch.chdir(world.root)
+    before = tree(world.root)
+    if step == "defend":
+        words = [*words, "--validation", world.data]
+    words = [*words, "--data", world.data, "--samples", 4, "--out", "out", "--device", "cpu"]
+    run_ok(*words, "--dry-run")
+    has(" ".join(capsys.readouterr().out.split()), step, "1 of 1 steps are left", "Nothing was wri")
+    assert tree(world.root) == before
+
+
+def test_an_unknown_command_imports_no_other(refused: Refused) -> None:
+    has(refused("prunee", "model"), "no command 'prunee'; did you mean prune?", "demo, run")
+    code = """
+import sys
+from regraft.cli import main
+try:
+    main(["prunee"])
+except SystemExit:
+    assert "torch" not in sys.modules, "a command was imported"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_damaged_patch(world: World, refused: Refused) -> None:

@@ -4,8 +4,7 @@ Models are folders, hub ids, "demo" for the bundled model, or a `Source` from `o
 sets are named as on the command line: a .jsonl file, or "NAME:PATH" with a reader's name. Every
 stage writes an artifact. Called again with the same arguments it reuses the artifact, and a killed
 stage resumes. All other settings have the names of the command line's flags, such as `batch_size`;
-a setting that would have no effect is refused. Bad input raises `RegraftError`. The command line
-calls these functions too.
+a setting that would have no effect is refused. Bad input raises `RegraftError`.
 
     import regraft
 
@@ -31,10 +30,11 @@ from regraft.evaluation.results import EvalResult
 from regraft.flags import (
     DEFAULT_VALIDATION_TOKENS,
     check_endpoint,
+    check_pruning,
     check_realign,
     refuse_compute,
 )
-from regraft.heads.score import HeadScores
+from regraft.heads.score import HeadScores, load_heads
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source
 from regraft.patch.format import Patch, load_patch
@@ -48,8 +48,11 @@ from regraft.settings.evaluating import EndpointSettings, EvalSettings, Margins
 from regraft.settings.searching import SearchSettings
 from regraft.stages.checking import check_compressed, clear_check, open_side
 from regraft.stages.endpoint import open_target
+from regraft.stages.gathering import heads_step
 from regraft.stages.patching import Tool, export_patches
+from regraft.stages.pruning import prune_step
 from regraft.stages.restoring import plan_restoration
+from regraft.stages.steps import plan_steps
 
 if TYPE_CHECKING:
     from regraft.report.study import Study
@@ -78,10 +81,11 @@ def prune(
     """
     blocks = PRUNERS.get(method).settings_type, CalibrationSettings, ComputeSettings
     own, data, compute = _settings({"method": method, **settings}, *blocks)
-    if not own.kinds and data != CalibrationSettings():
-        raise RegraftError(f"{method} uses no data: settings of the data would have no effect.")
+    check_pruning(own, data)
     setup = stages.Setup(compute.opened(model), data, compute, progress)
-    return stages.prune_checkpoint(setup, Path(out), own)
+    plan_steps(setup, [prune_step(setup, own, Path(out))]).make()
+    pruned: Source = compute.opened(out)
+    return pruned
 
 
 def score_heads(
@@ -95,8 +99,9 @@ def score_heads(
         settings: Settings of the scoring (`r_max`, `mode` ...), the calibration and the compute.
     """
     own, data, compute = _settings(settings, HeadSettings, CalibrationSettings, ComputeSettings)
-    setup = stages.Setup(compute.opened(model), data, compute, progress)
-    return stages.write_head_scores(setup, Path(out), own)
+    setup = stages.Setup(compute.opened(model), data, compute, progress, scoring=own)
+    plan_steps(setup, [heads_step(setup, Path(out))]).make()
+    return load_heads(Path(out), setup.dense.architecture)
 
 
 def realign(

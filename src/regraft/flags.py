@@ -12,8 +12,10 @@ from pathlib import Path
 from regraft.errors import RegraftError
 from regraft.evaluation.chat_server import ENDPOINT
 from regraft.heads.ships import HeadSettings
+from regraft.pruning.base import PruneSettings
 from regraft.restoration.base import Budgeted, MethodSettings, needs_of
 from regraft.settings.compute import ComputeSettings
+from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EndpointSettings
 from regraft.settings.searching import SearchSettings
 
@@ -24,6 +26,14 @@ def refuse_compute(compute: ComputeSettings, why: str) -> None:
     """Refuse compute settings where no model runs here."""
     if (found := compute.first_set(*ComputeSettings.model_fields)) is not None:
         raise RegraftError(f"{why}: leave out --{found.replace('_', '-')}.")
+
+
+def check_pruning(settings: PruneSettings, calibration: CalibrationSettings) -> None:
+    """Refuse settings of the data for a pruner that uses none."""
+    if not settings.kinds and calibration != CalibrationSettings():
+        raise RegraftError(
+            f"{settings.method} uses no data: settings of the data would have no effect."
+        )
 
 
 def check_endpoint(

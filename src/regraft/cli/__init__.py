@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 
 from cyclopts import App, Group, Parameter
 from rich.console import Console
@@ -132,12 +133,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with joined():
             words = _joined([word for word in words if word != "--debug"])
             listed = not words or words[0].startswith("-")
+            if not listed:
+                _require_command(words[0])
             try:
                 application(listed=listed)(words, exit_on_error=False, print_error=False)
             finally:
                 finish()
     except BaseException as error:  # a panic of tokenizers is no Exception
         end(console, error, debug=debug)
+
+
+def _require_command(name: str) -> None:
+    """Raise if there is no such command; cyclopts would import all of them to say so."""
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, 1)
+        meant = f"; did you mean {near[0]}?" if near else "."
+        raise RegraftError(f"There is no command {name!r}{meant} Commands: {', '.join(COMMANDS)}.")
 
 
 def _joined(words: Sequence[str]) -> list[str]:

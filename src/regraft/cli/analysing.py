@@ -13,14 +13,15 @@ from regraft.cli.describing import describe
 from regraft.cli.options import (
     Calibration,
     Compute,
+    DryRun,
     Flat,
     Model,
     OutFile,
     OutFolder,
     Trust,
     as_command,
-    given,
     live_progress,
+    made,
 )
 from regraft.cli.running import compare
 from regraft.console import say, show_grid, show_table
@@ -56,6 +57,7 @@ def heads(
     calibration: Calibration = CalibrationSettings(),
     compute: Compute = ComputeSettings(),
     show: int = 10,
+    dry_run: DryRun = False,
 ) -> None:
     """Score every head for safety on harmful prompts (D^s): Ships and KL by ablation.
 
@@ -66,12 +68,17 @@ def heads(
     show
         Number of top heads to print.
     """
-    from regraft import api
+    from regraft import stages
+    from regraft.heads.score import load_heads
+    from regraft.stages.gathering import heads_step
+    from regraft.stages.steps import plan_steps
 
     progress = live_progress()
-    blocks = given(settings, calibration, compute)
-    scores = api.score_heads(model, out, progress=progress, **blocks)
-    _show_heads(progress.console, scores, show)
+    opened = compute.opened(model)
+    setup = stages.Setup(opened, calibration, compute, progress, scoring=settings)
+    plan = plan_steps(setup, [heads_step(setup, out)])
+    if made(plan, out, progress, dry_run=dry_run):
+        _show_heads(progress.console, load_heads(out, opened.architecture), show)
 
 
 @app.command(name="statistics")
@@ -82,14 +89,18 @@ def statistics(
     settings: Annotated[StatisticsSettings, Flat] = StatisticsSettings(),
     calibration: Calibration = CalibrationSettings(),
     compute: Compute = ComputeSettings(),
+    dry_run: DryRun = False,
 ) -> None:
     """Gather the statistics on D^s and D^u from which HSR ranks weights (Wanda: 9 MB for 7B)."""
     from regraft import stages
+    from regraft.stages.gathering import statistics_step
+    from regraft.stages.steps import plan_steps
 
     progress = live_progress()
     setup = stages.Setup(compute.opened(model), calibration, compute, progress)
-    stages.write_statistics(setup, out, settings)
-    progress.note(f"Wrote {out}")
+    plan = plan_steps(setup, [statistics_step(setup, out, settings)])
+    if made(plan, out, progress, dry_run=dry_run):
+        progress.note(f"Wrote {out}")
 
 
 @app.command(name="sweep")
@@ -246,19 +257,26 @@ def defence(
     prompts: Annotated[PromptSettings, Flat] = PromptSettings(),
     compute: Compute = ComputeSettings(),
     trust_remote_code: Trust = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Make a defence for a model."""
     from regraft import stages
-    from regraft.defence import Direction
+    from regraft.defence import Direction, load_defence
+    from regraft.stages.defending import defence_step
+    from regraft.stages.steps import plan_steps
 
     progress = live_progress()
     trust = trust_remote_code or compute.trust_remote_code
     model = open_source(pruned, trust_remote_code=trust)
     setup = stages.Setup(model, prompts.with_responses(), compute, progress)
-    made = stages.write_defence(setup, model, out, settings)
-    if isinstance(made, Direction):
+    plan = plan_steps(setup, [defence_step(setup, lambda: model, out, settings)])
+    if not made(plan, out, progress, dry_run=dry_run):
+        return
+    found = load_defence(out)
+    if isinstance(found, Direction):
         progress.note(
-            f"{out}: adds {made.strength:g} times the difference of means after layer {made.layer}."
+            f"{out}: adds {found.strength:g} times the difference of means after layer "
+            f"{found.layer}."
         )
     progress.note(f"Evaluate it with `regraft eval {pruned} --defence {out} ...`.")
 

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, create_model
 
-from regraft.cli.options import Calibration, Compute, Flat, Model, OutFolder, given, live_progress
+from regraft.cli.options import (
+    Calibration,
+    Compute,
+    DryRun,
+    Flat,
+    Model,
+    OutFolder,
+    live_progress,
+    made,
+)
+from regraft.flags import check_pruning
 from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, described
 from regraft.pruning.prune import zeros
 from regraft.settings.base import by_method
@@ -51,6 +61,7 @@ def prune(
     flags: Annotated[PruneFlags, Flat] = _NONE_GIVEN,
     calibration: Calibration = CalibrationSettings(),
     compute: Compute = ComputeSettings(),
+    dry_run: DryRun = False,
 ) -> None:
     """Set the least important weights to 0, by Wanda or another pruner (--method).
 
@@ -59,15 +70,20 @@ def prune(
 
     Example: regraft prune MODEL --sparsity 0.5 --data vlguard VLGuard/train.json --out pruned
     """
-    from regraft import api
+    from regraft import stages
+    from regraft.stages.pruning import prune_step
+    from regraft.stages.steps import plan_steps
 
     progress = live_progress()
     named = flags.model_dump(exclude_unset=True)
     settings = by_method(named, lambda name: PRUNERS.get(name).settings_type, default="wanda")
-    blocks = given(settings, calibration, compute)
-    pruned = api.prune(model, out, progress=progress, **blocks)
-    count = zeros(pruned.checkpoint, pruned.architecture)
-    progress.note(
-        f"{out}: {count:,} of {pruned.architecture.prunable:,} prunable weights are zero "
-        f"({100 * count / pruned.architecture.prunable:.2f} %)."
-    )
+    check_pruning(settings, calibration)
+    setup = stages.Setup(compute.opened(model), calibration, compute, progress)
+    plan = plan_steps(setup, [prune_step(setup, settings, out)])
+    if made(plan, out, progress, dry_run=dry_run):
+        pruned = compute.opened(out)
+        count = zeros(pruned.checkpoint, pruned.architecture)
+        progress.note(
+            f"{out}: {count:,} of {pruned.architecture.prunable:,} prunable weights are zero "
+            f"({100 * count / pruned.architecture.prunable:.2f} %)."
+        )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Group, Parameter
 from pydantic import ValidationError
 
-from regraft.cli.options import OutFile, OutFolder, as_command, live_progress
-from regraft.console import ConsoleProgress, show_preview, show_search, show_tuned
+from regraft.cli.options import DryRun, OutFile, OutFolder, as_command, live_progress, made
+from regraft.console import ConsoleProgress, show_search, show_tuned
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
 from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_realign, check_tuning
@@ -38,7 +38,6 @@ Prompts = Annotated[PromptSettings, _DATA]
 Choice = Annotated[SearchSettings, Parameter(name="*", group=_SEARCH)]
 AnswerLength = Annotated[int, Parameter(help="Maximum length of an answer.", group=_SEARCH)]
 Search = Annotated[bool, Parameter(help="Choose it on validation prompts.", group=_SEARCH)]
-DryRun = Annotated[bool, Parameter(help="Show the steps and an estimate; write nothing.")]
 HeadsFile = Annotated[Path | None, Parameter(help="Scores from regraft analyse heads."), EXPERT]
 StatisticsFile = Annotated[
     Path | None, Parameter(help="Statistics from regraft analyse statistics."), EXPERT
@@ -108,15 +107,12 @@ def run_method(
     paths = stages.ArtifactPaths.beside(out, given)
     chosen = choice if search else None
     plan = plan_restoration(setup, compute.opened(pruned), settings, paths, chosen)
-    if dry_run:
-        show_preview(progress.console, out, plan)
+    if not made(plan, out, progress, dry_run=dry_run):
         return
-    plan.make()
-    patch = load_patch(out)
     if search:
         show_search(progress.console, read_curve(paths.curve))
         progress.note(f"All points: {paths.curve}")
-    _describe(progress, out, patch, settings)
+    _describe(progress, out, load_patch(out), settings)
 
 
 def _setup(

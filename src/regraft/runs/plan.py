@@ -11,18 +11,14 @@ from regraft import stages
 from regraft.data.example import Reading
 from regraft.evaluation.perplexity import read_documents
 from regraft.models.load import Source, check_split
-from regraft.pruning.base import PRUNERS
-from regraft.pruning.prune import passes
 from regraft.recipes.parts import NamedDefenceSettings, PruningSettings, VariantSettings
 from regraft.recipes.recipe import Recipe
 from regraft.restoration.base import needs_of
 from regraft.runs.passes import SEARCH_REFERENCES, prompts_name
 from regraft.runs.run_dir import RunDir
-from regraft.settings.defending import RefusalDirectionSettings
 from regraft.settings.searching import SearchSettings
-from regraft.stages.defending import check_direction_layer
-from regraft.stages.pruning import spilled_bytes
-from regraft.stages.reading import read_validation
+from regraft.stages.defending import defence_step
+from regraft.stages.pruning import prune_step
 from regraft.stages.restoring import gathering_steps, patch_steps
 from regraft.stages.searching import Search
 from regraft.stages.steps import PromptUse, Step
@@ -66,32 +62,8 @@ class Planner:
         return self.existing or self.setup.cache.once(("pruned", folder), lambda: opened(folder))
 
     def _prune(self, pruning: PruningSettings) -> Step:
-        setup, out, pruner = self.setup, self.run_dir.pruned(pruning.name), pruning.method
-        by_gradients = PRUNERS.get(pruner).by_gradients
-        spilled = spilled_bytes(setup.dense, pruning)
-
-        def check() -> PromptUse:
-            pruning.patterns(setup.dense.architecture.linears)
-            if by_gradients:
-                setup.check_gradients(f"{pruning.name} ({PRUNERS.get(pruner).label})")
-            return PromptUse(learnt=setup.learnt_from(pruning.kinds))
-
-        def temporary_bytes() -> int:
-            read = map(setup.drawn, pruning.kinds)
-            return spilled + (setup.state_bytes(read) if by_gradients else 0)
-
-        make = partial(stages.prune_checkpoint, setup, out, pruning.only(), self.run_dir.responses)
-        return Step(
-            "prune",
-            pruning.name,
-            out,
-            make,
-            check,
-            learns=len(pruning.kinds) * setup.calibration.samples,
-            passes=passes(pruning),
-            bytes=setup.dense.checkpoint.bytes,
-            temporary_bytes=temporary_bytes,
-        )
+        out, responses = self.run_dir.pruned(pruning.name), self.run_dir.responses
+        return prune_step(self.setup, pruning.only(), out, responses, pruning.name)
 
     def _evaluate(
         self,
@@ -169,26 +141,10 @@ class Planner:
 
     def _defend(self, pruning: str, settings: NamedDefenceSettings) -> Iterator[Step]:
         """Make an inference-time defence and evaluate the model under it."""
-        name, setup = self.run_dir.name(pruning, settings.name), self.setup
+        name = self.run_dir.name(pruning, settings.name)
         file = self.run_dir.defence(pruning, settings.name)
-        pruned = partial(self.pruned, pruning)
-        own = settings.only()
-        direction = own if isinstance(own, RefusalDirectionSettings) else None
-
-        def check() -> PromptUse:
-            if direction is None:
-                return PromptUse()
-            check_direction_layer(setup.dense, direction)
-            learnt = setup.learnt_from()
-            role = f"{settings.name}'s validation"
-            searched = {role: read_validation(setup.dense, direction)} if direction.searches else {}
-            return PromptUse(learnt, searched)
-
-        def make() -> object:
-            judge = self.recipe.evaluate.text_judge()
-            return stages.write_defence(setup, pruned(), file, own, judge)
-
-        yield Step("defend", name, file, make, check, loads_model=direction is not None)
+        pruned, judge = partial(self.pruned, pruning), self.recipe.evaluate.text_judge()
+        yield defence_step(self.setup, pruned, file, settings.only(), judge, name)
         out = self.run_dir.evaluation(pruning, settings.name)
         yield self._evaluate(name, pruned, out, defence=file)
 

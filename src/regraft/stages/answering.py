@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,9 @@ from regraft.restoration.teacher import TOKEN_WEIGHTS
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.stages.provenance import describe, fingerprints, is_done, working
-from regraft.stages.reading import (
-    draw_calibration,
-    order_calibration,
-    responses_are_given,
-    warn_of_bundled,
-)
+from regraft.stages.reading import order_calibration, responses_are_given, warn_of_bundled
 from regraft.stages.setup import Setup
+from regraft.stages.steps import PromptUse, Step
 
 Loader = Callable[[], tuple[nn.Module, Any]]
 
@@ -75,7 +71,7 @@ def calibration_data(setup: Setup, folder: Path, kind: str) -> Reading:
     if kind == "utility":  # warn once, not for each kind
         warn_of_bundled(dense, calibration.source, setup.progress.note)
     if responses_are_given(calibration, kind):
-        return draw_calibration(dense, calibration, kind)
+        return setup.drawn(kind)
     prompts = order_calibration(dense, calibration, kind)
     request = _Request(
         prompts,
@@ -86,6 +82,17 @@ def calibration_data(setup: Setup, folder: Path, kind: str) -> Reading:
         _none_usable(len(prompts.examples), kind),
     )
     return _answer_prompts(setup, _loader(setup), request, folder / f"{KINDS[kind]}.jsonl")
+
+
+def imitation_step(setup: Setup, folder: Path) -> Step:
+    """The step of `imitation_data`."""
+
+    def check() -> PromptUse:
+        prompts = setup.imitated().items()
+        return PromptUse({f"{KINDS[k]} calibration (imitated)": one for k, one in prompts})
+
+    answers, make = 2 * setup.calibration.samples, partial(imitation_data, setup, folder)
+    return Step("answer", "", folder, make, check, answers=answers, loads_model=True)
 
 
 def imitation_data(setup: Setup, folder: Path) -> dict[str, Reading]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,39 @@ from regraft.settings.defending import (
 )
 from regraft.settings.searching import with_validation
 from regraft.stages.provenance import describe, fingerprints, is_done, working
-from regraft.stages.reading import draw_calibration, read_validation
+from regraft.stages.reading import read_validation
 from regraft.stages.setup import Setup
+from regraft.stages.steps import PromptUse, Step
+
+
+def defence_step(
+    setup: Setup,
+    pruned: Callable[[], Source],
+    out: Path,
+    settings: AnyDefenceSettings,
+    judge: TextJudge = DEFAULT_JUDGE,
+    name: str = "",
+) -> Step:
+    """The step of `write_defence`; `name` is that of the defended model.
+
+    `pruned` returns the pruned model; it is called when the step is made, not before.
+    """
+    if isinstance(settings, RefusalDirectionSettings) and settings.searches:
+        settings = with_validation(settings, setup.dense.folder, setup.calibration)
+    direction = settings if isinstance(settings, RefusalDirectionSettings) else None
+
+    def check() -> PromptUse:
+        if direction is None:
+            return PromptUse()
+        check_direction_layer(setup.dense, direction)
+        learnt, role = setup.learnt_from(), f"{name}'s validation" if name else "validation"
+        searched = {role: read_validation(setup.dense, direction)} if direction.searches else {}
+        return PromptUse(learnt, searched)
+
+    def make() -> Defence:
+        return write_defence(setup, pruned(), out, settings, judge)
+
+    return Step("defend", name, out, make, check, loads_model=direction is not None)
 
 
 def write_defence(
@@ -64,10 +95,8 @@ def write_defence(
         data: dict[str, Reading] = {}
         about = describe("defend", inputs, settings)
     else:
-        if settings.searches:
-            settings = with_validation(settings, model.folder, setup.calibration)
         check_direction_layer(model, settings)
-        data = {kind: draw_calibration(model, setup.calibration, kind) for kind in KINDS}
+        data = {kind: setup.drawn(kind) for kind in KINDS}
         if settings.searches:
             data["validation"] = read_validation(model, settings)
         about = describe("defend", inputs, settings, setup.compute, data)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,34 @@ from regraft.restoration.base import Needs
 from regraft.restoration.selection import all_heads
 from regraft.stages.answering import calibration_data, responses_folder
 from regraft.stages.provenance import describe, fingerprints, is_done, working
-from regraft.stages.reading import draw_calibration, warn_of_bundled
+from regraft.stages.reading import warn_of_bundled
 from regraft.stages.setup import Setup
+from regraft.stages.steps import PromptUse, Step
+
+
+def heads_step(
+    setup: Setup, out: Path, wanted: Sequence[Needs] = (), states: Path | None = None
+) -> Step:
+    """The step of `write_head_scores`, for methods that need the scores."""
+    dense, scoring = setup.dense, setup.scoring
+
+    def check() -> PromptUse:
+        check_scoring(dense, scoring)
+        for needs in wanted:
+            check_heads(dense, needs, scoring)
+        check_r_max(dense, scoring, setup.drawn("safety"))
+        return PromptUse(learnt=setup.learnt_from(["safety"]))
+
+    return Step(
+        "score heads",
+        "",
+        out,
+        partial(write_head_scores, setup, out, scoring, states),
+        check,
+        learns=setup.calibration.samples,
+        passes=scoring.passes(sum(one.heads for one in dense.architecture.layers)),
+        loads_model=True,
+    )
 
 
 def write_head_scores(
@@ -51,7 +78,7 @@ def write_head_scores(
     """
     dense, compute, progress = setup.dense, setup.compute, setup.progress
     check_scoring(dense, settings)
-    data = draw_calibration(dense, setup.calibration, "safety")
+    data = setup.drawn("safety")
     inputs = fingerprints(progress, dense=dense)
     about = describe("heads", inputs, settings, compute, {"safety": data})
     if headless := dense.architecture.headless:
@@ -116,7 +143,6 @@ def check_heads(dense: Source, needs: Needs, scoring: HeadSettings | None) -> No
         raise RegraftError(f"top_heads is {wanted}; the model has {count} heads.")
     if scoring is None or needs.heads is None:
         return
-    check_scoring(dense, scoring)
     if needs.heads.criterion == "released" and scoring.mode != "exact":
         raise RegraftError(
             f"The criterion `released` needs every head scored exactly, and `mode` is "
@@ -148,6 +174,38 @@ def _no_heads(dense: Source) -> RegraftError:
     return RegraftError(
         f"{dense.folder} has no attention heads that can be told apart "
         f"({dense.architecture.headless}). Restore with a method that needs none, such as gain."
+    )
+
+
+def statistics_step(
+    setup: Setup,
+    out: Path,
+    settings: StatisticsSettings = StatisticsSettings(),
+    responses: Path | None = None,
+) -> Step:
+    """The step of `write_statistics`."""
+    pruner = PRUNERS.get(settings.score)
+
+    def check() -> PromptUse:
+        if pruner.by_gradients:
+            setup.check_gradients(f"Importance by {pruner.label}")
+        return PromptUse(learnt=setup.learnt_from())
+
+    def states() -> int:  # the kinds are read one after the other
+        if not pruner.by_gradients:
+            return 0
+        return max(setup.state_bytes([setup.drawn(kind)]) for kind in KINDS)
+
+    return Step(
+        f"statistics for {settings.score}",
+        "",
+        out,
+        partial(write_statistics, setup, out, settings, responses),
+        check,
+        learns=2 * setup.calibration.samples,
+        passes=forward_passes(pruner),
+        loads_model=True,
+        temporary_bytes=states,
     )
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -26,12 +27,47 @@ from regraft.pruning.prune import LayerPruning, edits_without_data, passes
 from regraft.pruning.results import LayerResults
 from regraft.stages.answering import calibration_data, responses_folder
 from regraft.stages.provenance import describe, fingerprints, is_done, unfinished_bytes, working
-from regraft.stages.reading import draw_calibration, warn_of_bundled
+from regraft.stages.reading import warn_of_bundled
 from regraft.stages.setup import Setup
+from regraft.stages.steps import PromptUse, Step
 
 CARD = "README.md"
 _PRUNED = 0.01  # share of excess zeros above which a model has been pruned
 _ROWS, _BLOCK = 128, 32  # rows of a weight that are read; columns that share a quantisation scale
+
+
+def prune_step(
+    setup: Setup,
+    settings: PruneSettings,
+    out: Path,
+    responses: Path | None = None,
+    name: str = "",
+) -> Step:
+    """The step of `prune_checkpoint`; `name` is that of the pruned model."""
+    dense, pruner = setup.dense, PRUNERS.get(settings.method)
+    spilled = spilled_bytes(dense, settings)
+
+    def check() -> PromptUse:
+        settings.patterns(dense.architecture.linears)
+        if pruner.by_gradients:
+            setup.check_gradients(f"Pruning by {pruner.label}")
+        return PromptUse(learnt=setup.learnt_from(settings.kinds))
+
+    def temporary_bytes() -> int:
+        read = map(setup.drawn, settings.kinds)
+        return spilled + (setup.state_bytes(read) if pruner.by_gradients else 0)
+
+    return Step(
+        "prune",
+        name,
+        out,
+        partial(prune_checkpoint, setup, out, settings, responses),
+        check,
+        learns=len(settings.kinds) * setup.calibration.samples,
+        passes=passes(settings),
+        bytes=dense.checkpoint.bytes,
+        temporary_bytes=temporary_bytes,
+    )
 
 
 def prune_checkpoint(
@@ -83,7 +119,7 @@ def _read_data(setup: Setup, settings: PruneSettings, responses: Path) -> dict[s
             found[kind] = calibration_data(setup, responses, kind)
         else:
             warn_of_bundled(dense, calibration.data, setup.progress.note)
-            found[kind] = draw_calibration(dense, calibration, kind)
+            found[kind] = setup.drawn(kind)
     return found
 
 

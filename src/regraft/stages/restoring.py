@@ -6,22 +6,20 @@ time or lock every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from regraft.data.example import KINDS
 from regraft.evaluation.tradeoff import read_curve
 from regraft.models.load import Source, check_split
 from regraft.patch.pair import check_pair
-from regraft.pruning.base import PRUNERS
 from regraft.pruning.statistics import StatisticsSettings
 from regraft.restoration.base import MethodSettings, Needs, method_of, needs_of, own_settings
 from regraft.restoration.ranking import load_ranking
 from regraft.settings.searching import SearchSettings
-from regraft.stages import gathering, ranking
-from regraft.stages.answering import imitation_data
+from regraft.stages import ranking
+from regraft.stages.answering import imitation_step
+from regraft.stages.gathering import check_heads, heads_step, statistics_step
 from regraft.stages.searching import Search, remarks
 from regraft.stages.setup import ArtifactPaths, Setup
 from regraft.stages.steps import Planned, PromptUse, Step, plan_steps
@@ -32,12 +30,13 @@ def gathering_steps(setup: Setup, needs: Iterable[Needs], paths: ArtifactPaths) 
     wanted = list(needs)
     by_heads = [one for one in wanted if one.heads]
     if by_heads and paths.given.heads is None:
-        yield _heads(setup, by_heads, paths)
+        yield heads_step(setup, paths.heads, by_heads, paths.states)
     if any(one.answers for one in wanted):
-        yield _answer(setup, paths.responses)
+        yield imitation_step(setup, paths.responses)
     if paths.given.statistics is None:
         for score in dict.fromkeys(one.statistics for one in wanted if one.statistics):
-            yield _statistics(setup, score, paths)
+            settings = StatisticsSettings(score=score)
+            yield statistics_step(setup, paths.statistics(score), settings, paths.responses)
 
 
 def patch_steps(
@@ -92,61 +91,6 @@ def search(
         setup.progress.note(f"{paths.curve.stem}: {line}")
 
 
-def _heads(setup: Setup, wanted: Sequence[Needs], paths: ArtifactPaths) -> Step:
-    def check() -> PromptUse:
-        for needs in wanted:
-            gathering.check_heads(setup.dense, needs, setup.scoring)
-        gathering.check_r_max(setup.dense, setup.scoring, setup.drawn("safety"))
-        return PromptUse(learnt=setup.learnt_from(["safety"]))
-
-    return Step(
-        "score heads",
-        "",
-        paths.heads,
-        partial(gathering.write_head_scores, setup, paths.heads, setup.scoring, paths.states),
-        check,
-        learns=setup.calibration.samples,
-        passes=setup.scoring.passes(sum(one.heads for one in setup.dense.architecture.layers)),
-        loads_model=True,
-    )
-
-
-def _answer(setup: Setup, folder: Path) -> Step:
-    def check() -> PromptUse:
-        prompts = setup.imitated().items()
-        return PromptUse({f"{KINDS[k]} calibration (imitated)": one for k, one in prompts})
-
-    answers = 2 * setup.calibration.samples
-    make = partial(imitation_data, setup, folder)
-    return Step("answer", "", folder, make, check, answers=answers, loads_model=True)
-
-
-def _statistics(setup: Setup, score: str, paths: ArtifactPaths) -> Step:
-    pruner, out = PRUNERS.get(score), paths.statistics(score)
-
-    def check() -> PromptUse:
-        return PromptUse(learnt=setup.learnt_from())
-
-    def states() -> int:  # the kinds are read one after the other
-        if not pruner.by_gradients:
-            return 0
-        return max(setup.state_bytes([setup.drawn(kind)]) for kind in KINDS)
-
-    return Step(
-        f"statistics for {score}",
-        "",
-        out,
-        lambda: gathering.write_statistics(
-            setup, out, StatisticsSettings(score=score), paths.responses
-        ),
-        check,
-        learns=2 * setup.calibration.samples,
-        passes=gathering.forward_passes(pruner),
-        loads_model=True,
-        temporary_bytes=states,
-    )
-
-
 def _rank(
     setup: Setup,
     pruned: Callable[[], Source],
@@ -155,16 +99,14 @@ def _rank(
     name: str,
 ) -> Step:
     method, needs = method_of(settings), needs_of(settings)
-    gathered = None if paths.given.statistics else needs.statistics
 
     def check() -> PromptUse:
-        gathering.check_heads(setup.dense, needs, None)
+        check_heads(setup.dense, needs, None)
         ranking.check_budget(setup.dense, settings)
         if needs.positions is not None and paths.given.positions is None:
             load_ranking(Path(needs.positions))
-        if needs.answers or (gathered and PRUNERS.get(gathered).by_gradients):
-            setup.check_gradients(f"Realigning by {settings.method}")
         if needs.answers:
+            setup.check_gradients(f"Realigning by {settings.method}")
             check_split(setup.compute.device, setup.compute.placement)
         prompts = setup.imitated() if needs.answers else {}
         method.check(settings, setup.dense, setup.calibration.seed, setup.compute, prompts)

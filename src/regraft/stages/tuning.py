@@ -43,7 +43,7 @@ from regraft.stages.ranking import check_restorable
 from regraft.stages.restoring import gathering_steps, patch_steps
 from regraft.stages.searching import Search, bounds_of
 from regraft.stages.setup import ArtifactPaths, Setup
-from regraft.stages.steps import PromptUse, make_steps
+from regraft.stages.steps import PromptUse, make_steps, plan_steps
 from regraft.stages.trials import Trials, claim, exclusive, one_at_a_time, require_optuna, space_of
 
 if TYPE_CHECKING:
@@ -79,12 +79,12 @@ def tune_method(
     survey = setup.cache.surveyed(dense, pruned, setup.progress)
     if method.searchable or survey.kind == "changed":
         check_restorable(method, survey)
-    data = _read_prompts(setup, choice)
+    work = _Tuning(setup, pruned, out, method, tuning, choice)
+    data = work.check()
     kept, samples = survey.kept / dense.architecture.prunable, distinct(data["safety"])
     space = space_of(dense, method, tuning, setup.scoring, kept, samples)
     if needs_of(method).heads and "r_max" not in space:
         check_r_max(dense, setup.scoring, data["safety"])
-    work = _Tuning(setup, pruned, out, method, tuning, choice)
     about = work.describe(data)
     claim(out, about)
     trials = Trials(out, space, tuning)
@@ -118,16 +118,6 @@ def _check(choice: SearchSettings) -> None:
         )
 
 
-def _read_prompts(setup: Setup, choice: SearchSettings) -> dict[str, Reading]:
-    """Calibration and validation prompts by role; warns of those that are both."""
-    search = Search(setup, choice)
-    learnt = PromptUse(learnt=setup.learnt_from())
-    for line in (search.check() | learnt).warnings():
-        setup.progress.note(f"Warning: {line}.")
-    drawn = {kind: setup.drawn(kind) for kind in KINDS}
-    return {**drawn, "validation": search.prompts()}
-
-
 @dataclass(frozen=True)
 class _Tuning:
     """The arguments of `tune_method`."""
@@ -138,6 +128,23 @@ class _Tuning:
     method: MethodSettings
     tuning: TuneSettings
     choice: SearchSettings
+
+    def check(self) -> dict[str, Reading]:
+        """Check the steps of all trials; returns calibration and validation prompts by role.
+
+        Heads are left out, since the settings by which trials choose them are tuned.
+        """
+        setup, needs = self.setup, needs_of(self.method)
+        if needs.answers:
+            setup.check_gradients(f"Tuning {self.method.method}")
+        paths = self._paths(self.method, setup.scoring.r_max, 0)
+        steps = gathering_steps(setup, [replace(needs, heads=None)], paths)
+        search = Search(setup, self.choice)
+        used = plan_steps(setup, tuple(steps)).prompts | search.check()
+        for line in (used | PromptUse(learnt=setup.learnt_from())).warnings():
+            setup.progress.note(f"Warning: {line}.")
+        drawn = {kind: setup.drawn(kind) for kind in KINDS}
+        return {**drawn, "validation": search.prompts()}
 
     def describe(self, data: Mapping[str, Reading]) -> dict[str, Any]:
         """Everything that determines the trials; see `describe`."""
