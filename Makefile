@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --
 # Some machines forbid compiled modules on disk: each process would compile PyTorch anew, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test fast lint docs real clean
+.PHONY: demo test fast lint docs real real-data real-methods real-prunings clean
 
 demo: $(VENV)/.run  ## prune, realign and report on the bundled model
 	$(BIN)/regraft demo --out demo-run
@@ -29,11 +29,14 @@ docs: $(VENV)/.docs  ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 DATA ?= ../data
-real: $(VENV)/.run  ## the benchmark of docs/methods.md on the model in runs/real-model, data sets in DATA
+real: real-methods real-prunings  ## docs/methods.md on the model in runs/real-model; -j2 runs both recipes at once
+
+real-data: $(VENV)/.run
 	$(BIN)/python scripts/make_real_benchmark.py runs/real-model --data $(DATA) --out runs/real-data \
 		--dtype bfloat16 --batch-size 64
-	$(BIN)/regraft run recipes/real-methods.yaml --out runs/real-methods
-	$(BIN)/regraft run recipes/real-prunings.yaml --out runs/real-prunings
+
+real-methods real-prunings: real-%: real-data
+	$(BIN)/regraft run recipes/real-$*.yaml --out runs/real-$*
 
 clean:  ## remove everything that make creates
 	rm -rf $(VENV) demo-run site .cache

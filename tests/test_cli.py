@@ -1004,7 +1004,9 @@ def test_a_dry_run_shows_the_step_and_writes_nothing(
         words = [*words, "--validation", world.data]
     words = [*words, "--data", world.data, "--samples", 4, "--out", "out", "--device", "cpu"]
     run_ok(*words, "--dry-run")
-    has(" ".join(capsys.readouterr().out.split()), step, "1 of 1 steps are left", "Nothing was wri")
+    has(
+        " ".join(capsys.readouterr().out.split()), step, "Steps left: 1 of 1", "Nothing was written"
+    )
     assert tree(world.root) == before
 
 
@@ -1288,7 +1290,7 @@ def test_a_finished_run_has_nothing_to_estimate(tmp_path: Path) -> None:
     shown = io.StringIO()
     done = SimpleNamespace(steps=[Step("prune", "", tmp_path, lambda: None)])
     show_preview(Console(file=shown, width=100), tmp_path, cast(Any, done))
-    assert "All 1 steps are done. Nothing was written." in shown.getvalue()
+    assert "Steps done: all of 1. Nothing was written." in shown.getvalue()
 
 
 def test_what_needs_no_backward_pass_needs_no_space_for_one(world: World) -> None:
@@ -1504,7 +1506,7 @@ def test_gain_and_search(
     words += ["--validation", world.data, "--max-new-tokens", 2, "--out", "gain.safetensors"]
     before = tree(world.root)
     run_ok(*words, "--dry-run")
-    has(capsys.readouterr().out, "answer", "rank", "search", "4 of 4 steps are left", "GiB of mem")
+    has(capsys.readouterr().out, "answer", "rank", "search", "Steps left: 4 of 4", "MiB of mem")
     assert tree(world.root) == before
     run_ok(*words)
     shown = " ".join(capsys.readouterr().out.split())
@@ -1523,7 +1525,7 @@ def test_gain_and_search(
     before = tree(world.root)
     run_ok(*words)
     run_ok(*words, "--dry-run")
-    has(capsys.readouterr().out, "All 4 steps are done")
+    has(capsys.readouterr().out, "Steps done: all of 4")
     assert tree(world.root) == before
     run_ok("apply", "pruned", "gain.safetensors", "--out", "realigned")
     run_ok("apply", "realigned", "gain.safetensors", "--revert", "--out", "off")

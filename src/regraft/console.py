@@ -22,6 +22,7 @@ from rich.progress import Task as RichTask
 from rich.table import Column, Table
 from rich.text import Text
 
+from regraft.disk.files import readable_size
 from regraft.evaluation.results import Estimate
 from regraft.evaluation.tradeoff import NOTE, Point, Searched, Tried, Tuned
 from regraft.progress import Advance, Pace, Progress, Task
@@ -179,16 +180,16 @@ def show_preview(console: Console, out: Path, plan: Planned) -> None:
         ),
         title=str(out),
     )
-    missing = sum(not step.done for step in plan.steps)
+    missing, count = sum(not step.done for step in plan.steps), len(plan.steps)
     if not missing:
-        say(console, f"All {len(plan.steps)} steps are done. Nothing was written.")
+        say(console, f"Steps done: all of {count}. Nothing was written.")
         return
     say(
         console,
-        f"{missing} of {len(plan.steps)} steps are left: about "
+        f"Steps left: {missing} of {count}; about "
         f"{max(1, round(plan.seconds() / 60)):,} min (estimated from FLOPs and the device's speed, "
         "without searches; often off by a factor of three), at most "
-        f"{plan.most / 2**30:.1f} GiB on disk, {plan.weights / 2**30:.1f} GiB of memory for the "
+        f"{readable_size(plan.most)} on disk, {readable_size(plan.weights)} of memory for the "
         "weights of one model. Nothing was written.",
         soft_wrap=True,
     )

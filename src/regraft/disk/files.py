@@ -188,12 +188,13 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(next(path for path in above if path.exists())).free
     if free < needed_bytes:
         raise PassingError(
-            f"The disk is too full: {folder} needs {_size(needed_bytes)} and {_size(free)} are "
-            "free. Free some space or choose another folder."
+            f"The disk is too full: {folder} needs {readable_size(needed_bytes)} and "
+            f"{readable_size(free)} are free. Free some space or choose another folder."
         )
 
 
-def _size(count: int) -> str:
+def readable_size(count: int) -> str:
+    """A number of bytes in GiB, or in MiB if it is less than one GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
