@@ -71,7 +71,7 @@ def bare_passes(model: PlacedModel, data: list[Batch]) -> tuple[float, float]:
     def decoder() -> None:
         for layer in range(layerwise.layers):
             with model.layer(layer):
-                layerwise.advance(layer, lambda _: None)
+                layerwise.run_layer(layer, lambda _: None)
 
     return vision, timed(model.device, decoder)[0]
 

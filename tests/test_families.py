@@ -156,7 +156,7 @@ def test_every_part_of_the_decoder_runs_again(today, pico_dir, tmp_path):
                 more = found.shape[1] - real.shape[1]  # of GIT's image, before the prompt
                 real = F.pad(real, (more, 0), value=True)
                 assert_same(found, wanted, real, f"{layer.index}")
-                layerwise.advance(layer.index, lambda _: None)
+                layerwise.run_layer(layer.index, lambda _: None)
         assert_same(layerwise.states[0], expected.final, real, "final")
 
 

@@ -292,7 +292,7 @@ def watched(model):
 def to_the_end(layerwise):
     for index in range(layerwise.layers):
         with layerwise.model.layer(index):
-            layerwise.advance(index, lambda _: None)
+            layerwise.run_layer(index, lambda _: None)
     return layerwise.states
 
 
@@ -380,4 +380,4 @@ def test_what_is_no_tensor_behind_the_state_is_refused(pico_dir, tmp_path):
     _, made = collated(opened, "llama", tmp_path / "data", n=1)
     layerwise = LayerwisePass(truth.resident(model), made)
     with pytest.raises(RegraftError, match="Layers return list after their state"):
-        layerwise.advance(0, lambda _: None)
+        layerwise.run_layer(0, lambda _: None)

@@ -106,7 +106,7 @@ def test_layers_need_no_embedding(family, pico_dir, tmp_path):
     model.network.get_input_embeddings().register_forward_pre_hook(unwanted)
     for layer in range(layerwise.layers):
         with model.layer(layer):
-            layerwise.advance(layer, lambda _: None)
+            layerwise.run_layer(layer, lambda _: None)
     mask = batch.inputs["attention_mask"].bool()
     torch.testing.assert_close(layerwise.states[0][mask], wanted[mask])
 

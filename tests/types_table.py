@@ -459,7 +459,7 @@ def calibrated(
                 found, wanted = found[real], wanted[real]
             assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5), f"layer {index} differs"
         if index < len(architecture.layers):
-            batch_pass.advance(index, lambda _: None)
+            batch_pass.run_layer(index, lambda _: None)
     wanda = PRUNERS.get("wanda")
     layerwise = truth.layerwise(model, [batch])
     known = gather(layerwise, architecture, wanda, folder / "wanda", lambda _: None)

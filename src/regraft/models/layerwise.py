@@ -71,7 +71,7 @@ class LayerwisePass:
         self._embeddings_kept = embeds_for_each_layer(text_decoder(model.network))
         self._more: tuple[None, ...] = ()
         self._read_again: list[int] = []
-        self._home = torch.device("cpu") if model.streamed else model.device
+        self._home = torch.device("cpu") if model.streamed else model.device  # of idle states
         self._texts: list[TextInputs] = []
         self._shapes: list[torch.Size] = []  # of the embeddings; states may have more dimensions
         self.states: list[Tensor] = []
@@ -141,7 +141,7 @@ class LayerwisePass:
         other.rewind()
         return other
 
-    def advance(
+    def run_layer(
         self,
         layer: int,
         advance: Advance,
@@ -149,9 +149,9 @@ class LayerwisePass:
         *,
         keep: bool = True,
     ) -> None:
-        """Run one layer on every batch, inside `model.layer`, and make its outputs the states.
+        """Run one layer on every batch and make its outputs the states; call it in `model.layer`.
 
-        Those of the last layer are normed.
+        The last layer's outputs are normed.
 
         Args:
             advance: Called with the number of samples after each batch.
@@ -234,11 +234,14 @@ def _embeddings_shape(text: TextInputs, states: Tensor) -> torch.Size:
 def _passed_on(
     model: nn.Module, kwargs: Callable[[float], Mapping[str, Any]]
 ) -> tuple[tuple[None, ...], list[int]]:
-    """Find out what layers pass on besides the state: `more` of `Shared`, and whose `inputs`.
+    """Find out what layers pass on besides the state.
 
     The decoder runs with stand-ins for its layers that return NaN, so that whatever else is
     computed from a layer's input or output is NaN as well. `kwargs` makes the decoder's arguments,
     with embeddings that all have the given value, unless layers read the real ones.
+
+    Returns:
+        (`Shared.more` before the first layer, the layers whose inputs later ones read again).
     """
     layers, nan = range(len(decoder_layers(model))), torch.nan
     outputs: tuple[tuple[None, ...], ...] = ((), (None,), (None, None))
@@ -256,9 +259,9 @@ def _passed_on(
 def _reused(
     model: nn.Module, kwargs: Mapping[str, Any], nans: Container[int], more: tuple[Any, ...]
 ) -> bool:
-    """Whether the inputs of the layers in `nans`, which are NaN, are also used elsewhere.
+    """Whether anything but the layers in `nans` themselves reads their inputs, which are NaN.
 
-    That is by a layer as anything but its own input, or after the last layer, which returns 0.
+    It is read if another argument of a layer is NaN, or the result of the decoder.
     """
     kind, ran, layers, seen = type(model).__name__, set(), decoder_layers(model), False
 

@@ -45,8 +45,8 @@ class PruneSettings(Settings):
     scope: Scope = Field("row", description="Weights compete within their row or the matrix.")
     ignore: tuple[str, ...] = Field(
         (),
-        description="Glob of weights left dense: `layers.0.*`, `*.down_proj`; repeat the flag for "
-        "more.",
+        description="Globs of weights left dense, such as `*.down_proj`: a list, on the command "
+        "line one per flag.",
     )
 
     @model_validator(mode="after")
@@ -90,7 +90,7 @@ class CalibratedSettings(PruneSettings):
 
     calibrate_on: Literal["harmless", "both"] = Field(
         "harmless",
-        description="Harmless prompts and answers (D^u, as in the paper), or harmful prompts and "
+        description="Harmless prompts and answers (D^u, as in HSR's paper), or harmful prompts and "
         "refusals (D^s) as well.",
     )
 

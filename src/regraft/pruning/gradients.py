@@ -185,7 +185,7 @@ def _forward(
                     tensors = {"hidden": state.contiguous(), **replaced}
                     save_file(tensors, _path(scratch, layer.index, i))
                 with layerwise.model.layer(layer.index):
-                    layerwise.advance(layer.index, advance)
+                    layerwise.run_layer(layer.index, advance)
     except RegraftError:  # a later attempt starts again, and may need the disk space
         shutil.rmtree(scratch, ignore_errors=True)
         raise

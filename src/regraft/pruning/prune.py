@@ -93,7 +93,7 @@ class LayerPruning:
                 if pruned is None:
                     found = Sums()
                     observing = found.observing(linears, pruner.add)
-                    layerwise.advance(layer.index, self.advance, observing, keep=False)
+                    layerwise.run_layer(layer.index, self.advance, observing, keep=False)
                     found.gather()
                     pruned = self.prune(layer, found)
                 else:
@@ -101,7 +101,7 @@ class LayerPruning:
                 for linear, module in linears.items():
                     pruned[linear.key].put(linear.weight(module))
                 if layer.index + 1 < layerwise.layers:
-                    layerwise.advance(layer.index, self.advance)
+                    layerwise.run_layer(layer.index, self.advance)
                 else:  # the last layer's outputs are not needed
                     expect(self.advance, -layerwise.samples)
 
@@ -198,7 +198,7 @@ def each_layer(
         linears = layerwise.linears(layer, wanted)
         found = Sums()
         with layerwise.model.layer(layer.index):
-            layerwise.advance(layer.index, advance, found.observing(linears, pruner.add))
+            layerwise.run_layer(layer.index, advance, found.observing(linears, pruner.add))
             found.gather()
             yield layer, found
 

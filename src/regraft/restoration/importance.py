@@ -183,10 +183,13 @@ class ImportanceSettings(Budgeted, InHeads):
     budget: float | None = Field(
         None, gt=0, lt=10_000, description="Restored weights per 10,000 pruned; replaces q."
     )
-    score: ScoreName = Field("wanda", description="Pruner whose score is I^s and I^u.")
-    q: float = Field(0.5, gt=0, le=1, description="Top share by I^s, on harmful prompts.")
+    score: ScoreName = Field("wanda", description="Pruner whose score ranks weights.")
+    q: float = Field(0.5, gt=0, le=1, description="Top share on harmful prompts.")
     p: float | None = Field(
-        None, ge=0, lt=1, description="Share kept by pruning; by default of each matrix."
+        None,
+        ge=0,
+        lt=1,
+        description="Top share on harmless prompts, left out; by default what pruning kept.",
     )
 
     @classmethod

@@ -94,7 +94,7 @@ def _run_all_layers(passes: Sequence[LayerwisePass], advance: Advance) -> None:
     for index in range(first.layers):
         with first.model.layer(index):
             for layerwise in passes:
-                layerwise.advance(index, advance)
+                layerwise.run_layer(index, advance)
 
 
 @dataclass

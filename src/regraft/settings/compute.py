@@ -31,7 +31,7 @@ class ComputeSettings(Settings):
     placement: Annotated[Placement, NAMED] = Field(
         "resident",
         description="resident: the whole model on the device. streamed, if it does not fit: one "
-        "layer at a time, or spread over host memory.",
+        "layer at a time, or (answers, heads) spread over host memory.",
     )
     trust_remote_code: Annotated[bool, EXPERT] = Field(
         False, description="Run the checkpoint's own Python code."

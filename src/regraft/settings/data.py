@@ -39,8 +39,8 @@ Data = Annotated[
     DataSource,
     _ONE_WORD,
     Parameter(
-        help="A .jsonl file ({seed} in its name stands for --seed) or NAME PATH, such as vlguard "
-        "PATH; demo has its own.",
+        help="A .jsonl file ({seed} in its name is --seed) or NAME PATH, such as vlguard PATH; not "
+        "needed for demo.",
         show_default=False,
     ),
 ]
@@ -97,8 +97,8 @@ class CalibrationSettings(PromptSettings):
 
     responses: Annotated[Literal["auto", "given", "self"], NAMED] = Field(
         "auto",
-        description="given: the data set's. self: the dense model's own, kept if they refuse "
-        "exactly the harmful prompts. auto: given if any, else self.",
+        description="given: the data set's. self: the dense model's own refusals of harmful "
+        "prompts and answers to harmless ones. auto: given if any, else self.",
     )
     max_response_tokens: Annotated[int, EXPERT] = Field(
         64, ge=1, description="Maximum tokens of a response."

@@ -77,7 +77,7 @@ class RefusalDirectionSettings(DefenceSettings):
     strengths: tuple[float, ...] = Field(
         (0.25, 0.5, 1.0, 1.5, 2.0),
         min_length=1,
-        description="Strengths to choose from; repeat the flag for several.",
+        description="Strengths to choose from: a list, on the command line one per flag.",
     )
     validation: Validation = Field(
         None,

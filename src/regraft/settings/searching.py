@@ -29,7 +29,9 @@ class SearchSettings(Settings):
         None, ge=1, description="Use only the first N of each kind."
     )
     points: int = Field(8, ge=1, description="How many numbers of weights to try.")
-    most: float | None = Field(None, gt=0, description="Try at most this many per 10,000.")
+    most: float | None = Field(
+        None, gt=0, description="Try at most this many weights per 10,000 pruned."
+    )
     target_asr: float | None = Field(
         None, ge=0, le=100, description="Take the fewest weights with an ASR (%) this low."
     )
@@ -40,13 +42,13 @@ class SearchSettings(Settings):
         1.0,
         ge=-100,
         le=100,
-        description="Bound: points of over-refusal above the reference.",
+        description="Bound: points of over-refusal above `reference`.",
     )
     utility: float = Field(
         0.0, ge=0, le=100, description="Bound: points of utility below the pruned model."
     )
     reference: Annotated[Reference, EXPERT, NAMED] = Field(
-        "higher", description="Over-refusal is compared with this model's."
+        "higher", description="Model whose over-refusal is the reference: pruned, dense or higher."
     )
 
     @model_validator(mode="after")

@@ -31,11 +31,14 @@ MARGIN = 0.2  # p_max - p in the paper
 
 
 class HSRSettings(ImportanceSettings):
-    """Hierarchical Safety Realignment: in the top heads, top q by I^s, p to p_max by I^u."""
+    """HSR, the published method: weights that matter for safety, in the top heads."""
 
     method: Literal["hsr"] = "hsr"
     p_max: float | None = Field(
-        None, gt=0, le=1, description="Outer bound by I^u, harmless; p + 0.2 if not given."
+        None,
+        gt=0,
+        le=1,
+        description="Outer bound on harmless prompts; default p + 0.2.",
     )
     scope: RankingScope = Field("row", description="Weights compete within this scope.")
 

@@ -11,10 +11,11 @@ from pydantic import TypeAdapter
 from regraft.disk.parsing import from_json
 from regraft.restoration.methods.gain.objective import Try, numbers_tried
 
+MOST_STEPS = 5  # cost about ten forward and backward passes over all prompts, answers included
 End = Literal["steps", "weights", "held-out", "candidates"]
 REASONS: Mapping[End, str] = {
-    "steps": "a path takes no more steps",
-    "weights": "a path takes no more weights",
+    "steps": f"a path has at most {MOST_STEPS} steps",
+    "weights": "a path has no room for more weights",
     "held-out": "more weights hardly lower the loss on held-out prompts",
     "candidates": "no other pruned weight is predicted to help",
 }
@@ -22,15 +23,14 @@ StepLimit = Literal[
     "first-order", "doubling", "weights", "candidates", "held-out", "fewest", "nothing"
 ]
 LIMITS: Mapping[StepLimit, str] = {
-    "first-order": "more are predicted to do more than halve the loss",
-    "doubling": "twice as many as the step before",
-    "weights": "a path takes no more weights",
+    "first-order": "more would lower the predicted loss by more than half",
+    "doubling": "at most twice as many as the step before",
+    "weights": "a path has no room for more weights",
     "candidates": "no other weight is predicted to help",
     "held-out": "fewer were better on held-out prompts",
     "fewest": "fewer were better, and no smaller number is tried",
     "nothing": "no number that was tried helped on held-out prompts",
 }
-MOST_STEPS = 5  # cost about ten forward and backward passes over all prompts, answers included
 
 
 class Room(NamedTuple):
