@@ -93,6 +93,15 @@ def test_the_best_of_all_equal_one_sort(
     assert {column.dtype for column in columns[1:]} == {torch.int64}
 
 
+@pytest.mark.parametrize("count", [None, 3])
+def test_a_score_that_is_no_number_is_refused(count: int | None) -> None:
+    """As the highest of all it would take the place of the best candidates."""
+    best = Best(count)
+    best.add(0, torch.tensor([[1.0, 2.0, NONE]]))
+    with pytest.raises(RegraftError, match=r"A score of matrix 1 is NaN"):
+        best.add(1, torch.tensor([[math.nan, 2.0, 3.0]]))
+
+
 # Patches of a ranking
 
 

@@ -106,8 +106,16 @@ class Best:
 
         `scores` `[out, in]` are better if higher, and -inf for weights that are no candidates;
         `removed` is the flat position pruned in exchange for each candidate, `[out, in]` int64.
+
+        Raises:
+            RegraftError: a score is NaN, which would sort above all others.
         """
         flat = scores.reshape(-1)
+        if flat.isnan().any():
+            raise RegraftError(
+                f"A score of matrix {index} is NaN, as 0 / 0 is. A method gives a number to each "
+                "candidate, and -inf to all other weights."
+            )
         position = self._contenders(flat)
         if not len(position):
             return
