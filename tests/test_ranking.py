@@ -182,6 +182,17 @@ def test_patch_and_put_are_the_ranking_by_hand(pair: Pair, swaps: bool, tmp_path
         assert torch.equal(weight, wanted.float())
 
 
+def test_weights_that_were_not_pruned_are_no_restored_ones(pair: Pair) -> None:
+    """A method that forgets which weights are restorable would count them as restored."""
+    first = pair.pruned.architecture.layers[0].linears[0]
+    kept = pair.pruned.checkpoint.read(first.tensor).flatten().nonzero()[0]
+    pruned = drawn(pair, 9, swaps=False)
+    wrong = Ranking(torch.zeros(1, dtype=torch.int64), kept, torch.tensor([KEPT]), torch.ones(1))
+    message = rf"{first.tensor}: 1 of the ranking's weights already .* position {int(kept)}\."
+    with pytest.raises(RegraftError, match=message):
+        patch_of(joined([pruned, wrong]), pair.dense, pair.pruned)
+
+
 @pytest.mark.parametrize("swaps", [False, True])
 def test_any_first_part_is_put_in_and_taken_out(pair: Pair, swaps: bool) -> None:
     """In any order, as if each were put into the pruned weights alone."""
