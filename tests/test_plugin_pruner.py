@@ -159,6 +159,19 @@ def test_it_prunes_by_its_own_formula(installed: Path, pico_dir: Any, tmp_path: 
             assert mask is not None and int((mask ^ expected).sum()) <= 2, linear.key
 
 
+@pytest.mark.parametrize("score", ["weight.float() * statistic", "statistic * 0 / 0"])
+def test_scores_that_have_no_order_are_refused(
+    installed: Path, pico_dir: Any, tmp_path: Path, score: str
+) -> None:
+    """Negative ones and NaN: masks take neither."""
+    (installed / "toy_pruner.py").write_text(TOY.replace("weight.float().abs() * statistic", score))
+    opened = truth.opened(pico_dir("llama"))
+    examples = truth.examples("llama", tmp_path, 1, harmful=False)
+    settings, cut = prune_settings("toy"), [response_batch(opened.processor, examples)]
+    with pytest.raises(RegraftError, match=r"layers.0.*: a score of toy is negative or NaN"):
+        truth.prune(opened, opened.model, cut, Pattern(0.5), tmp_path / "r", settings=settings)
+
+
 def test_the_command_has_its_flags_for_it_alone(installed: Path, model: Path) -> None:
     words = ["prune", model, "--data", model.parent / "data" / "data.jsonl", "--samples", 4]
     words += ["--device", "cpu", "--out", model.parent / "out"]

@@ -158,7 +158,7 @@ def test_what_is_registered_and_is_none(installed: Path) -> None:
         DATASETS.get("broken")
     with pytest.raises(RegraftError, match=r"'odd' .*is 'Dataset'; expected .*JudgeKind"):
         JUDGES.get("odd")
-    with pytest.raises(ValueError, match="is a model: evaluate with a keyword judge"):
+    with pytest.raises(ValueError, match="judges saved answers only: evaluate with a key"):
         EvalSettings(judge="qwen3guard:x")
 
 
@@ -167,6 +167,29 @@ def test_a_judge_has_one_name(installed: Path) -> None:
     entries.write_text("[regraft.judges]\neven-2 = toy_judge:PLUGIN\n")
     with pytest.raises(RegraftError, match=r"'even-2' .* another name of its own, 'even-1'"):
         find("even-2")
+
+
+@pytest.mark.parametrize(
+    ("left_out", "why"),
+    [
+        ('    name = "even-1"\n', r"has no 'name', which every judge has"),
+        ("phrase", r"cannot be imported: TypeError: .* abstract class Even .*phrase"),
+    ],
+)
+def test_a_judge_that_is_not_finished(installed: Path, left_out: str, why: str) -> None:
+    """It is refused when it is named, not after all answers are written."""
+    (installed / "toy_judge.py").write_text(JUDGE.replace(left_out, "" if "=" in left_out else "x"))
+    with pytest.raises(RegraftError, match=rf"'even-1' \(toy_judge:PLUGIN\) {why}"):
+        find("even-1")
+
+
+def test_what_a_reader_returns_is_checked(installed: Path, prompts: Path) -> None:
+    (installed / "toy_data.py").write_text(DATA.replace('f"toy-{i}"', '"toy"'))
+    with pytest.raises(RegraftError, match=r"the id 'toy' is used twice, for .*Ids must be unique"):
+        read(DataSource.model_validate(f"toy:{prompts}"))
+    prompts.write_text("")
+    with pytest.raises(RegraftError, match=r"prompts.toy: no examples. The file has no rows"):
+        read(DataSource.model_validate(f"toy:{prompts}"))
 
 
 def test_a_built_in_name_cannot_be_taken(installed: Path) -> None:

@@ -93,6 +93,15 @@ def test_the_best_of_all_equal_one_sort(
     assert {column.dtype for column in columns[1:]} == {torch.int64}
 
 
+@pytest.mark.parametrize("count", [None, 3])
+def test_a_score_that_is_no_number_is_refused(count: int | None) -> None:
+    """As the highest of all it would take the place of the best candidates."""
+    best = Best(count)
+    best.add(0, torch.tensor([[1.0, 2.0, NONE]]))
+    with pytest.raises(RegraftError, match=r"A score of matrix 1 is NaN"):
+        best.add(1, torch.tensor([[math.nan, 2.0, 3.0]]))
+
+
 # Patches of a ranking
 
 
@@ -171,6 +180,17 @@ def test_patch_and_put_are_the_ranking_by_hand(pair: Pair, swaps: bool, tmp_path
         weight = dict(model.named_modules())[linear.module].weight
         wanted = expected.get(linear.tensor, pair.pruned.checkpoint.read(linear.tensor))
         assert torch.equal(weight, wanted.float())
+
+
+def test_weights_that_were_not_pruned_are_no_restored_ones(pair: Pair) -> None:
+    """A method that forgets which weights are restorable would count them as restored."""
+    first = pair.pruned.architecture.layers[0].linears[0]
+    kept = pair.pruned.checkpoint.read(first.tensor).flatten().nonzero()[0]
+    pruned = drawn(pair, 9, swaps=False)
+    wrong = Ranking(torch.zeros(1, dtype=torch.int64), kept, torch.tensor([KEPT]), torch.ones(1))
+    message = rf"{first.tensor}: 1 of the ranking's weights already .* position {int(kept)}\."
+    with pytest.raises(RegraftError, match=message):
+        patch_of(joined([pruned, wrong]), pair.dense, pair.pruned)
 
 
 @pytest.mark.parametrize("swaps", [False, True])

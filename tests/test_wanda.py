@@ -235,6 +235,8 @@ def test_layers_that_do_not_run_have_no_statistics(pico_dir, tmp_path):
     missing = architecture.layers[1].linear("q_proj")
     with pytest.raises(RegraftError, match=r"no wanda statistics for layers.1.cross_attn.q_proj"):
         ImportanceStatistics("wanda", found, 2).of(missing)
+    with pytest.raises(RegraftError, match=r"snip keeps those of attention only"):
+        ImportanceStatistics("snip", {}, 2).of(architecture.layers[0].linear("up_proj"))
     for method in ("wanda", "sparsegpt", "snip"):
         with pytest.raises(RegraftError, match=r"layers.[13].cross_attn.[qv]_proj was never used"):
             truth.prune(

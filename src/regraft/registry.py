@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -66,10 +67,10 @@ class Registry(Generic[Plugin]):
             ) from error
         if not isinstance(found, self.kind):
             raise RegraftError(
-                f"{named} is {type(found).__name__!r}; expected {self.kind.__module__}."
-                f"{self.kind.__name__}. {correct}."
+                f"{named} is {type(found).__name__!r}; expected an object of "
+                f"{self.kind.__module__}.{self.kind.__name__}. {correct}."
             )
-        if missing := [one for one in self.kind.__annotations__ if not hasattr(found, one)]:
+        if missing := [one for one in _promised(type(found)) if not hasattr(found, one)]:
             raise RegraftError(
                 f"{named} has no {missing[0]!r}, which every {self.what} has. {correct}."
             )
@@ -91,6 +92,13 @@ class Registry(Generic[Plugin]):
     def expected(self) -> str:
         """The part of an error message that lists the names."""
         return f"expected {', '.join(self.names())}"
+
+
+def _promised(kind: type) -> Iterator[str]:
+    """The attributes that our own base classes of a plug-in's class declare."""
+    for one in kind.__mro__:
+        if one.__module__.partition(".")[0] == __name__.partition(".")[0]:
+            yield from getattr(one, "__annotations__", {})
 
 
 @cache

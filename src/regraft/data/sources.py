@@ -109,7 +109,7 @@ def _read(source: DataSource) -> Reading:
     split = source.split
     if source.path is not None and path.is_dir() and (table := table_in(path, split)):
         path, split = table, None
-    reading = DATASETS.get(source.name).read(path, split)
+    reading = checked(DATASETS.get(source.name).read(path, split))
     if source.kind is not None:
         reading = checked(reading.of_kind(harmful=source.kind == "harmful"))
     return reading if source.part is None else _of_part(source, reading, source.part)

@@ -177,9 +177,18 @@ class Pruner(ABC):
         """Prune the linears of one layer: by default, mask the lowest scores.
 
         `weights` `[out, in]` are not modified; `found` and `note` are as for `statistics`.
+
+        Raises:
+            RegraftError: a score is negative or NaN, for which masks are not exact; see also
+                `statistics`.
         """
         for linear, statistic in self.statistics(weights, found, note):
             score = self.score(weights[linear], statistic)
+            if not (score >= 0).all():
+                raise RegraftError(
+                    f"{linear.key}: a score of {self.name} is negative or NaN; expected 0 or more. "
+                    "Correct the pruner, or the weight if it has values that are not finite."
+                )
             yield linear, PrunedWeight(mask=patterns[linear].mask(score))
 
     def encoders(self, settings: Any) -> tuple[Encode, ...]:

@@ -78,8 +78,9 @@ class ImportanceStatistics:
         if linear.key not in self.values:
             raise RegraftError(
                 f"There are no {self.method} statistics for {linear.key}: its layer did not run on "
-                "the calibration data (text-only prompts skip cross-attention) or they belong to "
-                "another model."
+                "the calibration data (text-only prompts skip cross-attention), they belong to "
+                f"another model, or {self.method} keeps those of attention only (its `every_linear`"
+                " is False)."
             )
         value = self.values[linear.key]
         if tuple(value.shape) not in ((linear.shape[1],), linear.shape):

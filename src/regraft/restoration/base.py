@@ -194,7 +194,8 @@ class Context:
         progress: Where progress is reported.
         work: Work folder for unfinished results, kept for a resumed run.
         heads: Head scores, if needed.
-        statistics: Statistics of D^s and D^u, if needed.
+        statistics: Statistics of D^s and D^u, if needed: of every linear, or of attention only
+            where the pruner's `every_linear` is False.
         answered: "safety" (harmful prompts) and "utility" (harmless ones) -> examples with the
             dense model's answers, if needed.
         positions: Another ranking, if needed.
@@ -290,6 +291,7 @@ class Method(ABC, Generic[S]):
         """Search space of tuning from these settings on; empty by default.
 
         The number of heads of `dense` bounds `top_heads`; `kept` is the share that pruning kept.
+        All trials share their inputs, so no setting may be varied that decides the `statistics`.
         """
         return {}
 

@@ -106,8 +106,16 @@ class Best:
 
         `scores` `[out, in]` are better if higher, and -inf for weights that are no candidates;
         `removed` is the flat position pruned in exchange for each candidate, `[out, in]` int64.
+
+        Raises:
+            RegraftError: a score is NaN, which would sort above all others.
         """
         flat = scores.reshape(-1)
+        if flat.isnan().any():
+            raise RegraftError(
+                f"A score of matrix {index} is NaN, as 0 / 0 is. A method gives a number to each "
+                "candidate, and -inf to all other weights."
+            )
         position = self._contenders(flat)
         if not len(position):
             return
@@ -153,7 +161,8 @@ def patch_of(
     Weights whose new value rounds to 0 in that checkpoint's dtype are left out.
 
     Raises:
-        RegraftError: a new value overflows in the pruned checkpoint's dtype.
+        RegraftError: a new value overflows in the pruned checkpoint's dtype, or a weight of the
+            ranking is not restorable because it has its dense value already.
     """
     pairs = list(zip(dense.architecture.linears, pruned.architecture.linears, strict=True))
     changes: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -182,7 +191,16 @@ def patch_of(
     for name, parts in changes.items():  # a tensor on disk may hold several matrices
         positions, order = torch.cat([positions for positions, _ in parts]).sort()
         values = torch.cat([values for _, values in parts])[order]
-        tensors[name] = TensorPatch.of(pruned.checkpoint.read(name), positions, values)
+        before = pruned.checkpoint.read(name)
+        unchanged = before.reshape(-1)[positions] == values
+        if ranking.values is None and unchanged.any():  # trained values may end as they began
+            raise RegraftError(
+                f"{name}: {int(unchanged.sum())} of the ranking's weights already have the dense "
+                "value, the first at position "
+                f"{int(positions[unchanged][0])}. A method ranks restorable weights only, those "
+                "that `Matrix.free` marks."
+            )
+        tensors[name] = TensorPatch.of(before, positions, values)
     return Patch(tensors, dict(about or {}))
 
 

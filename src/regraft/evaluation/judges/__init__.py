@@ -16,6 +16,7 @@ Results are published under a judge's name, so a judge whose verdicts change get
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ class JudgeKind:
         raise NotImplementedError
 
 
-class TextJudge(JudgeKind):
+class TextJudge(JudgeKind, ABC):
     """A judge of an answer's text alone, without a model, so that evaluations can judge by it.
 
     Attributes:
@@ -121,9 +122,9 @@ class TextJudge(JudgeKind):
     name: str
     window: int | None = None
 
+    @abstractmethod
     def phrase(self, answer: str) -> str | None:
         """The words by which `answer` refuses; None if it does not."""
-        raise NotImplementedError
 
     def read(self, answer: str) -> str:
         """The part of `answer` that the verdict depends on."""
@@ -175,13 +176,13 @@ def find_text_judge(text: str) -> TextJudge:
     """Find a judge of an answer's text alone.
 
     Raises:
-        RegraftError: see `find`; or the judge is a model, which judges saved answers only.
+        RegraftError: see `find`; or the judge is no `TextJudge`, so it judges saved answers only.
     """
     kind, _ = find(text)
     if not isinstance(kind, TextJudge):
         raise RegraftError(
-            f"The judge {text!r} is a model: evaluate with a keyword judge, then judge the saved "
-            f"answers (`regraft judge answers FOLDER --by {text}`)."
+            f"The judge {text!r} judges saved answers only: evaluate with a keyword judge, then "
+            f"`regraft judge answers FOLDER --by {text}`."
         )
     return kind
 
