@@ -236,6 +236,14 @@ def test_the_console_shows_the_table_and_what_would_decide(
     assert "23.5 %" in shown
 
 
+def test_a_metric_without_room_to_get_worse_is_told(folders: Path, tmp_path: Path) -> None:
+    """The dense model's ASR is 20 %, so that it can rise by 80 points at most."""
+    given = folders / "dense", folders / "near", tmp_path / "out"
+    for margin, told in ((5, False), (79.9, False), (80, True)):
+        notes = regraft.check(*given, max_asr_rise=margin).notes
+        assert any("ASR cannot fail: the dense model's is 20.0 %" in one for one in notes) == told
+
+
 # What is refused, before anything is written
 
 

@@ -132,6 +132,21 @@ def test_both_work_in_a_recipe(installed: Path, prompts: Path, tmp_path: Path) -
         _judged_by_length(tmp_path / "run" / "evaluation" / name)
 
 
+def test_a_fault_of_a_plug_in_is_told_as_its_own(
+    installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (installed / "toy_data.py").open("a") as file:
+        file.write(
+            'def read_toy(path, split):\n    return {}["prompt"]\n\n\nPLUGIN = Dataset(read_toy)\n'
+        )
+    model = pico.save("qwen3", tmp_path / "model")
+    words = ["eval", model, "--suite", "toy", tmp_path / "any", "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit, match="70"):
+        main([str(word) for word in words])
+    message = " ".join(capsys.readouterr().err.split())
+    assert "a fault of a plug-in, in the package toy_data (KeyError: 'prompt')" in message
+
+
 def test_a_data_set_is_checked_like_a_built_in_one(installed: Path, prompts: Path) -> None:
     assert len(read(DataSource.model_validate(f"toy:{prompts}")).examples) == 4
     harmful = DataSource.model_validate(["toy#even#harmful", str(prompts)])

@@ -145,15 +145,14 @@ def check(
         Patch to apply to the compressed model first.
     """
     from regraft import api
-    from regraft.report.gate import sentence, table
+    from regraft.report.gate import WOULD_DECIDE, table
 
     progress = live_progress()
     blocks = given(margins, settings, compute, endpoint) | {"suites": suite, "patch": patch}
     found = api.check(dense, compressed, out, progress=progress, **blocks)
     show_grid(progress.console, table(found))
-    for metric in found.metrics:
-        if metric.outcome != "pass":
-            progress.note(sentence(metric))
+    if any(metric.needed for metric in found.metrics):
+        say(progress.console, WOULD_DECIDE, "dim")
     for note in found.notes:
         say(progress.console, note, "dim")
     progress.note(f"Verdict: {found.verdict}. Files: {out}")

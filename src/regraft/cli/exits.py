@@ -16,6 +16,7 @@ import sys
 import tempfile
 import traceback
 from contextlib import AbstractContextManager, nullcontext, suppress
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -192,10 +193,21 @@ def _report(error: BaseException) -> str:
     else:
         report_id = Path(name).stem.removeprefix("regraft-fault-")
         where = f"Report {report_id}: the details are in {name}, and --debug shows them"
-    return (
-        f"This is a fault of regraft, or a file that it should have refused ({_summary(error)}). "
-        f"{where}. Finished work stays."
-    )
+    whose = "This is a fault of regraft, or a file that it should have refused"
+    if package := _plugin(error):
+        whose = f"This is a fault of a plug-in, in the package {package}"
+    return f"{whose} ({_summary(error)}). {where}. Finished work stays."
+
+
+def _plugin(error: BaseException) -> str:
+    """The package of a plug-in whose code raised the error; "" if other code raised it."""
+    found = (one for one in entry_points() if one.group.startswith("regraft."))
+    packages = {one.module.partition(".")[0] for one in found}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
+    names = (str(one.f_globals.get("__name__")).partition(".")[0] for one in frames)
+    # Other frames may be of torch, or of another library that either calls.
+    innermost = next((one for one in names if one in {*packages, "regraft"}), "")
+    return innermost if innermost != "regraft" else ""
 
 
 def _redacted(text: str) -> str:

@@ -47,6 +47,13 @@ class Metric:
     prompts: int = 0
     needed: int | None = None
 
+    @property
+    def can_fail(self) -> bool:
+        """Whether a model can be worse than this dense one by more than the margin at all."""
+        if self.dense is None:
+            return False
+        return (self.dense.value if self.name == "utility" else 1 - self.dense.value) > self.margin
+
 
 @dataclass(frozen=True)
 class Check:

@@ -160,6 +160,7 @@ def _facts(patch: Patch, file: str) -> Iterator[tuple[str, str]]:
     yield "Restored weights", f"{restored:,}{share}, in {len(patch.tensors)} tensors"
     yield "File", file
     for role, digest in about.get("inputs", {}).items():
-        yield f"Digest of the {role}", str(digest)
+        what = f"{role} model" if role in ("dense", "pruned") else role
+        yield f"Digest of the {what}", str(digest)
     if versions := about.get("versions"):
         yield "Made with", ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -27,6 +27,10 @@ _ASKED = {
     "utility": "harmless prompts with a response to compare with",
     "degenerate": "prompts",
 }
+WOULD_DECIDE = (
+    f"Would decide: with a probability of {100 * CHANCE:.0f} %, if change and variance stay as "
+    "they are."
+)
 _HEADINGS = ("", "dense", "compressed", "change", "margin", "verdict")
 _DIGITS = 6  # decimal places of fractions in the JSON
 
@@ -54,10 +58,18 @@ def _rounded(value: Any) -> Any:
 def table(check: Check) -> Grid:
     rows = []
     for one in check.metrics:
-        needed = f"about {one.needed:,} prompts would decide" if one.needed else ""
         rates = rate_cell(one.dense), rate_cell(one.compressed), points_cell(one.change)
-        rows.append((NAMES[one.name], *rates, _margin(one), Cell(one.outcome, note=needed)))
+        rows.append((NAMES[one.name], *rates, _margin(one), Cell(one.outcome, note=_missing(one))))
     return Grid.of(f"check: {check.verdict}", _HEADINGS, rows)
+
+
+def _missing(metric: Metric) -> str:
+    """What a decision lacks, for the table."""
+    if metric.outcome == "not measured":
+        return f"no {_ASKED[metric.name]}"
+    if metric.outcome != "undecided":
+        return ""
+    return f"about {metric.needed:,} prompts would decide" if metric.needed else "too close to tell"
 
 
 def _margin(metric: Metric) -> str:
@@ -92,6 +104,15 @@ def _how_to_decide(metric: Metric) -> str:
     return (
         f"About {metric.needed:,} {_ASKED[metric.name]} would decide, with a probability of "
         f"{100 * CHANCE:.0f} %, if change and variance stay the same."
+    )
+
+
+def cannot_fail(metric: Metric) -> str:
+    """A warning for a metric of which the dense model has no more than the margin to lose."""
+    assert metric.dense is not None, "it was measured"
+    return (
+        f"{NAMES[metric.name]} cannot fail: the dense model's is {percent(metric.dense.value)}, "
+        f"and the margin {_margin(metric)} points. Give a smaller margin."
     )
 
 

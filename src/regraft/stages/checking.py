@@ -20,7 +20,7 @@ from regraft.evaluation.results import EvalResult
 from regraft.evaluation.served import explained
 from regraft.models.load import Source
 from regraft.progress import SILENT, Progress
-from regraft.report.gate import check_to_json, junit, markdown
+from regraft.report.gate import cannot_fail, check_to_json, junit, markdown
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.evaluating import EndpointSettings, EvalSettings, Margins
 from regraft.stages.endpoint import Evaluable, open_target
@@ -225,10 +225,12 @@ def _verdict(
     parts = ("compute", "versions") if both_here else ()  # a server's versions are not known
     other = on_the_same(names[DENSE], dense.result, names[COMPRESSED], compressed.result)
     fractions = {name: points / 100 for name, points in margins.points().items()}
+    metrics = compared(dense.result, other, fractions)
     return Check(
-        compared(dense.result, other, fractions),
+        metrics,
         _provenance(dense, compressed),
         (
+            *map(cannot_fail, (one for one in metrics if one.change and not one.can_fail)),
             *differences(DENSE, dense.about, COMPRESSED, compressed.about, *parts),
             *_reply_notes(DENSE, dense),
             *_reply_notes(COMPRESSED, compressed),

@@ -102,8 +102,8 @@ def write_defence(
         about = describe("defend", inputs, settings, setup.compute, data)
         about["judge"] = judge.name
     if not is_done(out, about, lambda: load_defence(out).about):
-        for role, reading in zip(("D^s", "D^u", "Validation"), data.values(), strict=False):
-            setup.progress.note(reading.describe(role))
+        for role, reading in data.items():
+            setup.progress.note(reading.describe(f"{KINDS.get(role, role).capitalize()} prompts"))
         with working(out, about) as work:
             made: Defence
             if isinstance(settings, DefencePromptSettings):
@@ -178,7 +178,7 @@ class _Search:
         tokens = (1 + len(grid)) * answering_tokens(
             validation.examples, self.settings.max_new_tokens
         )
-        what = "Choosing layer and strength", tokens, "tokens, about"
+        what = "Choosing layer and strength", tokens, "tokens (estimate)"
         with self.setup.progress.task(*what) as done:
             plain, *trials = (
                 self._try(layer, strength, validation.examples, done)

@@ -87,7 +87,7 @@ def write_head_scores(
     if not is_done(out, about, lambda: load_heads(out, dense.architecture).about):
         check_r_max(dense, settings, data)
         warn_of_bundled(dense, setup.calibration.source, progress.note)
-        progress.note(data.describe("D^s"))
+        progress.note(data.describe("Harmful prompts"))
         with working(out, about) as work:
             model, processor = load(dense, compute, progress)
             prompts = [prompt_batch(processor, one) for one in cut(data.examples, compute)]
@@ -228,9 +228,9 @@ def write_statistics(
     inputs = fingerprints(setup.progress, dense=setup.dense)
     about = describe("statistics", inputs, settings, setup.compute, readings)
     if not is_done(out, about, lambda: load_statistics(out).about):
-        for role, reading in zip(("D^s", "D^u"), readings.values(), strict=True):
+        for kind, reading in readings.items():
             check_shares(reading.examples, setup.compute)
-            setup.progress.note(reading.describe(role))
+            setup.progress.note(reading.describe(f"{KINDS[kind].capitalize()} prompts"))
         with working(out, about) as work:
             gathered = _gather(setup, work, PRUNERS.get(settings.score), readings)
             if distributed.first():

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from regraft import distributed
-from regraft.data.example import Reading
+from regraft.data.example import KINDS, Reading
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.files import require_space, to_json
 from regraft.loading import check_shares, cut, hidden_state_bytes, load_layerwise
@@ -135,7 +135,7 @@ def _calibrated(
     examples = [example for reading in data.values() for example in reading.examples]
     check_shares(examples, compute)
     for role, reading in data.items():
-        progress.note(reading.describe({"utility": "D^u", "safety": "D^s"}[role]))
+        progress.note(reading.describe(f"{KINDS[role].capitalize()} prompts"))
     model, processor = load_layerwise(dense, compute, progress)
     pruner = PRUNERS.get(settings.method)
     chunks = distributed.share(cut(examples, compute))

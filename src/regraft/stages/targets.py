@@ -197,7 +197,7 @@ class Target(AnyTarget):
             )
             tokens = answering_tokens(prompts.examples, settings.max_new_tokens)
             what = f"Answering {len(prompts.examples)} prompts of {prompts.name}"
-            with self.progress.task(what, tokens, "tokens, about") as done:
+            with self.progress.task(what, tokens, "tokens (estimate)") as done:
                 texts = answerer.answers(
                     network, max_new_tokens=settings.max_new_tokens, partial=work, advance=done
                 )

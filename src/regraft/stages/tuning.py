@@ -6,7 +6,7 @@ weights are tried, and the best within the bounds counts. The folder contains
     tune.json         what is tuned, on which data
     study.db, locks/  all trials (Optuna), and which worker is at which trial or step
     references/       evaluations of the dense and the pruned model
-    heads/, states/, statistics.safetensors, responses/, rankings/    artifacts that trials share
+    heads/, states/, statistics-*.safetensors, responses/, rankings/    artifacts that trials share
     trials/           patches and answers of each trial
     tuned.json        all trials, best first, and what they cost
     best.yaml         the best settings, as an item of a recipe's `realign`
@@ -239,7 +239,7 @@ class _Tuning:
         own = self.out / "trials" / f"{number:04d}"
         return ArtifactPaths(
             heads=self.out / "heads" / f"r_max-{r_max}.safetensors",
-            statistics=lambda _: self.out / "statistics.safetensors",
+            statistics=lambda score: self.out / f"statistics-{score}.safetensors",
             responses=self.out / "responses",
             ranking=self.out / "rankings" / f"{ranking}.safetensors",
             patch=own / "patch.safetensors",
