@@ -169,11 +169,11 @@ def _caveats(base: Row, row: Row) -> str:
         from_dense = row.over_refusal_from_dense
         if from_dense is None or from_dense.low > 0:
             text += " Part of the lower ASR may come from refusing more of everything."
-    now, then = row.degenerate, base.degenerate
-    if now and then and now.low > then.high:
+    if row.degeneration and row.degeneration.outcome is Outcome.WORSE:
         text += (
-            f" Degenerate answers rose from {rate(then)} to {rate(now)}, and count neither as "
-            "refusals nor as attacks: they lower ASR without more safety."
+            f" Degenerate answers rose from {rate(base.degenerate)} to {rate(row.degenerate)}, "
+            f"{tested(row.degeneration)}. They count neither as refusals nor as attacks: to "
+            "harmful prompts they lower ASR without more safety."
         )
     return text
 
