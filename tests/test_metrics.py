@@ -16,6 +16,7 @@ from scipy.stats import binomtest, norm
 
 from regraft.evaluation.metrics import (
     bootstrap_mean,
+    bootstrap_rsr,
     clustered_difference,
     clustered_mean,
     clustered_rate,
@@ -225,6 +226,28 @@ def test_clustered_means_of_similarities_are_resampled_by_prompt() -> None:
 def test_bootstrap_rsr_is_none_where_the_loss_of_safety_is_uncertain() -> None:
     dense, pruned = attacks(50, 10), attacks(50, 11)
     assert paired_rsr(dense, pruned, dense) is None
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "restored", "more"), [(6, 15, 8, 0), (5, 15, 14, 8), (2, 9, 9, 9)]
+)
+def test_the_interval_of_rsr_is_as_wide_as_fiellers_where_the_rise_is_small(
+    gained: int, lost: int, restored: int, more: int
+) -> None:
+    """Resamples without a rise, 1 or 2 %, must not be left out: the upper limit would be half."""
+    counts = {
+        (1, 0, 0): gained, (0, 1, 0): restored, (0, 1, 1): lost - restored, (1, 1, 0): more,
+        (1, 1, 1): 10, (0, 0, 0): 100 - 10 - gained - lost - more,
+    }  # fmt: skip
+    rows = [outcomes for outcomes, count in counts.items() for _ in range(count)]
+    weights = np.array([*([1.0] * len(rows)), 0.5, 0.5])
+    dense, pruned, back = np.array([*rows, (0, 1, 0), (0, 1, 1)]).T
+    parts, wholes = pruned - back, pruned - dense
+    (a, shared), (_, b) = np.cov(parts, wholes, aweights=weights, ddof=0) / weights.sum()
+    part, whole = (np.average(one, weights=weights) for one in (parts, wholes))
+    z2 = 1.959964**2
+    wanted = np.roots([whole**2 - z2 * b, 2 * (z2 * shared - part * whole), part**2 - z2 * a])
+    assert bootstrap_rsr([rows]) == pytest.approx(sorted(wanted), rel=0.15)
 
 
 def test_bootstrap_rsr_of_several_runs_resamples_prompts_with_all_their_runs() -> None:

@@ -203,9 +203,10 @@ def bootstrap_rsr(
     stay together. The sample is extended by half a prompt that was lost and restored and half a
     prompt that was lost for good, as Agresti and Min (2005) do for paired differences: without them
     the interval has no width if all or none were restored, and is too narrow close to that.
-    Resamples in which pruning did not raise ASR have no RSR and are left out; the result is None if
-    they are more than 2.5 %. If ASR is the mean over several data sets, each counting the same,
-    prompts are resampled within each, and the two half prompts are added to each.
+    As the rise in a resample falls to 0, its RSR grows without bound, so resamples without a rise
+    count as beyond that end (see `ratio_interval`). If ASR is the mean over several data sets, each
+    counting the same, prompts are resampled within each, and the two half prompts are added to
+    each.
 
     Args:
         strata: For each data set and each of its prompts, in how many of `answers` the attack on
@@ -224,11 +225,23 @@ def bootstrap_rsr(
         # For one data set counts suffice: the factor cancels, and "nothing lost" stays exact.
         means += attacks if len(strata) == 1 else attacks / len(rows) / len(strata) / answers
     dense, pruned, restored = means
-    lost = pruned - dense
-    defined = lost > _NOTHING_LOST
-    if defined.mean() < 0.975:  # an end of the interval would lie among those left out
+    return ratio_interval(pruned - restored, pruned - dense)
+
+
+def ratio_interval(
+    parts: NDArray[np.float64], wholes: NDArray[np.float64]
+) -> tuple[float, float] | None:
+    """The percentile interval of parts / wholes over resamples; None if it may be unbounded.
+
+    Where a whole is 0 or less, the ratio has passed through infinity: it counts as infinite, with
+    the sign of its part. To leave it out would cut off the longest tail. As in Fieller's interval,
+    there are no bounds unless the whole is above 0 in more than 97.5 % of the resamples.
+    """
+    defined = wholes > _NOTHING_LOST
+    if defined.mean() <= _TAIL[1]:
         return None
-    return _percentiles((pruned - restored)[defined] / lost[defined])
+    beyond = np.copysign(np.inf, parts)
+    return _percentiles(np.divide(parts, wholes, out=beyond, where=defined))
 
 
 def _resampled_attacks(
