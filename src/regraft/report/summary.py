@@ -9,6 +9,7 @@ from regraft.report.formatting import (
     DASH,
     UNCHECKED,
     on_text,
+    p_value,
     rate,
     rsr_cell,
     share,
@@ -301,7 +302,7 @@ def correlation_text(found: Correlation, published: Published | None = None) -> 
     if found.rho is None:
         text = "Spearman's rho is undefined: all values of one variable are equal"
     else:
-        chance = NOT_INDEPENDENT if found.p is None else f"exact p = {found.p:.3f}"
+        chance = NOT_INDEPENDENT if found.p is None else p_value(found.p)
         text = f"Spearman's rho {found.rho:.4f} ({chance}, n = {len(found.points)})"
     if published is not None and published.spearman is not None:
         text += f"; published: {published.spearman:.4f} (n = {published.spearman_n})"
