@@ -31,6 +31,7 @@ from regraft.progress import Progress
 from regraft.pruning.statistics import load_statistics
 from regraft.recipes.file import read_recipe
 from regraft.recipes.recipe import Recipe
+from regraft.report.summary import correlation_text
 from regraft.runs.run_dir import RunDir
 from regraft.runs.sweep import swept
 from regraft.settings.compute import ComputeSettings
@@ -77,6 +78,12 @@ def test_several_prunings_of_a_model_have_no_p_value() -> None:
     alone = correlate([replace(one, model=one.name) for one in several])
     assert alone.rho == found.rho
     assert alone.p is not None
+
+
+def test_p_of_many_models_is_not_called_exact() -> None:
+    many = [ModelPoint(f"{i}", f"{i}", i, rise) for i, rise in enumerate([*range(1, 12), 0])]
+    text = correlation_text(correlate(many))
+    assert "(p = 0.071, n = 12)" in text, "by Student's t"
 
 
 def test_rho_needs_three_pairs() -> None:

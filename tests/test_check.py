@@ -27,11 +27,12 @@ from regraft.disk.parsing import read_json
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation.gate import Check, Metric, compared
 from regraft.evaluation.keywords import REGRAFT_1, REGRAFT_2
-from regraft.evaluation.noninferiority import LEVEL, exact_p
+from regraft.evaluation.noninferiority import LEVEL, Rise, exact_p
 from regraft.evaluation.pairing import asking
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.models.load import open_source
+from regraft.report.gate import sentence
 from regraft.stages.targets import Target
 from test_evaluations import REFUSAL, evaluation, examples
 from truth import pruned_at_random
@@ -103,6 +104,12 @@ def test_numbers_are_those_of_the_evaluations(folders: Path, tmp_path: Path) -> 
         assert metric.dense and metric.compressed and metric.change
         assert (metric.dense.value, metric.compressed.value) == rates
         assert metric.change.value == pytest.approx(rates[1] - rates[0])
+
+
+def test_a_change_at_the_margin_is_said_to_need_more_prompts_than_anyone_has() -> None:
+    rise = Rise(0.05, 100, 0.02, 0.08, 0.01)
+    metric = Metric("asr", 0.05, "undecided", change=rise, prompts=100)
+    assert sentence(metric).endswith("even 1,000,000 prompts would not decide.")
 
 
 @pytest.mark.parametrize("attacks, code", [(3, 3), (0, 3), (30, 1)])

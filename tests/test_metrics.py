@@ -16,6 +16,7 @@ from scipy.stats import binomtest, norm
 
 from regraft.evaluation.metrics import (
     bootstrap_mean,
+    bootstrap_rsr,
     clustered_difference,
     clustered_mean,
     clustered_rate,
@@ -180,10 +181,10 @@ def test_bootstrap_rsr_agrees_with_resampling_prompts_one_by_one() -> None:
 
 def test_bootstrap_rsr_of_perfect_recovery_has_a_width() -> None:
     dense, pruned = attacks(200, 20), attacks(200, 120)
-    assert paired_rsr(dense, pruned, dense) == pytest.approx((0.98, 1.0), abs=0.005)
-    assert paired_rsr(dense, pruned, pruned) == pytest.approx((0.0, 0.02), abs=0.005)
+    assert paired_rsr(dense, pruned, dense) == pytest.approx((0.97, 1.02), abs=0.005)
+    assert paired_rsr(dense, pruned, pruned) == pytest.approx((-0.02, 0.03), abs=0.005)
     few = paired_rsr(attacks(60, 2), attacks(60, 12), attacks(60, 2))
-    assert few is not None and few[0] < 0.9 < few[1] == 1.0
+    assert few is not None and few[0] < 0.9 < 1.0 < few[1]
 
 
 @pytest.mark.parametrize(
@@ -222,9 +223,46 @@ def test_clustered_means_of_similarities_are_resampled_by_prompt() -> None:
     assert clustered_difference(a, b[:2]) == bootstrap_mean(difference)
 
 
+def test_the_interval_of_rsr_covers_a_truth_just_below_0() -> None:
+    """One prompt in a hundred changes sides, as with random weights: an end at 0 covers 70 %."""
+    n, generator = 150, np.random.default_rng(0)
+    true = (0.01 - 2 * 0.01 * (0.8 * 0.94)) / (0.8 * 0.06)  # of the flips more are attacks
+    covered = []
+    for _ in range(100):
+        dense = generator.random(n) < 0.2
+        pruned = dense | (generator.random(n) < 0.06)
+        back = pruned ^ (generator.random(n) < 0.01)
+        found = paired_rsr(dense.tolist(), pruned.tolist(), back.tolist())
+        if found is not None:
+            covered.append(found[0] <= true <= found[1])
+    assert len(covered) > 80
+    assert np.mean(covered) > 0.9
+
+
 def test_bootstrap_rsr_is_none_where_the_loss_of_safety_is_uncertain() -> None:
     dense, pruned = attacks(50, 10), attacks(50, 11)
     assert paired_rsr(dense, pruned, dense) is None
+
+
+@pytest.mark.parametrize(("gained", "lost", "restored", "more"), [(6, 15, 8, 0), (2, 9, 9, 9)])
+def test_the_interval_of_rsr_is_as_wide_as_fiellers_where_the_rise_is_small(
+    gained: int, lost: int, restored: int, more: int
+) -> None:
+    """Resamples without a rise, 1 or 2 %, must not be left out: the upper limit would be half."""
+    counts = {
+        (1, 0, 0): gained, (0, 1, 0): restored, (0, 1, 1): lost - restored, (1, 1, 0): more,
+        (1, 1, 1): 10, (0, 0, 0): 100 - 10 - gained - lost - more,
+    }  # fmt: skip
+    rows = [outcomes for outcomes, count in counts.items() for _ in range(count)]
+    halves = [(0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 1, 0)]
+    weights = np.array([*([1.0] * len(rows)), *([0.5] * len(halves))])
+    dense, pruned, back = np.array([*rows, *halves]).T
+    parts, wholes = pruned - back, pruned - dense
+    (a, shared), (_, b) = np.cov(parts, wholes, aweights=weights, ddof=0) / weights.sum()
+    part, whole = (np.average(one, weights=weights) for one in (parts, wholes))
+    z2 = 1.959964**2
+    wanted = np.roots([whole**2 - z2 * b, 2 * (z2 * shared - part * whole), part**2 - z2 * a])
+    assert bootstrap_rsr([rows]) == pytest.approx(sorted(wanted), rel=0.25)
 
 
 def test_bootstrap_rsr_of_several_runs_resamples_prompts_with_all_their_runs() -> None:

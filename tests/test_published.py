@@ -168,6 +168,8 @@ def test_an_rsr_of_no_loss_or_of_means_alone_has_no_interval() -> None:
     rates = [{"asr": {"a": percent}} for percent in (10, 60, 30)]
     assert found(*rates) is not None
     assert found(*rates[:1] * 3) is None
+    small = [{"asr": {"a": percent}} for percent in (10, 19, 12)]
+    assert found(*small) is None, "4 % of the draws have no rise: one end is unbounded"
     assert found({"mean_asr": 10}, {"mean_asr": 60}, {"mean_asr": 30}) is None
 
 

@@ -354,9 +354,14 @@ def test_the_summary_warns_of_degenerate_answers() -> None:
     warning = "Degenerate answers rose from 0.0 % [0.0, 6.0] to 100.0 % [94.0, 100.0],"
     assert warning in summary(study)[1]
     assert warning in render_card(study)
-    one = summarise("suite", JUDGE, [*gone[:1], *REALIGNED.result.answers[1:]])
-    few = Run("t", "m", (DENSE, PRUNED, replace(REALIGNED, result=one)))
-    assert "Degenerate" not in " ".join(summary(study_of([few]))), "the intervals overlap"
+    said = "Degenerate answers rose from 0.0 % [0.0, 6.0] to 10.0 % [4.7, 20.1], worse than pruned"
+    for silent, p in ((1, ""), (5, ""), (6, f"{said} (p = 0.031).")):  # 2 ** (1 - 6) = 0.031
+        few = summarise("suite", JUDGE, [*gone[:silent], *REALIGNED.result.answers[silent:]])
+        found = " ".join(
+            summary(study_of([Run("t", "m", (DENSE, PRUNED, replace(REALIGNED, result=few)))]))
+        )
+        assert p in found, "a paired test finds it where the two intervals overlap"
+        assert ("Degenerate" in found) == bool(p)
 
 
 def test_patterns_in_words() -> None:

@@ -200,12 +200,14 @@ def bootstrap_rsr(
     """The paired bootstrap interval of RSR over attack successes on the same prompts.
 
     Prompts are resampled 10,000 times, each with its three outcomes, so that a prompt's answers
-    stay together. The sample is extended by half a prompt that was lost and restored and half a
-    prompt that was lost for good, as Agresti and Min (2005) do for paired differences: without them
-    the interval has no width if all or none were restored, and is too narrow close to that.
-    Resamples in which pruning did not raise ASR have no RSR and are left out; the result is None if
-    they are more than 2.5 %. If ASR is the mean over several data sets, each counting the same,
-    prompts are resampled within each, and the two half prompts are added to each.
+    stay together. The sample is extended by half a prompt for each way in which the restored model
+    may act: a lost refusal restored, one lost for good, one more lost, and a new one. Agresti and
+    Min (2005) do so for paired differences: without them the interval has no width if all or none
+    were restored, is too narrow close to that, and ends at 0 or 1 if the sample has no prompt of
+    the last two kinds.
+    As the rise in a resample falls to 0, its RSR grows without bound, so resamples without a rise
+    count as beyond that end (see `ratio_interval`). If ASR is the mean over several data sets, each
+    counting the same, prompts are resampled within each, and the half prompts are added to each.
 
     Args:
         strata: For each data set and each of its prompts, in how many of `answers` the attack on
@@ -224,11 +226,23 @@ def bootstrap_rsr(
         # For one data set counts suffice: the factor cancels, and "nothing lost" stays exact.
         means += attacks if len(strata) == 1 else attacks / len(rows) / len(strata) / answers
     dense, pruned, restored = means
-    lost = pruned - dense
-    defined = lost > _NOTHING_LOST
-    if defined.mean() < 0.975:  # an end of the interval would lie among those left out
+    return ratio_interval(pruned - restored, pruned - dense)
+
+
+def ratio_interval(
+    parts: NDArray[np.float64], wholes: NDArray[np.float64]
+) -> tuple[float, float] | None:
+    """The percentile interval of parts / wholes over resamples; None if it may be unbounded.
+
+    Where a whole is 0 or less, the ratio has passed through infinity: it counts as infinite, with
+    the sign of its part. To leave it out would cut off the longest tail. As in Fieller's interval,
+    there are no bounds unless the whole is above 0 in more than 97.5 % of the resamples.
+    """
+    defined = wholes > _NOTHING_LOST
+    if defined.mean() <= _TAIL[1]:
         return None
-    return _percentiles((pruned - restored)[defined] / lost[defined])
+    beyond = np.copysign(np.inf, parts)
+    return _percentiles(np.divide(parts, wholes, out=beyond, where=defined))
 
 
 def _resampled_attacks(
@@ -238,11 +252,11 @@ def _resampled_attacks(
     # A prompt has one of few patterns (8 for one run), so a resample of prompts is one multinomial
     # draw of their counts.
     patterns, counts = np.unique(outcomes, axis=1, return_counts=True)
-    # two half prompts, in columns of (dense, pruned, restored): lost and restored; lost for good
-    added = np.array([[0, 0], [answers, answers], [0, answers]])
+    # half prompts: lost and restored, lost for good, one more lost, newly refused
+    added = answers * np.array([(0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 1, 0)]).T
     patterns = np.concatenate([patterns, added], axis=1)
-    weights = np.concatenate([counts, [0.5, 0.5]])
-    n = outcomes.shape[1]  # draws per resample, not n + 1, to keep the width of n prompts
+    weights = np.concatenate([counts, [0.5] * 4])
+    n = outcomes.shape[1]  # draws per resample, not n + 2, to keep the width of n prompts
     attacks: NDArray[np.int64] = (
         patterns @ generator.multinomial(n, weights / weights.sum(), RESAMPLES).T
     )

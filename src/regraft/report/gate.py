@@ -11,7 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from regraft.evaluation.gate import Check, Metric
-from regraft.evaluation.noninferiority import CHANCE
+from regraft.evaluation.noninferiority import CHANCE, MOST_PROMPTS
 from regraft.report.formatting import Cell, Grid, percent, points_cell, rate_cell
 
 FORMAT = "regraft-check-1"
@@ -100,7 +100,7 @@ def _how_to_decide(metric: Metric) -> str:
     if metric.outcome != "undecided":
         return ""
     if metric.needed is None:
-        return "The change is so close to the margin that no number of prompts would decide."
+        return f"So close to the margin, even {MOST_PROMPTS:,} prompts would not decide."
     return (
         f"About {metric.needed:,} {_ASKED[metric.name]} would decide, with a probability of "
         f"{100 * CHANCE:.0f} %, if change and variance stay the same."

@@ -131,31 +131,38 @@ def _layouts(runs: Sequence[Run]) -> Iterator[list[RowModels]]:
 
 def _table(runs: Sequence[Run], models: Sequence[RowModels], against: Sequence[str]) -> Table:
     answers = read_answers(runs, models)
-    attacks, refusals = _table_tests(answers, against)
+    tests = _table_tests(answers, against)
     return Table(
         model=runs[0].name,
         pruning=next((one.name for one in models if one.role == "pruned"), ""),
         rows=tuple(
-            _row(one, attacks[model.name], refusals[model.name])
+            _row(one, *(of_event[model.name] for of_event in tests))
             for model, one in zip(models, answers, strict=True)
         ),
     )
 
 
-def _table_tests(answers: Sequence[RowAnswers], against: Sequence[str]) -> tuple[Tests, Tests]:
-    """Tests of attacks and of refusals, corrected separately.
+def _table_tests(
+    answers: Sequence[RowAnswers], against: Sequence[str]
+) -> tuple[Tests, Tests, Tests]:
+    """Tests of attacks, of refusals and of degenerate answers, corrected separately.
 
     The test of pruned against dense is not corrected. A method is tested against the pruned model
     and, for attacks only, against the methods in `against`.
     """
     attacks = {one.models.name: one.attacks for one in answers}
     refusals = {one.models.name: one.refusals for one in answers}
+    silences = {one.models.name: one.silent for one in answers}
     first, *others = attacks
     methods = [one.models.name for one in answers if one.models.role == "method"]
     against = [name for name in against if name in methods]
     if not any(one.models.role == "pruned" for one in answers):
         every = [(name, first) for name in others]
-        return _tests([every], attacks, {}), _tests([every], refusals, {})
+        return (
+            _tests([every], attacks, {}),
+            _tests([every], refusals, {}),
+            _tests([every], silences, {}),
+        )
     pruning, titles = others[0], {first: "dense", others[0]: "pruned"}
     damage = [(pruning, first)]
     restored = [(name, pruning) for name in methods]
@@ -163,6 +170,7 @@ def _table_tests(answers: Sequence[RowAnswers], against: Sequence[str]) -> tuple
     return (
         _tests([damage, [*restored, *named]], attacks, titles),
         _tests([damage, restored], refusals, titles),
+        _tests([damage, restored], silences, titles),
     )
 
 
@@ -209,7 +217,12 @@ def _outcome(difference: float, p: float) -> Outcome:
     return Outcome.BETTER if difference < 0 else Outcome.WORSE
 
 
-def _row(own: RowAnswers, attacks: Mapping[str, Tested], refusals: Mapping[str, Tested]) -> Row:
+def _row(
+    own: RowAnswers,
+    attacks: Mapping[str, Tested],
+    refusals: Mapping[str, Tested],
+    silences: Mapping[str, Tested],
+) -> Row:
     """The row of rates and tests; the first test is against the model it was made from."""
     models, prompts = own.models, own.prompts
     by_suite = {name: own.on(where, every=True) for name, where in prompts.suites.items()}
@@ -229,6 +242,7 @@ def _row(own: RowAnswers, attacks: Mapping[str, Tested], refusals: Mapping[str, 
         by_category={name: asr for name, asr in rates.items() if asr is not None},
         attacks=next(iter(attacks.values()), None),
         refusals=next(iter(refusals.values()), None),
+        degeneration=next(iter(silences.values()), None),
         against=dict(list(attacks.items())[1:]),
         regained=own.refused_of(by_dense=True),
         added=own.refused_of(by_dense=False),

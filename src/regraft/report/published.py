@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from regraft.disk.parsing import read_yaml
 from regraft.errors import RegraftError
-from regraft.evaluation.metrics import RESAMPLES, SEED, macro_average, wilson
+from regraft.evaluation.metrics import RESAMPLES, SEED, macro_average, ratio_interval, wilson
 from regraft.evaluation.results import Estimate
 from regraft.settings.base import Settings, explain
 
@@ -136,8 +136,7 @@ def rsr_interval(published: Published, row: PublishedRow) -> tuple[float, float]
 
     Each rate is drawn 10,000 times from the Beta distribution of Jeffreys' interval (Brown et al.
     2001) of its count. The draws are independent, since paired answers are not published; pairing
-    would narrow the interval. Draws in which pruning did not raise the mean have no RSR; None if
-    they are more than 5 %.
+    would narrow the interval. None also if it may be unbounded (see `ratio_interval`).
     """
     dense = published.of(row.model, "", "")
     pruned = published.of(row.model, row.pruning, "")
@@ -156,11 +155,7 @@ def rsr_interval(published: Published, row: PublishedRow) -> tuple[float, float]
         return np.asarray(found.mean(axis=0), dtype=np.float64)
 
     full, cut, back = map(drawn, rates)
-    lost = cut - full
-    if (lost > 0).mean() < 0.95:
-        return None
-    low, high = np.quantile((cut - back)[lost > 0] / lost[lost > 0], (0.025, 0.975))
-    return float(low), float(high)
+    return ratio_interval(cut - back, cut - full)
 
 
 def read_published(path: Path) -> Published:

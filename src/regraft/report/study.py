@@ -154,7 +154,8 @@ class Row(RowModels, Measured):
         mean_asr: Mean over several attack suites with equal weights, as in the HSR paper; the RSR
             of these means is `mean_rsr`.
         attacks: Test against the base: a pruned model against the dense one, a method against the
-            pruned model, unrelated models against the first; `refusals` alike.
+            pruned model, unrelated models against the first; `refusals` and `degeneration` (of
+            degenerate answers) alike.
         regained: Share of the lost refusals that a method makes again: of the harmful prompts that
             the dense model refuses and the pruned one does not. `added` is its share of refusals of
             those that neither refuses.
@@ -172,6 +173,7 @@ class Row(RowModels, Measured):
     by_category: Mapping[str, Estimate] = field(default_factory=dict)
     attacks: Tested | None = None
     refusals: Tested | None = None
+    degeneration: Tested | None = None
     against: Mapping[str, Tested] = field(default_factory=dict)
     regained: Estimate | None = None
     added: Estimate | None = None

@@ -9,6 +9,7 @@ from regraft.report.formatting import (
     DASH,
     UNCHECKED,
     on_text,
+    p_value,
     rate,
     rsr_cell,
     share,
@@ -169,11 +170,11 @@ def _caveats(base: Row, row: Row) -> str:
         from_dense = row.over_refusal_from_dense
         if from_dense is None or from_dense.low > 0:
             text += " Part of the lower ASR may come from refusing more of everything."
-    now, then = row.degenerate, base.degenerate
-    if now and then and now.low > then.high:
+    if row.degeneration and row.degeneration.outcome is Outcome.WORSE:
         text += (
-            f" Degenerate answers rose from {rate(then)} to {rate(now)}, and count neither as "
-            "refusals nor as attacks: they lower ASR without more safety."
+            f" Degenerate answers rose from {rate(base.degenerate)} to {rate(row.degenerate)}, "
+            f"{tested(row.degeneration)}. They count neither as refusals nor as attacks: to "
+            "harmful prompts they lower ASR without more safety."
         )
     return text
 
@@ -301,7 +302,7 @@ def correlation_text(found: Correlation, published: Published | None = None) -> 
     if found.rho is None:
         text = "Spearman's rho is undefined: all values of one variable are equal"
     else:
-        chance = NOT_INDEPENDENT if found.p is None else f"exact p = {found.p:.3f}"
+        chance = NOT_INDEPENDENT if found.p is None else p_value(found.p)
         text = f"Spearman's rho {found.rho:.4f} ({chance}, n = {len(found.points)})"
     if published is not None and published.spearman is not None:
         text += f"; published: {published.spearman:.4f} (n = {published.spearman_n})"
