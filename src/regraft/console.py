@@ -171,15 +171,15 @@ def show_study(console: Console, study: Study) -> None:
 
 
 def show_preview(console: Console, out: Path, plan: Planned) -> None:
-    show_table(
-        console,
-        ("step", "model", "done", "prompts answered", "calibration prompts"),
-        (
-            (one.stage, one.of, "yes" if one.done else "", one.answers or "", one.learns or "")
-            for one in plan.steps
-        ),
-        title=str(out),
-    )
+    columns = {
+        "step": [one.stage for one in plan.steps],
+        "model": [one.of for one in plan.steps],
+        "done": ["yes" if one.done else "" for one in plan.steps],
+        "prompts answered": [one.answers() or "" for one in plan.steps],
+        "calibration prompts": [one.learns() or "" for one in plan.steps],
+    }
+    shown = {heading: cells for heading, cells in columns.items() if any(cells)}
+    show_table(console, [*shown], zip(*shown.values(), strict=True), title=str(out))
     missing, count = sum(not step.done for step in plan.steps), len(plan.steps)
     if not missing:
         say(console, f"Steps done: all of {count}. Nothing was written.")
@@ -187,8 +187,8 @@ def show_preview(console: Console, out: Path, plan: Planned) -> None:
     say(
         console,
         f"Steps left: {missing} of {count}; about "
-        f"{max(1, round(plan.seconds() / 60)):,} min (estimated from FLOPs and the device's speed, "
-        "without searches; often off by a factor of three), at most "
+        f"{max(1, round(plan.seconds() / 60)):,} min (estimated from FLOPs and the device's speed; "
+        "often off by a factor of three), at most "
         f"{readable_size(plan.most)} on disk, {readable_size(plan.weights)} of memory for the "
         "weights of one model. Nothing was written.",
         soft_wrap=True,

@@ -92,7 +92,10 @@ class Planner:
             target = setup.target(model(), patch=patch, defence=defence, text=text)
             return stages.evaluate_target(target, out, settings.suite, settings.only())
 
-        return Step("evaluate", name, out, make, check, answers=len(self._tests().examples))
+        def answers() -> int:
+            return len(self._tests().examples)
+
+        return Step("evaluate", name, out, make, check, answers=answers)
 
     def _tests(self) -> Reading:
         setup, settings = self.setup, self.recipe.evaluate

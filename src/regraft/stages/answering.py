@@ -91,7 +91,8 @@ def imitation_step(setup: Setup, folder: Path) -> Step:
         prompts = setup.imitated().items()
         return PromptUse({f"{KINDS[k]} calibration (imitated)": one for k, one in prompts})
 
-    answers, make = 2 * setup.calibration.samples, partial(imitation_data, setup, folder)
+    make = partial(imitation_data, setup, folder)
+    answers = setup.count_imitated
     return Step("answer", "", folder, make, check, answers=answers, loads_model=True)
 
 

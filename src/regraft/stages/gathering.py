@@ -59,7 +59,7 @@ def heads_step(
         out,
         partial(write_head_scores, setup, out, scoring, states),
         check,
-        learns=setup.calibration.samples,
+        learns=partial(setup.count, ["safety"]),
         passes=scoring.passes(sum(one.heads for one in dense.architecture.layers)),
         loads_model=True,
     )
@@ -202,7 +202,7 @@ def statistics_step(
         out,
         partial(write_statistics, setup, out, settings, responses),
         check,
-        learns=2 * setup.calibration.samples,
+        learns=setup.count,
         passes=forward_passes(pruner),
         loads_model=True,
         temporary_bytes=states,

@@ -63,7 +63,7 @@ def prune_step(
         out,
         partial(prune_checkpoint, setup, out, settings, responses),
         check,
-        learns=len(settings.kinds) * setup.calibration.samples,
+        learns=partial(setup.count, settings.kinds),
         passes=passes(settings),
         bytes=dense.checkpoint.bytes,
         temporary_bytes=temporary_bytes,

@@ -55,13 +55,14 @@ def patch_steps(
     own = own_settings(settings)
     yield _rank(setup, pruned, own, paths, name)
     if choice is not None:
+        searching = Search(setup, choice)
         yield Step(
             "search",
             name,
             paths.curve,
             lambda: search(setup, pruned(), own, paths, choice),
-            Search(setup, choice).check,
-            answers=choice.points * (choice.validation_limit or 0) * 2,
+            searching.check,
+            answers=lambda: (choice.points + 2) * len(searching.prompts().examples),
         )
     yield Step(
         "realign",
@@ -123,7 +124,7 @@ def _rank(
             setup, pruned(), paths.ranking, settings, paths.inputs(needs)
         ),
         check,
-        learns=2 * setup.calibration.samples if needs.answers else 0,
+        learns=lambda: setup.count_imitated() if needs.answers else 0,
         passes=needs.passes,
         loads_model=True,
         temporary_bytes=states,

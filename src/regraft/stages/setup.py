@@ -137,6 +137,14 @@ class Setup:
         check_shares(reading.examples, self.compute)
         return reading
 
+    def count(self, kinds: Iterable[str] = KINDS) -> int:
+        """Number of calibration prompts; an upper bound if the dense model writes responses."""
+        return sum(len(self.drawn(kind).examples) for kind in kinds)
+
+    def count_imitated(self) -> int:
+        """Number of prompts on which methods imitate the dense model."""
+        return sum(len(one.examples) for one in self.imitated().values())
+
     def imitated(self) -> dict[str, Reading]:
         """Prompts on which methods imitate the dense model, by kind."""
         return {kind: self._once(draw_prompts, kind) for kind in KINDS}

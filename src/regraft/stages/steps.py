@@ -69,8 +69,8 @@ class Step:
     make: Callable[[], object]  # makes or continues it; returns at once if it is done
     check: Callable[[], PromptUse] = PromptUse  # raises on bad input, before any step is made
     title: str = ""  # printed when the step begins
-    answers: int = 0  # number of prompts that a model answers
-    learns: int = 0  # number of prompts that are learnt from
+    answers: Callable[[], int] = lambda: 0  # number of prompts that a model answers
+    learns: Callable[[], int] = lambda: 0  # number of prompts that are learnt from
     passes: float = 1  # estimated cost of learning, in forward passes over these prompts
     loads_model: bool = False  # outside the cache, whose model must be freed first
     bytes: int = 0  # size of the artifact on disk, if it is large
@@ -130,7 +130,7 @@ class Planned:
         prompt = self.setup.cache.prompt_tokens(dense, self.prompts.examples)
         answered = prompt + self.setup.evaluation.max_new_tokens
         tokens = sum(
-            step.answers * answered + step.learns * step.passes * prompt for step in self.left
+            step.answers() * answered + step.learns() * step.passes * prompt for step in self.left
         )
         device = pick_device(compute.device)
         efficiency = _EFFICIENCY.get(device.type, _DEFAULT_EFFICIENCY)
