@@ -221,5 +221,6 @@ def test_naming_the_package_imports_nothing_heavy() -> None:
 
 
 def test_every_name_is_there_and_documented() -> None:
+    assert set(regraft.__all__) <= set(dir(regraft))
     for name in regraft.__all__:
         assert getattr(regraft, name).__doc__

@@ -1,4 +1,4 @@
-"""The rules of the rooms: who may import whom, who knows transformers, who prints."""
+"""Which module may import which, use transformers, or print."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import regraft
+from regraft.restoration.base import METHODS
 
 ROOT = Path(regraft.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -132,6 +133,27 @@ def test_help_is_quick() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_method_is_imported_without_reports_data_sets_and_other_methods() -> None:
+    """In a process each, since modules stay imported; torch, which takes long, is there before."""
+    others = ("regraft.report", "regraft.data.readers.", "regraft.restoration.methods.")
+    code = (
+        "import os, sys, torch\n"
+        "from importlib import import_module\n"
+        f"for name in {[one.replace('-', '_') for one in METHODS.built_in()]}:\n"
+        "    if os.fork():\n"
+        "        os.wait()\n"
+        "        continue\n"
+        "    own = 'regraft.restoration.methods.' + name\n"
+        "    import_module(own)\n"
+        f"    found = [one for one in sys.modules if one.startswith({others})]\n"
+        "    print(name, [one for one in found if f'{own}.' not in f'{one}.'], flush=True)\n"
+        "    os._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = [one.replace("-", "_") for one in METHODS.built_in()]
+    assert done.stdout.splitlines() == [f"{name} []" for name in names]
 
 
 def test_the_map_names_every_module_and_no_other() -> None:

@@ -527,7 +527,7 @@ class _Server(BaseHTTPRequestHandler):
     got: ClassVar[list[dict[str, Any]]] = []
     failures: ClassVar[list[int]] = []
     replies: ClassVar[list[tuple[int, str]]] = []  # before all others
-    refused: ClassVar[dict[str, str]] = {}  # fields, and what is said of them
+    refused: ClassVar[dict[str, str]] = {}  # field -> why it is refused
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -1,4 +1,4 @@
-"""A dense checkpoint and one pruned from it: other pairs are refused, or told of."""
+"""A dense checkpoint and one pruned from it: other pairs are refused, or noted."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_weights_that_are_not_finite(
         restored(*pair, tmp_path / "patch", method("hsr-a", heads="all"))
 
 
-# Told of
+# Noted
 
 
 def test_honest_pairs(dense: Source, pruned: Source, tmp_path: Path) -> None:

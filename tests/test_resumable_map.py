@@ -1,4 +1,4 @@
-"""Work in pieces against a plain list: finished ones are kept, all come back in order."""
+"""Work in pieces against a plain list: finished ones are kept, all are returned in order."""
 
 from __future__ import annotations
 

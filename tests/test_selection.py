@@ -24,7 +24,7 @@ from regraft.pruning.statistics import SavedStatistics
 from regraft.restoration.base import Context
 from regraft.restoration.importance import (
     Band,
-    by_importance,
+    best_in_regions,
     hsr_scores,
     kept_share,
     rank_share,
@@ -377,7 +377,7 @@ def test_rankings_find_the_mask_regions_and_thresholds(family, pico_dir, tmp_pat
 
     context = compared(dense, pruned, SavedStatistics(safety, utility, {}), tmp_path)
     regions = regions_of(dense, heads)
-    ranking = by_importance(context, regions, band, "wanda", hsr_scores).ranked(heads)
+    ranking = best_in_regions(context, regions, band, "wanda", hsr_scores).ranked(heads)
     assert ranking.about["heads"] == [list(head) for head in heads]
     patch = patch_of(ranking, dense, pruned)
     all_of_them = Best(None)

@@ -488,7 +488,7 @@ def _moments(changes: int, count: int) -> Iterator[int]:
 
 
 def _same(killable: Killable, folder: Path, when: str) -> None:
-    """The same files, to the byte but for what they say of time."""
+    """The same files, to the byte except for times."""
     expected, found = killable.left, tree(folder)
     assert found.keys() == expected.keys(), f"{when}: {sorted(found.keys() ^ expected.keys())}"
     results = [

@@ -41,3 +41,8 @@ def __getattr__(name: str) -> Any:
     from regraft import api
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    """All names, so that they are completed before the first use."""
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from regraft.data.readers.demo import demo_model
 from regraft.data.storage import MODEL_ID, from_hub
 from regraft.disk.parsing import read_json, shown
 from regraft.errors import RegraftError
@@ -26,7 +25,12 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 
 def resolve(model: str | Path) -> Path:
     """A model's folder, by its path, ORG/NAME[@REVISION] (downloaded once) or the word "demo"."""
-    folder = demo_model() if model == "demo" else Path(model)
+    folder = Path(model)
+    if model == "demo":
+        # a data set's module, which importing a method must not load
+        from regraft.data.readers.demo import demo_model
+
+        folder = demo_model()
     with suppress(OSError, ValueError):  # not a valid name of a folder
         if folder.exists():
             return folder

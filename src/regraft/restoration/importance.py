@@ -146,7 +146,7 @@ def kept_share(dense: Tensor, free: Tensor) -> float:
     return (nonzero - int(free.count_nonzero())) / dense.numel()
 
 
-def by_importance(
+def best_in_regions(
     context: Context,
     regions: Regions,
     band: Callable[[float], Band | None],
@@ -235,7 +235,7 @@ class ByImportance(Method[ImportanceSettings]):
         """Rank the weights of the heads by the q at which each would be restored."""
         heads = settings.chosen(context.dense.architecture, context.heads)
         regions = regions_of(context.dense, heads, self._block)
-        best = by_importance(context, regions, settings.band, settings.score, self._formula)
+        best = best_in_regions(context, regions, settings.band, settings.score, self._formula)
         return best.ranked(heads)
 
     def label(self, settings: ImportanceSettings) -> str:

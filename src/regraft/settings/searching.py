@@ -8,7 +8,6 @@ from typing import Annotated, TypeVar, cast
 
 from pydantic import Field, model_validator
 
-from regraft.data.readers.demo import is_demo
 from regraft.data.sources import DataSource, split_off
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import Reference
@@ -80,6 +79,9 @@ def with_validation(
     settings: Choosing, model: str | Path, calibration: CalibrationSettings
 ) -> Choosing:
     """Fill in the bundled validation prompts if none are named and model or data are bundled."""
+    # a data set's module, which importing a method must not load
+    from regraft.data.readers.demo import is_demo
+
     if settings.validation is not None:
         return settings
     if calibration.data.name != "demo" and not is_demo(model):

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from regraft.models.load import Source
 from regraft.restoration.base import Between, Budgeted, Context, Method, Needs, Space
-from regraft.restoration.importance import P_IS_KEPT, Band, by_importance, hsr_scores
+from regraft.restoration.importance import P_IS_KEPT, Band, best_in_regions, hsr_scores
 from regraft.restoration.ranking import Ranking
 from regraft.restoration.selection import whole
 
@@ -55,7 +55,7 @@ class SetDifference(Method[SetDifferenceSettings]):
 
     def rank(self, settings: SetDifferenceSettings, context: Context) -> Ranking:
         """Rank all restorable weights by the q at which each enters the set difference."""
-        return by_importance(context, whole, settings.band, "wanda", hsr_scores).ranked()
+        return best_in_regions(context, whole, settings.band, "wanda", hsr_scores).ranked()
 
     def label(self, settings: SetDifferenceSettings) -> str:
         return "set difference"
