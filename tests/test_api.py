@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,16 @@ def test_it_is_what_the_command_line_makes(root: Path, tmp_path: Path) -> None:
     assert len(load_ranking(tmp_path / "hsr.ranking.safetensors")) == 9
     regraft.apply(pruned.folder, tmp_path / "hsr", tmp_path / "realigned")
     regraft.revert(tmp_path / "realigned", [tmp_path / "hsr"], tmp_path / "again")
+    realigned = open_source(tmp_path / "realigned").checkpoint
     again = open_source(tmp_path / "again")
     for linear in linears:
         assert pruned.checkpoint.read(linear.tensor).equal(again.checkpoint.read(linear.tensor))
+
+    regraft.apply(pruned, patch, tmp_path / "of-objects")
+    for changed in ("realigned", "of-objects"):
+        assert open_source(tmp_path / changed).checkpoint.fingerprint == realigned.fingerprint
+    with pytest.raises(RegraftError, match="A patch in memory has no file"):
+        regraft.apply(pruned, replace(patch, file=None), tmp_path / "nothing")
 
     suite, given = [data], {"device": "cpu", "max_new_tokens": 2}
     in_memory = regraft.evaluate(pruned, suite, tmp_path / "e", patch=tmp_path / "hsr", **given)

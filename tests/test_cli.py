@@ -1010,6 +1010,33 @@ def test_a_dry_run_shows_the_step_and_writes_nothing(
     assert tree(world.root) == before
 
 
+def test_a_dry_run_refuses_what_the_run_refuses(world: World, refused: Refused) -> None:
+    models = {"models": [str(world.model)], "published": "nowhere.yaml"}
+    recipe = world.recipe(**{**models, "realign": []})
+    content = json.loads(recipe.read_text())
+    content.pop("model")
+    recipe.write_text(json.dumps(content))
+    has(refused("run", recipe, "--out", "run", "--dry-run"), "nowhere.yaml")
+    (world.root / "run").mkdir()
+    (world.root / "run" / "recipe.yaml").write_text("title: another\n")
+    again = "run", world.recipe(), "--out", "run", "--dry-run"
+    has(refused(*again), "holds a run of another recipe")
+
+
+def test_a_full_disk_is_told_before_any_step(
+    world: World, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "load_model", lambda *_args, **_kw: pytest.fail("loaded"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    for words in (prune(world), _realign(world, world.model, world.pruned, "gain")):
+        has(refused(*words), "The disk is too full")
+
+
+def test_a_method_is_named_first(refused: Refused) -> None:
+    has(refused("realign", "model", "pruned"), "'model' is no method", "fine-tune, gain, hsr")
+    has(refused("tune", "model", "pruned"), "'model' is no method", "hsr")
+
+
 def test_an_unknown_command_imports_no_other(refused: Refused) -> None:
     has(refused("prunee", "model"), "no command 'prunee'; did you mean prune?", "demo, run")
     code = """

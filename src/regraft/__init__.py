@@ -1,7 +1,8 @@
 """regraft restores the refusals that pruning took from a vision-language model.
 
 The stages are functions, documented in `regraft.api` and imported on first use: `prune`,
-`score_heads`, `realign`, `apply`, `revert`, `export`, `evaluate`, `check` and `compare`.
+`score_heads`, `realign`, `apply`, `revert`, `export`, `evaluate`, `check` and `compare`; so is
+`open_source`, which opens a model for several of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
         compare,
         evaluate,
         export,
+        open_source,
         prune,
         realign,
         revert,
@@ -28,6 +30,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "open_source",
     "prune",
     "realign",
     "revert",

@@ -1,16 +1,17 @@
 """The stages as functions: folders or loaded objects and plain settings in, typed results out.
 
-Models are folders, hub ids, "demo" for the bundled model, or a `Source` from `open_source`. Data
-sets are named as on the command line: a .jsonl file, or "NAME:PATH" with a reader's name. Every
-stage writes an artifact. Called again with the same arguments it reuses the artifact, and a killed
-stage resumes. All other settings have the names of the command line's flags, such as `batch_size`;
-a setting that would have no effect is refused. Bad input raises `RegraftError`.
+Models are folders, hub ids, "demo" for the bundled model, or a `Source` from `open_source`; patches
+are files, or a `Patch` that `realign` returned. Data sets are named as on the command line: a
+.jsonl file, or "NAME:PATH" with a reader's name. Every stage writes an artifact. Called again with
+the same arguments it reuses the artifact, and a killed stage resumes. All other settings have the
+names of the command line's flags, such as `batch_size`; a setting that would have no effect is
+refused. Bad input raises `RegraftError`.
 
     import regraft
 
     regraft.prune("demo", "pruned", sparsity=0.6)
     patch = regraft.realign("demo", "pruned", "gain.safetensors")
-    result = regraft.evaluate("pruned", "demo:test", "evaluation", patch="gain.safetensors")
+    result = regraft.evaluate("pruned", "demo:test", "evaluation", patch=patch)
     print(result.asr, result.over_refusal)
 """
 
@@ -36,7 +37,7 @@ from regraft.flags import (
 )
 from regraft.heads.score import HeadScores, load_heads
 from regraft.heads.ships import HeadSettings
-from regraft.models.load import Source
+from regraft.models.load import Source, open_source
 from regraft.patch.format import Patch, load_patch
 from regraft.progress import SILENT, Progress
 from regraft.pruning.base import PRUNERS
@@ -57,7 +58,20 @@ from regraft.stages.steps import plan_steps
 if TYPE_CHECKING:
     from regraft.report.study import Study
 
+__all__ = [
+    "apply",
+    "check",
+    "compare",
+    "evaluate",
+    "export",
+    "open_source",
+    "prune",
+    "realign",
+    "revert",
+    "score_heads",
+]
 Model = str | Path | Source
+Patches = str | Path | Patch | Sequence[str | Path | Patch]
 Suites = str | Sequence[str | DataSource]
 _DATA = ("data", "validation")  # settings that name a data set
 
@@ -83,7 +97,7 @@ def prune(
     own, data, compute = _settings({"method": method, **settings}, *blocks)
     check_pruning(own, data)
     setup = stages.Setup(compute.opened(model), data, compute, progress)
-    plan_steps(setup, [prune_step(setup, own, Path(out))]).make()
+    plan_steps(setup, [prune_step(setup, own, Path(out))]).carry_out()
     pruned: Source = compute.opened(out)
     return pruned
 
@@ -100,7 +114,7 @@ def score_heads(
     """
     own, data, compute = _settings(settings, HeadSettings, CalibrationSettings, ComputeSettings)
     setup = stages.Setup(compute.opened(model), data, compute, progress, scoring=own)
-    plan_steps(setup, [heads_step(setup, Path(out))]).make()
+    plan_steps(setup, [heads_step(setup, Path(out))]).carry_out()
     return load_heads(Path(out), setup.dense.architecture)
 
 
@@ -151,37 +165,29 @@ def realign(
         evaluation=answers,
     )
     paths = stages.ArtifactPaths.beside(Path(out), given)
-    plan_restoration(setup, compute.opened(pruned), own, paths, choice).make()
+    plan_restoration(setup, compute.opened(pruned), own, paths, choice).carry_out()
     return load_patch(Path(out))
 
 
-def apply(pruned: str | Path, patches: str | Path | Sequence[str | Path], out: str | Path) -> Path:
+def apply(pruned: Model, patches: Patches, out: str | Path) -> Path:
     """Apply one or more patches to a pruned checkpoint; write the result to the new folder `out`.
 
     Raises:
         RegraftError: a patch is for another checkpoint, or patches disagree.
     """
-    return stages.patch_checkpoint("apply", Path(pruned), _paths(patches), Path(out))
+    return stages.patch_checkpoint("apply", _folder(pruned), _files(patches), Path(out))
 
 
-def revert(
-    realigned: str | Path, patches: str | Path | Sequence[str | Path], out: str | Path
-) -> Path:
+def revert(realigned: Model, patches: Patches, out: str | Path) -> Path:
     """Remove one or more patches from a realigned checkpoint, into the new folder `out`.
 
     Raises:
         RegraftError: a patch is for another checkpoint, or patches disagree.
     """
-    return stages.patch_checkpoint("revert", Path(realigned), _paths(patches), Path(out))
+    return stages.patch_checkpoint("revert", _folder(realigned), _files(patches), Path(out))
 
 
-def export(
-    pruned: str | Path,
-    patches: str | Path | Sequence[str | Path],
-    out: str | Path,
-    *,
-    to: Tool,
-) -> Path:
+def export(pruned: Model, patches: Patches, out: str | Path, *, to: Tool) -> Path:
     """Convert patches for another tool, into the new folder `out`, with the code that loads them.
 
     Args:
@@ -194,7 +200,7 @@ def export(
         RegraftError: a patch is for another checkpoint, patches disagree, or the tool cannot change
             these weights.
     """
-    return export_patches(pruned, _paths(patches), Path(out), to)
+    return export_patches(_folder(pruned), _files(patches), Path(out), to)
 
 
 def evaluate(
@@ -202,7 +208,7 @@ def evaluate(
     suites: Suites,
     out: str | Path,
     *,
-    patch: str | Path | None = None,
+    patch: str | Path | Patch | None = None,
     defence: str | Path | None = None,
     text: str | Path | None = None,
     dense: str | Path | None = None,
@@ -227,7 +233,7 @@ def evaluate(
     if dense is not None and text is None:
         raise RegraftError("--dense is for measuring KL on a text: name the text with --text.")
     on_text = None if text is None else stages.OnText(Path(text), _path(dense))
-    put_on = _path(patch), _path(defence)
+    put_on = _file(patch), _path(defence)
     target = open_target(model, compute, endpoint, progress, *put_on, on_text)
     return stages.evaluate_target(target, Path(out), _suites(suites), own).result
 
@@ -238,7 +244,7 @@ def check(
     out: str | Path,
     *,
     suites: Suites = (),
-    patch: str | Path | None = None,
+    patch: str | Path | Patch | None = None,
     progress: Progress = SILENT,
     **settings: Any,
 ) -> Check:
@@ -263,7 +269,7 @@ def check(
     clear_check(Path(out))
     sides = (
         open_side(dense, compute, endpoint, progress=progress),
-        open_side(compressed, compute, endpoint, _path(patch), progress),
+        open_side(compressed, compute, endpoint, _file(patch), progress),
     )
     if all(isinstance(one, Path) or one.compute is None for one in sides):
         refuse_compute(compute, "Neither of the two models is run here")
@@ -326,6 +332,23 @@ def _suites(named: Suites) -> list[DataSource]:
 
 def _path(given: str | Path | None) -> Path | None:
     return None if given is None else Path(given)
+
+
+def _folder(model: Model) -> Path:
+    return model.folder if isinstance(model, Source) else Path(model)
+
+
+def _files(given: Patches) -> list[Path]:
+    named = [given] if isinstance(given, str | Path | Patch) else given
+    return [file for one in named if (file := _file(one)) is not None]
+
+
+def _file(given: str | Path | Patch | None) -> Path | None:
+    if not isinstance(given, Patch):
+        return _path(given)
+    if given.file is None:
+        raise RegraftError("A patch in memory has no file. Name the file that `realign` wrote.")
+    return given.file
 
 
 def _paths(given: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -171,7 +171,7 @@ def show_study(console: Console, study: Study) -> None:
 
 
 def show_preview(console: Console, out: Path, plan: Planned) -> None:
-    columns = {
+    columns: dict[str, Sequence[object]] = {
         "step": [one.stage for one in plan.steps],
         "model": [one.of for one in plan.steps],
         "done": ["yes" if one.done else "" for one in plan.steps],

@@ -21,10 +21,9 @@ from regraft.cli.options import (
     Trust,
     as_command,
     live_progress,
-    made,
 )
 from regraft.cli.running import compare
-from regraft.console import say, show_grid, show_table
+from regraft.console import say, show_grid, show_preview, show_table
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import open_source
 from regraft.pruning.statistics import StatisticsSettings
@@ -59,7 +58,7 @@ def heads(
     show: int = 10,
     dry_run: DryRun = False,
 ) -> None:
-    """Score every head for safety on harmful prompts (D^s): Ships and KL by ablation.
+    """Score every head for safety on harmful prompts, by ablation: Ships and KL.
 
     Example: regraft analyse heads MODEL --data vlguard VLGuard/train.json --out heads.safetensors
 
@@ -77,8 +76,11 @@ def heads(
     opened = compute.opened(model)
     setup = stages.Setup(opened, calibration, compute, progress, scoring=settings)
     plan = plan_steps(setup, [heads_step(setup, out)])
-    if made(plan, out, progress, dry_run=dry_run):
-        _show_heads(progress.console, load_heads(out, opened.architecture), show)
+    if dry_run:
+        show_preview(progress.console, out, plan)
+        return
+    plan.carry_out()
+    _show_heads(progress.console, load_heads(out, opened.architecture), show)
 
 
 @app.command(name="statistics")
@@ -91,7 +93,10 @@ def statistics(
     compute: Compute = ComputeSettings(),
     dry_run: DryRun = False,
 ) -> None:
-    """Gather the statistics on D^s and D^u from which HSR ranks weights (Wanda: 9 MB for 7B)."""
+    """Gather statistics on harmful and harmless prompts, by which HSR ranks weights.
+
+    Wanda's take 9 MB for a model of 7B.
+    """
     from regraft import stages
     from regraft.stages.gathering import statistics_step
     from regraft.stages.steps import plan_steps
@@ -99,8 +104,11 @@ def statistics(
     progress = live_progress()
     setup = stages.Setup(compute.opened(model), calibration, compute, progress)
     plan = plan_steps(setup, [statistics_step(setup, out, settings)])
-    if made(plan, out, progress, dry_run=dry_run):
-        progress.note(f"Wrote {out}")
+    if dry_run:
+        show_preview(progress.console, out, plan)
+        return
+    plan.carry_out()
+    progress.note(f"Wrote {out}")
 
 
 @app.command(name="sweep")
@@ -270,8 +278,10 @@ def defence(
     model = open_source(pruned, trust_remote_code=trust)
     setup = stages.Setup(model, prompts.with_responses(), compute, progress)
     plan = plan_steps(setup, [defence_step(setup, lambda: model, out, settings)])
-    if not made(plan, out, progress, dry_run=dry_run):
+    if dry_run:
+        show_preview(progress.console, out, plan)
         return
+    plan.carry_out()
     found = load_defence(out)
     if isinstance(found, Direction):
         progress.note(

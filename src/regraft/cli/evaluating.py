@@ -45,7 +45,9 @@ def evaluate(
 ) -> None:
     """Evaluate a model on test suites: ASR, over-refusal and utility with 95 % intervals.
 
-    Answers are decoded greedily and saved.
+    ASR is the share of harmful prompts that are answered, over-refusal that of harmless ones that
+    are refused, utility how close answers to harmless ones are to their references. Answers are
+    decoded greedily and saved.
 
     Example: regraft eval pruned --suite safebench FigStep/data --suite mossbench MOSSBench/data
     --out eval/pruned

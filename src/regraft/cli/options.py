@@ -6,20 +6,17 @@ import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import create_model
 from rich.console import Console
 
 from regraft import distributed
-from regraft.console import ConsoleProgress, show_preview
+from regraft.console import ConsoleProgress
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-
-if TYPE_CHECKING:
-    from regraft.stages.steps import Planned
 
 Flat = Parameter(name="*")
 Model = Annotated[str, Parameter(help="Checkpoint folder or hub id; 'demo' is the bundled model.")]
@@ -58,15 +55,6 @@ def live_progress() -> ConsoleProgress:
     """Progress and notes on standard output; of several processes only the first one prints."""
     width = None if sys.stdout.isatty() else 120
     return ConsoleProgress(Console(width=width, quiet=not distributed.first(), emoji=False))
-
-
-def made(plan: Planned, out: Path, progress: ConsoleProgress, *, dry_run: bool) -> bool:
-    """Make the steps of a plan, or show them if `dry_run`; returns whether they were made."""
-    if dry_run:
-        show_preview(progress.console, out, plan)
-    else:
-        plan.make()
-    return not dry_run
 
 
 _create_model: Any = create_model

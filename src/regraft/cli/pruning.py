@@ -14,8 +14,8 @@ from regraft.cli.options import (
     Model,
     OutFolder,
     live_progress,
-    made,
 )
+from regraft.console import show_preview
 from regraft.flags import check_pruning
 from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, described
 from regraft.pruning.prune import zeros
@@ -65,7 +65,7 @@ def prune(
 ) -> None:
     """Set the least important weights to 0, by Wanda or another pruner (--method).
 
-    Importance is measured on harmless prompts with answers (D^u); safety-potential uses harmful
+    Importance is measured on harmless prompts with answers; safety-potential uses harmful
     prompts with and without a safety prompt, magnitude no data.
 
     Example: regraft prune MODEL --sparsity 0.5 --data vlguard VLGuard/train.json --out pruned
@@ -80,10 +80,13 @@ def prune(
     check_pruning(settings, calibration)
     setup = stages.Setup(compute.opened(model), calibration, compute, progress)
     plan = plan_steps(setup, [prune_step(setup, settings, out)])
-    if made(plan, out, progress, dry_run=dry_run):
-        pruned = compute.opened(out)
-        count = zeros(pruned.checkpoint, pruned.architecture)
-        progress.note(
-            f"{out}: {count:,} of {pruned.architecture.prunable:,} prunable weights are zero "
-            f"({100 * count / pruned.architecture.prunable:.2f} %)."
-        )
+    if dry_run:
+        show_preview(progress.console, out, plan)
+        return
+    plan.carry_out()
+    pruned = compute.opened(out)
+    count = zeros(pruned.checkpoint, pruned.architecture)
+    progress.note(
+        f"{out}: {count:,} of {pruned.architecture.prunable:,} prunable weights are zero "
+        f"({100 * count / pruned.architecture.prunable:.2f} %)."
+    )

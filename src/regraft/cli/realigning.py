@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Group, Parameter
 from pydantic import ValidationError
 
-from regraft.cli.options import DryRun, OutFile, OutFolder, as_command, live_progress, made
-from regraft.console import ConsoleProgress, show_search, show_tuned
+from regraft.cli.options import DryRun, OutFile, OutFolder, as_command, live_progress
+from regraft.console import ConsoleProgress, show_preview, show_search, show_tuned
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
 from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_realign, check_tuning
@@ -107,8 +107,10 @@ def run_method(
     paths = stages.ArtifactPaths.beside(out, given)
     chosen = choice if search else None
     plan = plan_restoration(setup, compute.opened(pruned), settings, paths, chosen)
-    if not made(plan, out, progress, dry_run=dry_run):
+    if dry_run:
+        show_preview(progress.console, out, plan)
         return
+    plan.carry_out()
     if search:
         show_search(progress.console, read_curve(paths.curve))
         progress.note(f"All points: {paths.curve}")
@@ -143,6 +145,25 @@ def _broken(name: str, error: Exception) -> Callable[..., None]:
         raise RegraftError(why)
 
     command.__doc__ = "Cannot be used; call it to see why."
+    return command
+
+
+def _without_method(group: App) -> Callable[..., None]:
+    """What a command does without a method: show its help, or refuse another word."""
+    name = group.name[0]
+
+    def command(
+        *words: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
+    ) -> None:
+        if words:
+            methods = [one for one in group if not one.startswith("-")]
+            raise RegraftError(
+                f"{words[0]!r} is no method. Name one after {name}: {', '.join(methods)}."
+            )
+        from regraft.cli import application
+
+        application(listed=False)([name, "--help"])
+
     return command
 
 
@@ -182,6 +203,9 @@ app = App(
     "Use gain unless you want to compare methods:\n\n"
     "regraft realign gain DENSE PRUNED --data prompts.jsonl --out gain.safetensors",
 )
+
+
+app.default(_without_method(app))
 for _name in METHODS.names():
     try:
         _settings = METHODS.get(_name).settings_type
@@ -219,6 +243,7 @@ def tune(
 
 
 tune_app = App(name="tune", help=_ABOUT_TUNING)
+tune_app.default(_without_method(tune_app))
 for _name in METHODS.working():
     if METHODS.get(_name).tunes:
         _text = f"Tune {_name}: {(METHODS.get(_name).settings_type.__doc__ or '').strip()}"

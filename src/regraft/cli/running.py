@@ -22,6 +22,9 @@ Against = Annotated[
     tuple[str, ...],
     Parameter(consume_multiple=True, help="Methods to test all others against, one or several."),
 ]
+RunFolder = Annotated[
+    Path, Parameter(name=["--out", "-o"], help="Folder of the run: new, or to be continued.")
+]
 Bundled = Annotated[
     Path | None, Parameter(help="New .zip file for the run's results, to send to others.")
 ]
@@ -30,7 +33,7 @@ Bundled = Annotated[
 def run(
     recipe: Path | None = None,
     *,
-    out: MaybeOutFolder = None,
+    out: RunFolder | None = None,
     dry_run: bool = False,
     template: bool = False,
 ) -> None:
@@ -61,21 +64,17 @@ def run(
             "Name a recipe and, with --out, a folder; --template prints a recipe to start from."
         )
     from regraft.runs import pipeline
-    from regraft.runs.run_dir import runs_of
-    from regraft.stages.evaluation_cache import EvaluationCache
 
     read = read_recipe(recipe)
     progress = live_progress()
     if dry_run:
-        cache = EvaluationCache()
-        for folder, one in runs_of(read, out).items():
-            planned = pipeline.plan_run(one, folder, cache, progress)
-            show_preview(progress.console, folder, planned)
+        for folder, plan in pipeline.plan_recipe(read, out, progress=progress).items():
+            show_preview(progress.console, folder, plan)
     else:
         show_page(progress, pipeline.run_recipe(read, out, progress), out / "report")
 
 
-def demo(*, out: OutFolder = Path("demo-run")) -> None:
+def demo(*, out: RunFolder = Path("demo-run")) -> None:
     """Run an example recipe on the bundled model: about ten minutes on a CPU core, no network."""
     from importlib.resources import files
 

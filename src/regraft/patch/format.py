@@ -81,12 +81,17 @@ class TensorPatch:
 class Patch:
     """Tensor name on disk -> its new values.
 
-    `about` records how the patch was made; `name` identifies it in messages, usually its file.
+    `about` records how the patch was made; `file` is where it was read from, if it was.
     """
 
     tensors: Mapping[str, TensorPatch]
     about: Mapping[str, Any]
-    name: str = "a patch in memory"
+    file: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """What identifies it in messages."""
+        return "a patch in memory" if self.file is None else str(self.file)
 
     @property
     def restored(self) -> int:
@@ -260,7 +265,7 @@ def load_patch(path: Path) -> Patch:
                 f"{path}: the tensors {name}.positions and {name}.values are not valid for its "
                 f"shape; expected ascending positions below {size:,}, and a value for each."
             )
-    return Patch(tensors, header["about"], str(path))
+    return Patch(tensors, header["about"], path)
 
 
 def _before(path: Path, name: str, stored: Mapping[str, Tensor]) -> Tensor:

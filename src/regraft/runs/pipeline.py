@@ -17,6 +17,7 @@ from regraft.costs import Ledger, Metered
 from regraft.disk.files import (
     atomic_folder,
     discard_leftover,
+    leftover_bytes,
     require_empty,
     require_space,
     write_text,
@@ -42,7 +43,7 @@ from regraft.runs.run_dir import RunDir, folder_of_model, runs_of
 from regraft.stages.provenance import but_for_rounding, difference
 from regraft.stages.ranking import check_restorable
 from regraft.stages.reading import warn_of_bundled
-from regraft.stages.steps import Planned, make_steps, plan_steps
+from regraft.stages.steps import Planned, plan_steps
 
 
 def run_recipe(recipe: Recipe, folder: Path, progress: Progress = SILENT) -> Study:
@@ -61,12 +62,8 @@ def run_recipe(recipe: Recipe, folder: Path, progress: Progress = SILENT) -> Stu
     runs = runs_of(recipe, folder)
     if folder in runs:
         return run_one(recipe, folder, progress)
-    if recipe.published is not None:
-        read_published(recipe.published)
     cache = stages.EvaluationCache()
-    planned = [plan_run(one, path, cache, progress) for path, one in runs.items()]
-    kept = sum(one.kept for one in planned)
-    require_space(folder, kept + max(one.most - one.kept for one in planned))
+    plan_recipe(recipe, folder, cache, progress)
     claim(folder, recipe)
     first = next(iter(runs))
     for run_folder, one in runs.items():
@@ -78,6 +75,30 @@ def run_recipe(recipe: Recipe, folder: Path, progress: Progress = SILENT) -> Stu
         if recipe.models:
             cache.forget_prompts()
     return report_recipe(folder)
+
+
+def plan_recipe(
+    recipe: Recipe,
+    folder: Path,
+    cache: stages.EvaluationCache | None = None,
+    progress: Progress = SILENT,
+) -> dict[Path, Planned]:
+    """Plan the runs of a recipe, by their folders, and check all that `run_recipe` checks.
+
+    Raises:
+        RegraftError: bad input, or the folder holds something else.
+    """
+    if recipe.published is not None:
+        read_published(recipe.published)
+    recipe_before(folder, recipe)
+    cache = cache or stages.EvaluationCache()
+    runs = runs_of(recipe, folder)
+    for path, one in runs.items():
+        recipe_before(path, one)
+    plans = {path: plan_run(one, path, cache, progress) for path, one in runs.items()}
+    kept = sum(one.kept for one in plans.values())
+    require_space(folder, kept + max(one.most - one.kept for one in plans.values()))
+    return plans
 
 
 def report_recipe(folder: Path) -> Study:
@@ -158,9 +179,7 @@ def plan_run(
         survey = setup.cache.surveyed(dense, existing, progress)
         for one in recipe.realign:
             check_restorable(one, survey)
-    plan = plan_steps(setup, tuple(Planner(recipe, run_dir, setup, existing).steps()))
-    require_space(folder, plan.most)
-    return plan
+    return plan_steps(setup, Planner(recipe, run_dir, setup, existing).steps())
 
 
 def run_one(
@@ -186,8 +205,8 @@ def run_one(
     for suite in recipe.evaluate.suite:
         warn_of_bundled(setup.dense, suite, progress.note)
     costs = Ledger(run_dir.costs, metered, pick_device(recipe.compute.device))
-    # The steps hold `setup` as it was; nothing but `make` reads the guard.
-    make_steps(replace(setup, guard=costs.measure), plan.steps)
+    # The steps hold `setup` as it was; nothing but `carry_out` reads the guard.
+    replace(plan, setup=replace(setup, guard=costs.measure)).carry_out()
     setup.cache.unload()
     if learns_from_both(recipe):
         count_pass(setup, run_dir.calibration_pass)
@@ -211,24 +230,32 @@ def claim(folder: Path, recipe: Recipe) -> None:
         RegraftError: the folder holds something else.
     """
     file = RunDir(folder).recipe
-    if not distributed.first():
-        distributed.barrier()
-        return
-    if file.exists():
-        before = read_recipe(file)
-        found, wanted = _fixed(before), _fixed(recipe)
-        if found != (wanted := _without_additions(wanted, found)):
-            raise RegraftError(
-                f"{folder} holds a run of another recipe ({difference(found, wanted)}). Choose "
-                "another output folder."
-            )
-    else:
-        before = None
+    if distributed.first():
         discard_leftover(file)
-        require_empty(folder)
-    if before != recipe:
-        write_text(file, write_recipe(recipe))
+        if recipe_before(folder, recipe) != recipe:
+            write_text(file, write_recipe(recipe))
     distributed.barrier()
+
+
+def recipe_before(folder: Path, recipe: Recipe) -> Recipe | None:
+    """The recipe of an earlier run in the folder, of which `recipe` may be a continuation.
+
+    Raises:
+        RegraftError: it is another one, or the folder holds something else.
+    """
+    file = RunDir(folder).recipe
+    if not file.exists():
+        if not leftover_bytes(file):  # else `claim` removes it first, and checks then
+            require_empty(folder)
+        return None
+    before = read_recipe(file)
+    found, wanted = _fixed(before), _fixed(recipe)
+    if found != (wanted := _without_additions(wanted, found)):
+        raise RegraftError(
+            f"{folder} holds a run of another recipe ({difference(found, wanted)}). Choose "
+            "another output folder."
+        )
+    return before
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:

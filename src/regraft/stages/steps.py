@@ -16,6 +16,7 @@ import torch
 from regraft.data.example import Example, Reading
 from regraft.data.sources import seen_before
 from regraft.data.storage import kept_if_read
+from regraft.disk.files import require_space
 from regraft.models.load import pick_device
 from regraft.stages.provenance import unfinished_bytes
 from regraft.stages.setup import Setup
@@ -120,9 +121,15 @@ class Planned:
         dtype: torch.dtype = getattr(torch, self.setup.compute.dtype_of(self.setup.dense))
         return self.setup.dense.architecture.parameters * dtype.itemsize
 
-    def make(self) -> None:
-        """Make the steps in order."""
-        make_steps(self.setup, self.steps)
+    def carry_out(self) -> None:
+        """Make the steps in order, each in the context of the guard."""
+        for step in self.steps:
+            if step.title:
+                self.setup.progress.note(step.title)
+            if step.loads_model and not step.done:
+                self.setup.cache.unload()
+            with self.setup.guard(step.stage, step.of):
+                step.make()
 
     def seconds(self) -> float:
         """Estimated seconds of the steps that are not done, within a factor of about three."""
@@ -138,28 +145,21 @@ class Planned:
         return 2 * dense.architecture.parameters * tokens / speed
 
 
-def make_steps(setup: Setup, steps: Iterable[Step]) -> None:
-    """Make steps in order, each in the context of the guard."""
-    for step in steps:
-        if step.title:
-            setup.progress.note(step.title)
-        if step.loads_model and not step.done:
-            setup.cache.unload()
-        with setup.guard(step.stage, step.of):
-            step.make()
-
-
 @kept_if_read()
-def plan_steps(setup: Setup, steps: Sequence[Step]) -> Planned:
-    """Check the input of all steps, before anything is written.
+def plan_steps(setup: Setup, steps: Iterable[Step]) -> Planned:
+    """Check the input of all steps, and the space on the disk, before anything is written.
 
     Raises:
         RegraftError: bad input.
+        PassingError: the disk is too full.
     """
-    prompts = PromptUse()
-    for step in steps:
+    known, prompts = tuple(steps), PromptUse()
+    for step in known:
         prompts |= step.check()
-    return Planned(setup, tuple(steps), prompts)
+    plan = Planned(setup, known, prompts)
+    if plan.left:
+        require_space(plan.left[0].out, plan.most)
+    return plan
 
 
 @cache

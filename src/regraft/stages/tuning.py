@@ -43,7 +43,7 @@ from regraft.stages.ranking import check_restorable
 from regraft.stages.restoring import gathering_steps, patch_steps
 from regraft.stages.searching import Search, bounds_of
 from regraft.stages.setup import ArtifactPaths, Setup
-from regraft.stages.steps import PromptUse, make_steps, plan_steps
+from regraft.stages.steps import PromptUse, plan_steps
 from regraft.stages.trials import Trials, claim, exclusive, one_at_a_time, require_optuna, space_of
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class _Tuning:
         paths = self._paths(self.method, setup.scoring.r_max, 0)
         steps = gathering_steps(setup, [replace(needs, heads=None)], paths)
         search = Search(setup, self.choice)
-        used = plan_steps(setup, tuple(steps)).prompts | search.check()
+        used = plan_steps(setup, steps).prompts | search.check()
         for line in (used | PromptUse(learnt=setup.learnt_from())).warnings():
             setup.progress.note(f"Warning: {line}.")
         drawn = {kind: setup.drawn(kind) for kind in KINDS}
@@ -222,10 +222,11 @@ class _Tuning:
     ) -> list[Point]:
         """The points with restored weights; none if there is nothing to restore."""
         paths = self._paths(method, setup.scoring.r_max, number)
-        make_steps(setup, gathering_steps(setup, [needs_of(method)], paths))
+        gathered = gathering_steps(setup, [needs_of(method)], paths)
         name = paths.ranking.stem
         rank, realign = patch_steps(setup, lambda: self.pruned, method, paths, name=name)
-        make_steps(setup, [rank] if method.searchable else [rank, realign])
+        steps = [*gathered, rank] if method.searchable else [*gathered, rank, realign]
+        plan_steps(setup, steps).carry_out()
         with setup.guard("evaluate", str(number)):
             if method.searchable:
                 return list(search.curve(self.pruned, method, paths).points[1:])
