@@ -494,7 +494,7 @@ def test_patches_that_disagree(tmp_path: Path, pair: tuple[Source, Source]) -> N
     }
     before = tree(tmp_path)
     for message, other in others.items():
-        named = [replace(one, name="a.st"), Patch({name: other}, {}, "b.st")]
+        named = [replace(one, file=Path("a.st")), Patch({name: other}, {}, Path("b.st"))]
         for order in (named, named[::-1]):
             with pytest.raises(RegraftError, match=message) as caught:
                 apply_patch(pruned.checkpoint, order, tmp_path / "out")
