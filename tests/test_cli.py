@@ -1600,10 +1600,13 @@ def test_every_method_has_a_command_with_only_its_flags(
 
 @pytest.mark.parametrize("columns", [80, 100])
 @pytest.mark.parametrize("name", METHODS.names())
-def test_the_help_of_a_method_fits_two_screens(name: str, columns: int) -> None:
+@pytest.mark.parametrize("command", ["realign", "tune"])
+def test_the_help_of_a_method_fits_two_screens(command: str, name: str, columns: int) -> None:
+    if command == "tune" and not METHODS.get(name).tunes:
+        pytest.skip(f"{name} has nothing to tune")
     shown = io.StringIO()
     console = Console(file=shown, width=columns)
-    app(["realign", name, "--help"], console=console, result_action="return_value")
+    app([command, name, "--help"], console=console, result_action="return_value")
     lines = shown.getvalue().splitlines()
     assert len(lines) <= 80
     assert max(map(len, lines)) == columns

@@ -38,7 +38,7 @@ from regraft.restoration.base import Between, MethodSettings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.searching import SearchSettings, TuneSettings
+from regraft.settings.searching import BoundSettings, TuneSettings
 from regraft.stages import trials as trials_module
 from regraft.stages import tuning
 from regraft.stages.searching import Search
@@ -73,7 +73,7 @@ def tune(root: Path, tmp_path: Path) -> Callable[..., Tuned]:
         own = {k: changes.pop(k) for k in list(changes) if k in TuneSettings.model_fields}
         given = {
             "out": tmp_path / "tuned",
-            "choice": SearchSettings(validation=data, validation_limit=2, points=2),
+            "bounds": BoundSettings(validation=data, validation_limit=2, points=2),
         }
         restoration = stages.Setup(
             open_source(root / "dense"),
@@ -501,7 +501,7 @@ def test_bad_input(refused: Callable[..., str]) -> None:
     assert "--p-range" in refused("--p-range", 0.1)
     assert "less than one weight" in refused("--budget", 1e-5)
     assert "keep: 'swap' is not tuned here" in refused("--keep", "swap")
-    assert "leave target_asr" in refused("--target-asr", 3)
+    assert "--target-asr" in refused("--target-asr", 3)  # it looks for the lowest
     assert "--r-max" in refused(method="set-difference")  # which scores no heads
     assert "These settings score no heads" in refused("--heads", "all")  # --r-max 2
     assert "gain" in refused(method="gain")  # which has nothing to tune
@@ -519,7 +519,7 @@ def test_validation_prompts_that_are_not_named_are_held_out(
 ) -> None:
     """Of these eight prompts one, which is harmful."""
     with pytest.raises(RegraftError, match="#held-out"):
-        tune(method(), choice=SearchSettings(validation_limit=2, points=2))
+        tune(method(), bounds=BoundSettings(validation_limit=2, points=2))
     assert not (tmp_path / "tuned").exists()
 
 
@@ -543,7 +543,7 @@ def test_a_folder_of_other_settings_is_refused(
     tune: Callable[..., Tuned], root: Path, tmp_path: Path
 ) -> None:
     data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
-    choice = SearchSettings(validation=data, validation_limit=2, points=2)
+    bounds = BoundSettings(validation=data, validation_limit=2, points=2)
     tune(method(), trials=1)
     before = tree(tmp_path / "tuned")
     with pytest.raises(
@@ -551,7 +551,7 @@ def test_a_folder_of_other_settings_is_refused(
     ):
         tune(method(score="magnitude"), trials=2)
     with pytest.raises(RegraftError, match=r"settings\.search\.points: 2 there, 3 now"):
-        tune(method(), choice=choice.model_copy(update={"points": 3}))
+        tune(method(), bounds=bounds.model_copy(update={"points": 3}))
     assert tree(tmp_path / "tuned") == before
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")

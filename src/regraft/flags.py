@@ -17,7 +17,7 @@ from regraft.restoration.base import Budgeted, MethodSettings, needs_of
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EndpointSettings
-from regraft.settings.searching import SearchSettings
+from regraft.settings.searching import BoundSettings
 
 DEFAULT_VALIDATION_TOKENS = 64
 
@@ -77,10 +77,10 @@ def check_realign(
     _check_scoring(settings, scoring)
 
 
-def check_tuning(settings: MethodSettings, choice: SearchSettings, scoring: HeadSettings) -> None:
+def check_tuning(settings: MethodSettings, bounds: BoundSettings, scoring: HeadSettings) -> None:
     """Refuse settings that no trial would use."""
     _check_scoring(settings, scoring)
-    if not settings.searchable and choice.first_set("points", "most"):
+    if not settings.searchable and bounds.first_set("points", "most"):
         raise RegraftError(
             "Without a --budget there is no number to try: leave out --points, --most."
         )

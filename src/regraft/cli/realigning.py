@@ -25,7 +25,7 @@ from regraft.settings.base import EXPERT, explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.searching import SearchSettings, TuneSettings
+from regraft.settings.searching import BoundSettings, SearchSettings, TuneSettings
 
 if TYPE_CHECKING:
     from regraft.stages import Setup
@@ -36,6 +36,7 @@ Dense = Annotated[str, Parameter(help="Dense checkpoint: a folder or hub id.")]
 Pruned = Annotated[str, Parameter(help="The same model, pruned or dequantised.")]
 Prompts = Annotated[PromptSettings, _DATA]
 Choice = Annotated[SearchSettings, Parameter(name="*", group=_SEARCH)]
+Bounds = Annotated[BoundSettings, Parameter(name="*", group=_SEARCH)]
 AnswerLength = Annotated[int, Parameter(help="Maximum length of an answer.", group=_SEARCH)]
 Search = Annotated[bool, Parameter(help="Choose it on validation prompts.", group=_SEARCH)]
 HeadsFile = Annotated[Path | None, Parameter(help="Scores from regraft analyse heads."), EXPERT]
@@ -225,7 +226,7 @@ def tune(
     settings: MethodSettings,
     tuning: Trials = TuneSettings(),
     calibration: Prompts = CalibrationSettings(),
-    choice: Choice = SearchSettings(),
+    bounds: Bounds = BoundSettings(),
     max_new_tokens: AnswerLength = DEFAULT_VALIDATION_TOKENS,
     scoring: Scoring = HeadSettings(),
     compute: Where = ComputeSettings(),
@@ -233,9 +234,9 @@ def tune(
     from regraft.stages.tuning import tune_method
 
     progress = live_progress()
-    check_tuning(settings, choice, scoring)
+    check_tuning(settings, bounds, scoring)
     setup = _setup(dense, calibration, max_new_tokens, scoring, compute, progress)
-    tuned = tune_method(setup, compute.opened(pruned), out, settings, tuning, choice)
+    tuned = tune_method(setup, compute.opened(pruned), out, settings, tuning, bounds)
     show_tuned(progress.console, tuned)
     progress.note(f"All trials: {out / 'tuned.json'}")
     if tuned.best is not None:
@@ -246,6 +247,6 @@ tune_app = App(name="tune", help=_ABOUT_TUNING)
 tune_app.default(_without_method(tune_app))
 for _name in METHODS.working():
     if METHODS.get(_name).tunes:
-        _text = f"Tune {_name}: {(METHODS.get(_name).settings_type.__doc__ or '').strip()}"
+        _text = (METHODS.get(_name).settings_type.__doc__ or "").strip()
         with suppress(Exception):  # a package's method; `realign` says what is wrong with it
             tune_app.command(for_method(tune, _name, _text), name=_name)

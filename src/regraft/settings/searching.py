@@ -16,13 +16,13 @@ from regraft.settings.data import CalibrationSettings, Validation
 from regraft.settings.defending import RefusalDirectionSettings
 
 
-class SearchSettings(Settings):
-    """How many weights of a ranking are restored, chosen on validation prompts."""
+class BoundSettings(Settings):
+    """Which numbers of weights are tried on validation prompts, and bounds for the rates there."""
 
     validation: Validation = Field(
         None,
-        description="Prompts to choose on; report no rates on them. By default a quarter of --data "
-        "is held out; a recipe must name them.",
+        description="Prompts to choose on, not to report on; by default a quarter of --data, held "
+        "out; recipes need them.",
     )
     validation_limit: Annotated[int | None, EXPERT] = Field(
         None, ge=1, description="Use only the first N of each kind."
@@ -30,12 +30,6 @@ class SearchSettings(Settings):
     points: int = Field(8, ge=1, description="How many numbers of weights to try.")
     most: float | None = Field(
         None, gt=0, description="Try at most this many weights per 10,000 pruned."
-    )
-    target_asr: float | None = Field(
-        None, ge=0, le=100, description="Take the fewest weights with an ASR (%) this low."
-    )
-    target_rsr: float | None = Field(
-        None, ge=1, le=200, description="Take the fewest weights with an RSR (%) this high."
     )
     over_refusal: float = Field(
         1.0,
@@ -50,6 +44,17 @@ class SearchSettings(Settings):
         "higher", description="Model whose over-refusal is the reference: pruned, dense or higher."
     )
 
+
+class SearchSettings(BoundSettings):
+    """How many weights of a ranking are restored, chosen on validation prompts."""
+
+    target_asr: float | None = Field(
+        None, ge=0, le=100, description="Take the fewest weights with an ASR (%) this low."
+    )
+    target_rsr: float | None = Field(
+        None, ge=1, le=200, description="Take the fewest weights with an RSR (%) this high."
+    )
+
     @model_validator(mode="after")
     def _check(self) -> SearchSettings:
         if self.target_asr is not None and self.target_rsr is not None:
@@ -60,15 +65,11 @@ class SearchSettings(Settings):
 class TuneSettings(Settings):
     """How a method's settings are tuned; the method says which, and in which ranges."""
 
-    trials: int = Field(
-        40, ge=1, description="Finished trials in total; to add more, raise it and run again."
-    )
+    trials: int = Field(40, ge=1, description="Finished trials in total.")
     sampler_seed: int = Field(
-        0, ge=0, description="Seed of the sampler; a single start repeats the same trials with it."
+        0, ge=0, description="Seed of the sampler, for the same trials again."
     )
-    random_trials: int = Field(
-        10, ge=1, description="Random trials before TPE starts to learn from them."
-    )
+    random_trials: int = Field(10, ge=1, description="Random trials before TPE begins.")
     keep: tuple[str, ...] = Field((), description="Settings not to tune, such as scope.")
 
 

@@ -36,7 +36,7 @@ from regraft.patch.pair import check_pair
 from regraft.recipes.file import recipe_item
 from regraft.restoration.base import MethodSettings, needs_of
 from regraft.settings.base import explain
-from regraft.settings.searching import SearchSettings, TuneSettings
+from regraft.settings.searching import BoundSettings, SearchSettings, TuneSettings
 from regraft.stages.gathering import check_r_max
 from regraft.stages.provenance import describe, fingerprints
 from regraft.stages.ranking import check_restorable
@@ -58,7 +58,7 @@ def tune_method(
     out: Path,
     method: MethodSettings,
     tuning: TuneSettings = TuneSettings(),
-    choice: SearchSettings = SearchSettings(),
+    bounds: BoundSettings = BoundSettings(),
 ) -> Tuned:
     """Search for a method's settings that give the lowest ASR within bounds on validation prompts.
 
@@ -68,12 +68,13 @@ def tune_method(
     Args:
         out: A new folder, or that of the same tuning.
         method: The method's settings; those that are not tuned, such as the budget, stay as given.
+        bounds: Within them the lowest ASR is looked for.
 
     Raises:
         RegraftError: bad input, the folder is of another tuning, or Optuna is missing.
     """
-    _check(choice)
-    dense = setup.dense
+    _check_processes()
+    dense, choice = setup.dense, SearchSettings(**bounds.model_dump())
     choice, setup = setup.choosing(choice)
     check_pair(dense, pruned)
     survey = setup.cache.surveyed(dense, pruned, setup.progress)
@@ -104,17 +105,12 @@ def finished(trials: Trials) -> list[Tried]:
     ]
 
 
-def _check(choice: SearchSettings) -> None:
+def _check_processes() -> None:
     require_optuna()
     if distributed.world() > 1:
         raise RegraftError(
             "Tuning shares its trials between several starts, not between the processes of "
             "torchrun: start it without, several times."
-        )
-    if choice.target_asr is not None or choice.target_rsr is not None:
-        raise RegraftError(
-            "Tuning looks for the lowest ASR within the bounds: leave target_asr and target_rsr "
-            "out."
         )
 
 
