@@ -133,14 +133,14 @@ def test_both_work_in_a_recipe(installed: Path, prompts: Path, tmp_path: Path) -
 
 
 def test_a_fault_of_a_plug_in_is_told_as_its_own(
-    installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    installed: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with (installed / "toy_data.py").open("a") as file:
         file.write(
             'def read_toy(path, split):\n    return {}["prompt"]\n\n\nPLUGIN = Dataset(read_toy)\n'
         )
     model = pico.save("qwen3", tmp_path / "model")
-    words = ["eval", model, "--suite", "toy", tmp_path / "any", "--out", tmp_path / "out"]
+    words = ["eval", model, "--suite", "toy", prompts, "--out", tmp_path / "out"]
     with pytest.raises(SystemExit, match="70"):
         main([str(word) for word in words])
     message = " ".join(capsys.readouterr().err.split())
