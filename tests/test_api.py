@@ -223,6 +223,17 @@ def test_the_word_demo_is_the_bundled_model(
         open_source(Path("demo"))
 
 
+def test_a_pruned_model_is_opened_as_the_dense_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own code may run too, and a folder may be called as the bundled model."""
+    dense = open_source(root / "dense", trust_remote_code=True)
+    monkeypatch.chdir(tmp_path)
+    pruned = regraft.prune(dense, "demo", method="magnitude", device="cpu")
+    assert pruned.trust_remote_code
+    assert pruned.folder == Path("demo")
+
+
 def test_naming_the_package_imports_nothing_heavy() -> None:
     code = "import sys, regraft; assert not {'torch', 'pydantic'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -98,8 +98,7 @@ def prune(
     check_pruning(own, data)
     setup = stages.Setup(compute.opened(model), data, compute, progress)
     plan_steps(setup, [prune_step(setup, own, Path(out))]).carry_out()
-    pruned: Source = compute.opened(out)
-    return pruned
+    return open_source(Path(out), trust_remote_code=setup.dense.trust_remote_code)
 
 
 def score_heads(
