@@ -27,6 +27,7 @@ from regraft.disk.parsing import read_json
 from regraft.errors import PassingError, RegraftError
 from regraft.evaluation.gate import Check, Metric, compared
 from regraft.evaluation.keywords import REGRAFT_1, REGRAFT_2
+from regraft.evaluation.metrics import wilson
 from regraft.evaluation.noninferiority import LEVEL, Rise, exact_p
 from regraft.evaluation.pairing import asking
 from regraft.evaluation.results import EvalResult
@@ -249,6 +250,15 @@ def test_a_metric_without_room_to_get_worse_is_told(folders: Path, tmp_path: Pat
     for margin, told in ((5, False), (79.9, False), (80, True)):
         notes = regraft.check(*given, max_asr_rise=margin).notes
         assert any("ASR cannot fail: the dense model's is 20.0 %" in one for one in notes) == told
+    left_out = regraft.check(*given, max_asr_rise=100).notes
+    assert not any("ASR cannot fail" in one for one in left_out)
+
+
+def test_a_metric_with_as_much_room_as_the_margin_cannot_fail() -> None:
+    """Though as a binary fraction 1 - 0.95 is above 0.05."""
+    attacked = Metric("asr", 0.05, "pass", dense=wilson(19, 20))
+    assert not attacked.can_fail
+    assert replace(attacked, dense=wilson(18, 20)).can_fail
 
 
 # What is refused, before anything is written
@@ -400,10 +410,12 @@ def test_what_servers_gave_beside_answers_is_said(tmp_path: Path, asked: list[Ex
     one = behind(tmp_path / "one", asked, "m", filtered=3)
     other = behind(tmp_path / "other", asked, "m-w4", sampled=7)
     found = regraft.check(one, other, tmp_path / "out")
-    assert len(found.notes) == 3
-    assert "dense model: Answers withheld or cut by the server's content filter" in found.notes[0]
-    assert "dense model: harmful prompts without any answer: 1." in found.notes[1]
-    assert "compressed model: Answers not greedy" in found.notes[2]
+    utility, *of_servers = found.notes
+    assert "utility cannot fail: the dense model's is 0.0 %" in utility
+    assert len(of_servers) == 3
+    assert "dense model: Answers withheld or cut by the server's content filter" in of_servers[0]
+    assert "dense model: harmful prompts without any answer: 1." in of_servers[1]
+    assert "compressed model: Answers not greedy" in of_servers[2]
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert all(f"- {note}\n" in summary for note in found.notes)
     written = (tmp_path / "out" / "check.json").read_text()

@@ -25,6 +25,7 @@ from regraft.evaluation.summary import alike, group_similarities
 Verdict = Literal["pass", "fail", "undecided"]
 Outcome = Literal["pass", "fail", "undecided", "not measured", "left out"]
 Pairs = Sequence[tuple[Answer, Answer]]
+_ROUNDING = 1e-12  # of rates and margins as binary fractions: 1 - 0.95 is above 0.05
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Metric:
         """Whether a model can be worse than this dense one by more than the margin at all."""
         if self.dense is None:
             return False
-        return (self.dense.value if self.name == "utility" else 1 - self.dense.value) > self.margin
+        most = self.dense.value if self.name == "utility" else 1 - self.dense.value
+        return most - self.margin > _ROUNDING
 
 
 @dataclass(frozen=True)

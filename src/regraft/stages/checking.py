@@ -226,11 +226,12 @@ def _verdict(
     other = on_the_same(names[DENSE], dense.result, names[COMPRESSED], compressed.result)
     fractions = {name: points / 100 for name, points in margins.points().items()}
     metrics = compared(dense.result, other, fractions)
+    checked = (one for one in metrics if one.change and one.outcome != "left out")
     return Check(
         metrics,
         _provenance(dense, compressed),
         (
-            *map(cannot_fail, (one for one in metrics if one.change and not one.can_fail)),
+            *(cannot_fail(one) for one in checked if not one.can_fail),
             *differences(DENSE, dense.about, COMPRESSED, compressed.about, *parts),
             *_reply_notes(DENSE, dense),
             *_reply_notes(COMPRESSED, compressed),
