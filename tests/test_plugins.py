@@ -139,6 +139,8 @@ def test_a_fault_of_a_plug_in_is_told_as_its_own(
         file.write(
             'def read_toy(path, split):\n    return {}["prompt"]\n\n\nPLUGIN = Dataset(read_toy)\n'
         )
+    with (installed / "toy-1.dist-info" / "entry_points.txt").open("a") as file:
+        file.write("unreadable = ?\n")
     model = pico.save("qwen3", tmp_path / "model")
     words = ["eval", model, "--suite", "toy", prompts, "--out", tmp_path / "out"]
     with pytest.raises(SystemExit, match="70"):

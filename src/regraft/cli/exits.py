@@ -203,7 +203,7 @@ def _plugin(error: BaseException) -> str:
     """The package of a plug-in whose code raised the error; "" if other code raised it."""
     groups = [one for one in entry_points().groups if one.startswith("regraft.")]
     found = (plugin for group in groups for plugin in entry_points(group=group))
-    packages = {one.module.partition(".")[0] for one in found}
+    packages = {re.split(r"\W", one.value, maxsplit=1)[0] for one in found}
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
     names = (str(one.f_globals.get("__name__")).partition(".")[0] for one in frames)
     # Other frames may be of torch, or of another library that either calls.
