@@ -472,3 +472,17 @@ def test_nothing_to_imitate(
     with pytest.raises(RegraftError, match="each of the 5 harmful prompts is empty"):
         _imitated(source, _data(tmp_path / "data"), tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.jsonl"))
+
+
+def test_answers_to_imitate_are_made_beside_responses(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both kinds are in one folder, and a pruner may have made it."""
+    monkeypatch.setattr(answering, "generate", Says({}, SORRY))
+    setup = stages.Setup(source, CalibrationSettings(data=_data(tmp_path / "data")), COMPUTE)
+    step = answering.imitation_step(setup, tmp_path / "out")
+    step.out.parent.mkdir()
+    (step.out.parent / "harmful.jsonl").touch()
+    assert not step.done
+    step.make()
+    assert step.done

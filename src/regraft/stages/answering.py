@@ -91,9 +91,15 @@ def imitation_step(setup: Setup, folder: Path) -> Step:
         prompts = setup.imitated().items()
         return PromptUse({f"{KINDS[k]} calibration (imitated)": one for k, one in prompts})
 
+    # the last file that is written; `calibration_data` may have made the folder
+    out = _starts(folder, "utility")
     make = partial(imitation_data, setup, folder)
     answers = setup.count_imitated
-    return Step("answer", "", folder, make, check, answers=answers, loads_model=True)
+    return Step("answer", "", out, make, check, answers=answers, loads_model=True)
+
+
+def _starts(folder: Path, kind: str) -> Path:
+    return folder / f"{KINDS[kind]}-starts.jsonl"
 
 
 def imitation_data(setup: Setup, folder: Path) -> dict[str, Reading]:
@@ -116,8 +122,7 @@ def imitation_data(setup: Setup, folder: Path) -> dict[str, Reading]:
             "so there is nothing to imitate. Give other prompts."
         )
         request = _Request(prompts, count, len(TOKEN_WEIGHTS) + 1, _unless_blank, {}, none_kept)
-        out = folder / f"{KINDS[kind]}-starts.jsonl"
-        readings[kind] = _answer_prompts(setup, loader, request, out)
+        readings[kind] = _answer_prompts(setup, loader, request, _starts(folder, kind))
     return readings
 
 
