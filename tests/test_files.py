@@ -221,6 +221,22 @@ def test_sizes(tmp_path: Path) -> None:
     assert [size_of(tmp_path / name) for name in ("a", "in", ".", "none")] == [3, 4, 7, 0]
 
 
+def test_what_another_process_removes_has_no_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "a").write_bytes(bytes(3))
+    listed = os.scandir
+
+    def scandir(folder: Path) -> Any:
+        if Path(folder).name == "gone":
+            Path(folder).rmdir()
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert size_of(tmp_path) == 3
+
+
 def test_space(tmp_path: Path) -> None:
     require_space(tmp_path / "not" / "there" / "yet", 1)
     with pytest.raises(RegraftError, match=r"out needs 1048576.00 GiB and .* free") as caught:

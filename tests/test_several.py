@@ -20,7 +20,7 @@ import quick
 from commands import exit_code
 from disk import write_data
 from paper_data import write_paper_data
-from regraft import stages
+from regraft import distributed, stages
 from regraft.disk.files import digest, file_digest, write_json
 from regraft.errors import RegraftError
 from regraft.evaluation.keywords import DEFAULT_JUDGE
@@ -535,6 +535,30 @@ def test_a_bundle_of_one_run(world: Path, tmp_path: Path) -> None:
 
 
 # The paper
+
+
+@pytest.mark.parametrize("half", ["", "title: h"])
+def test_a_start_that_was_killed_at_once_leaves_no_run(tmp_path: Path, half: str) -> None:
+    (tmp_path / ".recipe.yaml.regraft-tmp").write_text(half)
+    (tmp_path / "thesis.txt").write_text("mine")
+    for check in (pipeline.recipe_before, pipeline.claim):
+        with pytest.raises(RegraftError, match="is not empty"):
+            check(tmp_path, Recipe())
+    (tmp_path / "thesis.txt").unlink()
+    assert pipeline.recipe_before(tmp_path, Recipe()) is None
+    pipeline.claim(tmp_path, Recipe())
+    assert [one.name for one in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize("first, found", [(True, "is not empty"), (False, "nowhere")])
+def test_one_process_looks_at_the_folder_in_which_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool, found: str
+) -> None:
+    """Another one might look while the recipe is written."""
+    (tmp_path / "thesis.txt").write_text("mine")
+    monkeypatch.setattr(distributed, "first", lambda: first)
+    with pytest.raises(RegraftError, match=found):
+        pipeline.plan_recipe(Recipe(model="nowhere"), tmp_path)
 
 
 @pytest.mark.slow

@@ -49,6 +49,7 @@ from regraft.settings.data import CalibrationSettings
 from regraft.settings.evaluating import EvalSettings
 from regraft.stages import patching, pruning, ranking, targets
 from regraft.stages.provenance import working
+from regraft.stages.steps import Step, plan_steps
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
 STAGES = ("prune", "heads", "statistics", "rank", "realign", "apply", "revert", "evaluate")
@@ -680,3 +681,21 @@ def test_calibration_on_both_kinds_is_another_model(bench: Bench) -> None:
         not torch.equal(both.checkpoint.read(li.tensor), bench.pruned.checkpoint.read(li.tensor))
         for li in linears
     )
+
+
+def test_an_empty_folder_is_no_finished_step(tmp_path: Path) -> None:
+    step = Step("prune", "", tmp_path / "out", lambda: None)
+    assert not step.done
+    step.out.mkdir()
+    assert not step.done
+    (step.out / "model.safetensors").touch()
+    assert step.done
+
+
+def test_a_step_that_another_worker_finishes_while_it_is_planned(bench: Bench) -> None:
+    class Finishing(Step):
+        asked = iter([False])
+        done = property(lambda self: next(self.asked, True))
+
+    step = Finishing("rank", "", bench.root / "none", lambda: None)
+    assert not plan_steps(stages.Setup(bench.dense), [step]).left

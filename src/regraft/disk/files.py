@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
@@ -142,11 +143,15 @@ def discard_leftover(target: Path) -> Path:
     return temporary
 
 
-def require_empty(folder: Path) -> None:
-    """Raise unless `folder` is absent or empty, so that no output overwrites anything."""
+def require_empty(folder: Path, file: Path | None = None) -> None:
+    """Raise unless `folder` is absent or empty, so that no output overwrites anything.
+
+    If `file` is to be written there, what a killed run left of it does not count.
+    """
+    leftover = None if file is None else _temporary(file)
     if folder.is_file():
         raise PassingError(f"{folder} is a file; the output must be a new folder.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(one != leftover for one in folder.iterdir()):
         raise PassingError(
             f"The output folder {folder} is not empty. Choose a new folder or empty this one."
         )
@@ -172,9 +177,20 @@ def require_new(folder: Path) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder; 0 if the path does not exist."""
-    files = path.rglob("*") if path.is_dir() else (path,)
-    return sum(one.stat().st_size for one in files if one.is_file())
+    """Bytes of a file, or of all files in a folder; 0 if the path does not exist.
+
+    So do files that another process removes meanwhile.
+    """
+    inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return sum(map(_file_size, (path, *inside)))
+
+
+def _file_size(path: Path) -> int:
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 def leftover_bytes(target: Path) -> int:

@@ -14,14 +14,7 @@ from typing import Any
 from regraft import distributed, stages
 from regraft.analysis.relation import FEWEST, ModelPoint, correlate, model_points
 from regraft.costs import Ledger, Metered
-from regraft.disk.files import (
-    atomic_folder,
-    discard_leftover,
-    leftover_bytes,
-    require_empty,
-    require_space,
-    write_text,
-)
+from regraft.disk.files import atomic_folder, require_empty, require_space, write_text
 from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import pick_device
@@ -90,11 +83,10 @@ def plan_recipe(
     """
     if recipe.published is not None:
         read_published(recipe.published)
-    recipe_before(folder, recipe)
-    cache = cache or stages.EvaluationCache()
-    runs = runs_of(recipe, folder)
-    for path, one in runs.items():
-        recipe_before(path, one)
+    runs, cache = runs_of(recipe, folder), cache or stages.EvaluationCache()
+    if distributed.first():  # it may write its recipe while the others are still here
+        for path, one in {folder: recipe, **runs}.items():
+            recipe_before(path, one)
     plans = {path: plan_run(one, path, cache, progress) for path, one in runs.items()}
     kept = sum(one.kept for one in plans.values())
     require_space(folder, kept + max(one.most - one.kept for one in plans.values()))
@@ -230,10 +222,8 @@ def claim(folder: Path, recipe: Recipe) -> None:
         RegraftError: the folder holds something else.
     """
     file = RunDir(folder).recipe
-    if distributed.first():
-        discard_leftover(file)
-        if recipe_before(folder, recipe) != recipe:
-            write_text(file, write_recipe(recipe))
+    if distributed.first() and recipe_before(folder, recipe) != recipe:
+        write_text(file, write_recipe(recipe))
     distributed.barrier()
 
 
@@ -245,8 +235,7 @@ def recipe_before(folder: Path, recipe: Recipe) -> Recipe | None:
     """
     file = RunDir(folder).recipe
     if not file.exists():
-        if not leftover_bytes(file):  # else `claim` removes it first, and checks then
-            require_empty(folder)
+        require_empty(folder, file)
         return None
     before = read_recipe(file)
     found, wanted = _fixed(before), _fixed(recipe)

@@ -79,8 +79,11 @@ class Step:
 
     @property
     def done(self) -> bool:
-        """Whether its artifact exists; `make` checks that it is the right one."""
-        return self.out.exists()
+        """Whether its artifact exists; `make` checks that it is the right one.
+
+        An empty folder is none: a stage may write there.
+        """
+        return self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir()))
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,8 @@ def plan_steps(setup: Setup, steps: Iterable[Step]) -> Planned:
     for step in known:
         prompts |= step.check()
     plan = Planned(setup, known, prompts)
-    if plan.left:
-        require_space(plan.left[0].out, plan.most)
+    if left := plan.left:  # looked at once: another worker of a tuning may finish a step
+        require_space(left[0].out, plan.most)
     return plan
 
 
