@@ -1021,6 +1021,8 @@ def test_a_dry_run_refuses_what_the_run_refuses(world: World, refused: Refused) 
     (world.root / "run" / "recipe.yaml").write_text("title: another\n")
     again = "run", world.recipe(), "--out", "run", "--dry-run"
     has(refused(*again), "holds a run of another recipe")
+    pruning = "prune", world.model, "--data", world.data, "--out", "run", "--dry-run"
+    has(refused(*pruning), "run is not empty")
 
 
 def test_a_full_disk_is_told_before_any_step(
@@ -1315,6 +1317,7 @@ def test_the_estimate_of_a_run_counts_what_each_stage_takes(
 
 def test_a_finished_run_has_nothing_to_estimate(tmp_path: Path) -> None:
     shown = io.StringIO()
+    (tmp_path / "model.safetensors").touch()
     done = SimpleNamespace(steps=[Step("prune", "", tmp_path, lambda: None)])
     show_preview(Console(file=shown, width=100), tmp_path, cast(Any, done))
     assert "Steps done: all of 1. Nothing was written." in shown.getvalue()

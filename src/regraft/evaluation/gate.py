@@ -62,7 +62,7 @@ class Check:
     """The verdict on a compressed model, by metric.
 
     `made_of` identifies what was compared: digests of both models and of the prompts, judge, length
-    of answers, versions. `notes` are differences in how the two were evaluated.
+    of answers, versions. `notes` are metrics that cannot fail, and differences in how the two were evaluated.
     """
 
     metrics: tuple[Metric, ...]

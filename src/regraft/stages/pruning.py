@@ -48,6 +48,7 @@ def prune_step(
     spilled = spilled_bytes(dense, settings)
 
     def check() -> PromptUse:
+        _check_output(dense, out)
         settings.patterns(dense.architecture.linears)
         if pruner.by_gradients:
             setup.check_gradients(f"Pruning by {pruner.label}")
@@ -82,8 +83,7 @@ def prune_checkpoint(
     """
     dense, progress = setup.dense, setup.progress
     patterns = settings.patterns(dense.architecture.linears)
-    if distributed.first() and not (out / ABOUT_FILE).exists():
-        check_target(dense.checkpoint, out)
+    _check_output(dense, out)
     data = _read_data(setup, settings, responses or responses_folder(out))
     about = describe("prune", fingerprints(progress, dense=dense), settings, setup.compute, data)
     if not is_done(out, about, marker=ABOUT_FILE):
@@ -108,6 +108,11 @@ def prune_checkpoint(
                         unbounded=dense.unbounded,
                     )
     return replace(dense, checkpoint=open_checkpoint(out))
+
+
+def _check_output(dense: Source, out: Path) -> None:
+    if distributed.first() and not (out / ABOUT_FILE).exists():
+        check_target(dense.checkpoint, out)
 
 
 def _read_data(setup: Setup, settings: PruneSettings, responses: Path) -> dict[str, Reading]:
