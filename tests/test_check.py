@@ -412,6 +412,7 @@ def test_what_servers_gave_beside_answers_is_said(tmp_path: Path, asked: list[Ex
     found = regraft.check(one, other, tmp_path / "out")
     utility, *of_servers = found.notes
     assert "utility cannot fail: the dense model's is 0.0 %" in utility
+    assert utility.endswith("Only other prompts could show a loss."), "no margin is below 0"
     assert len(of_servers) == 3
     assert "dense model: Answers withheld or cut by the server's content filter" in of_servers[0]
     assert "dense model: harmful prompts without any answer: 1." in of_servers[1]

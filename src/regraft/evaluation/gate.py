@@ -49,12 +49,16 @@ class Metric:
     needed: int | None = None
 
     @property
+    def room(self) -> float:
+        """By how much a model can be worse than this dense one at most, as a fraction."""
+        if self.dense is None:
+            return 0.0
+        return self.dense.value if self.name == "utility" else 1 - self.dense.value
+
+    @property
     def can_fail(self) -> bool:
         """Whether a model can be worse than this dense one by more than the margin at all."""
-        if self.dense is None:
-            return False
-        most = self.dense.value if self.name == "utility" else 1 - self.dense.value
-        return most - self.margin > _ROUNDING
+        return self.room - self.margin > _ROUNDING
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class Check:
     """The verdict on a compressed model, by metric.
 
     `made_of` identifies what was compared: digests of both models and of the prompts, judge, length
-    of answers, versions. `notes` are metrics that cannot fail, and differences in how the two were evaluated.
+    of answers, versions. `notes` are metrics that cannot fail, and differences in how the two were
+    evaluated.
     """
 
     metrics: tuple[Metric, ...]

@@ -110,9 +110,10 @@ def _how_to_decide(metric: Metric) -> str:
 def cannot_fail(metric: Metric) -> str:
     """A warning for a metric of which the dense model has no more than the margin to lose."""
     assert metric.dense is not None, "it was measured"
+    advice = "Give a smaller margin." if metric.room else "Only other prompts could show a loss."
     return (
         f"{NAMES[metric.name]} cannot fail: the dense model's is {percent(metric.dense.value)}, "
-        f"and the margin {_margin(metric)} points. Give a smaller margin."
+        f"and the margin {_margin(metric)} points. {advice}"
     )
 
 
