@@ -1010,6 +1010,15 @@ def test_a_dry_run_shows_the_step_and_writes_nothing(
     assert tree(world.root) == before
 
 
+def test_a_dry_run_needs_no_more_files_than_the_run(world: World) -> None:
+    for file in world.model.iterdir():
+        if "safetensors" not in file.name and file.name != "config.json":
+            file.unlink()
+    words = "prune", world.model, "--method", "magnitude", "--out", world.root / "out"
+    run_ok(*words, "--dry-run")
+    run_ok(*words)
+
+
 def test_a_dry_run_refuses_what_the_run_refuses(world: World, refused: Refused) -> None:
     models = {"models": [str(world.model)], "published": "nowhere.yaml"}
     recipe = world.recipe(**{**models, "realign": []})

@@ -137,7 +137,9 @@ class Planned:
     def seconds(self) -> float:
         """Estimated seconds of the steps that are not done, within a factor of about three."""
         dense, compute = self.setup.dense, self.setup.compute
-        prompt = self.setup.cache.prompt_tokens(dense, self.prompts.examples)
+        examples = self.prompts.examples
+        # without prompts no processor is needed, and there may be none
+        prompt = self.setup.cache.prompt_tokens(dense, examples) if examples else 0
         answered = prompt + self.setup.evaluation.max_new_tokens
         tokens = sum(
             step.answers() * answered + step.learns() * step.passes * prompt for step in self.left
