@@ -37,7 +37,8 @@ from regraft.flags import (
 )
 from regraft.heads.score import HeadScores, load_heads
 from regraft.heads.ships import HeadSettings
-from regraft.models.load import Source, open_source
+from regraft.models.load import Source
+from regraft.models.load import open_source as open_source  # exported
 from regraft.patch.format import Patch, load_patch
 from regraft.progress import SILENT, Progress
 from regraft.pruning.base import PRUNERS
@@ -58,18 +59,6 @@ from regraft.stages.steps import plan_steps
 if TYPE_CHECKING:
     from regraft.report.study import Study
 
-__all__ = [
-    "apply",
-    "check",
-    "compare",
-    "evaluate",
-    "export",
-    "open_source",
-    "prune",
-    "realign",
-    "revert",
-    "score_heads",
-]
 Model = str | Path | Source
 Patches = str | Path | Patch | Sequence[str | Path | Patch]
 Suites = str | Sequence[str | DataSource]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
 
 from regraft.cli.exits import leave
-from regraft.cli.options import Answering, Compute, Flat, OutFolder, given, live_progress
+from regraft.cli.options import Answering, Compute, Flat, OutFolder, live_progress
 from regraft.console import say, show_grid, show_table
 from regraft.evaluation.results import Estimate, EvalResult, Rates
 from regraft.report.formatting import degenerate, number_cell, on_text, rate_cell
+from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Suites
 from regraft.settings.evaluating import EndpointSettings, EvalSettings, Margins
@@ -28,6 +29,11 @@ Prompts = Annotated[
     ),
 ]
 Side = Annotated[str, Parameter(help="Model, endpoint:URL#MODEL or evaluation folder.")]
+
+
+def _given(*blocks: Settings) -> dict[str, Any]:
+    """The settings that were given in these blocks, as keyword arguments for `regraft.api`."""
+    return {name: getattr(one, name) for one in blocks for name in one.model_fields_set}
 
 
 def evaluate(
@@ -75,7 +81,7 @@ def evaluate(
         text=text,
         dense=dense,
         progress=progress,
-        **given(settings, compute, endpoint),
+        **_given(settings, compute, endpoint),
     )
     _show_result(progress.console, result)
     progress.note(f"Answers and results: {out}. For a report: regraft report {out}")
@@ -150,7 +156,7 @@ def check(
     from regraft.report.gate import WOULD_DECIDE, table
 
     progress = live_progress()
-    blocks = given(margins, settings, compute, endpoint) | {"suites": suite, "patch": patch}
+    blocks = _given(margins, settings, compute, endpoint) | {"suites": suite, "patch": patch}
     found = api.check(dense, compressed, out, progress=progress, **blocks)
     show_grid(progress.console, table(found))
     if any(metric.needed for metric in found.metrics):

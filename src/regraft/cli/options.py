@@ -46,11 +46,6 @@ Calibration = Annotated[CalibrationSettings, Flat]
 Compute = Annotated[ComputeSettings, Flat]
 
 
-def given(*blocks: Settings) -> dict[str, Any]:
-    """The settings that were given in these blocks, as keyword arguments for `regraft.api`."""
-    return {name: getattr(one, name) for one in blocks for name in one.model_fields_set}
-
-
 def live_progress() -> ConsoleProgress:
     """Progress and notes on standard output; of several processes only the first one prints."""
     width = None if sys.stdout.isatty() else 120

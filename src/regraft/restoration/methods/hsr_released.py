@@ -9,13 +9,14 @@ soon as its layer has one chosen head; p_max is always 0.7. Heads are ranked by
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field
 from torch import Tensor
 
+from regraft.heads.score import Criterion
 from regraft.models.architecture import HEAD_ROLES, Block, LayerArchitecture, LinearArchitecture
 from regraft.pruning.masks import count_of, smallest
 from regraft.restoration.importance import (
@@ -68,13 +69,7 @@ class HSRReleasedSettings(ImportanceSettings):
     """HSR as in the authors' code (docs/hsr-released.md)."""
 
     method: Literal["hsr-released"] = "hsr-released"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_criterion(cls, given: Any) -> Any:
-        if isinstance(given, Mapping) and given.get("heads", "top") == "top":
-            return {"criterion": "released", **given}
-        return given
+    criterion: Criterion = Field("released", description="How heads are scored.")
 
     def bounds(self, kept: float) -> tuple[float, RankingScope]:
         return P_MAX, "matrix"
