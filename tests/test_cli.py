@@ -460,8 +460,8 @@ def test_budgets_in_a_recipe(
 @pytest.mark.parametrize(
     ("command", "wanted", "unwanted"),
     [
-        ("realign hsr", "Prompts to choose on; report no rates on them.", "Direction"),
-        ("tune hsr", "Prompts to choose on; report no rates on them.", "Direction"),
+        ("realign hsr", "Prompts to choose on, not to report on;", "Direction"),
+        ("tune hsr", "Prompts to choose on, not to report on;", "Direction"),
         (
             "analyse defence refusal-direction",
             "Harmful and harmless prompts for choosing layer",

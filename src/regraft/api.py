@@ -39,6 +39,7 @@ from regraft.heads.score import HeadScores, load_heads
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source
 from regraft.models.load import open_source as open_source  # exported
+from regraft.models.resolve import resolve
 from regraft.patch.format import Patch, load_patch
 from regraft.progress import SILENT, Progress
 from regraft.pruning.base import PRUNERS
@@ -323,7 +324,7 @@ def _path(given: str | Path | None) -> Path | None:
 
 
 def _folder(model: Model) -> Path:
-    return model.folder if isinstance(model, Source) else Path(model)
+    return model.folder if isinstance(model, Source) else resolve(model)
 
 
 def _files(given: Patches) -> list[Path]:
