@@ -148,7 +148,7 @@ def test_one_of_several_is_gone_at_once_after_an_error() -> None:
         "        distributed.barrier()\n"
         "    raise RegraftError('the second one failed')\n"
         "cli.application = lambda listed: work\n"
-        "cli.main(['x'])\n"
+        "cli.main(['prune'])\n"
     )
     port = str(29600 + os.getpid() % 300)
     own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
