@@ -61,7 +61,7 @@ def test_every_page_is_in_the_navigation_and_exists() -> None:
     assert all((ROOT / hook).is_file() for hook in settings["hooks"])
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*sorted(ROOT.glob("*.md")), *PAGES], ids=lambda page: page.name)
 def test_links_lead_to_files_of_the_repository(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s#]+)", page.read_text(encoding="utf-8"))
     local = {link for link in links if "://" not in link} - {docs_site.COMMANDS}
