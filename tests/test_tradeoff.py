@@ -198,7 +198,7 @@ class Bench:
         setup = stages.Setup(
             self.dense, calibration, compute, evaluation=SHORT, progress=progress or Progress()
         )
-        restoring.search(setup, self.pruned, self.settings, paths, choice)
+        restoring.search(searching.Search(setup, choice), self.pruned, self.settings, paths)
         return read_curve(out).chosen or 0
 
 

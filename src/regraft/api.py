@@ -222,7 +222,7 @@ def evaluate(
     if dense is not None and text is None:
         raise RegraftError("--dense is for measuring KL on a text: name the text with --text.")
     on_text = None if text is None else stages.OnText(Path(text), _path(dense))
-    put_on = _file(patch), _path(defence)
+    put_on = _path(patch), _path(defence)
     target = open_target(model, compute, endpoint, progress, *put_on, on_text)
     return stages.evaluate_target(target, Path(out), _suites(suites), own).result
 
@@ -258,7 +258,7 @@ def check(
     clear_check(Path(out))
     sides = (
         open_side(dense, compute, endpoint, progress=progress),
-        open_side(compressed, compute, endpoint, _file(patch), progress),
+        open_side(compressed, compute, endpoint, _path(patch), progress),
     )
     if all(isinstance(one, Path) or one.compute is None for one in sides):
         refuse_compute(compute, "Neither of the two models is run here")
@@ -319,8 +319,8 @@ def _suites(named: Suites) -> list[DataSource]:
     return [_data(one) for one in ([named] if isinstance(named, str) else named)]
 
 
-def _path(given: str | Path | None) -> Path | None:
-    return None if given is None else Path(given)
+def _path(given: str | Path | Patch | None) -> Path | None:
+    return None if given is None else _file(given)
 
 
 def _folder(model: Model) -> Path:
@@ -329,12 +329,12 @@ def _folder(model: Model) -> Path:
 
 def _files(given: Patches) -> list[Path]:
     named = [given] if isinstance(given, str | Path | Patch) else given
-    return [file for one in named if (file := _file(one)) is not None]
+    return [_file(one) for one in named]
 
 
-def _file(given: str | Path | Patch | None) -> Path | None:
+def _file(given: str | Path | Patch) -> Path:
     if not isinstance(given, Patch):
-        return _path(given)
+        return Path(given)
     if given.file is None:
         raise RegraftError("A patch in memory has no file. Name the file that `realign` wrote.")
     return given.file

@@ -40,7 +40,7 @@ from regraft.settings.defending import (
 )
 from regraft.settings.searching import with_validation
 from regraft.stages.provenance import describe, fingerprints, is_done, working
-from regraft.stages.reading import read_validation
+from regraft.stages.reading import note_prompts, read_validation
 from regraft.stages.setup import Setup
 from regraft.stages.steps import PromptUse, Step
 
@@ -102,8 +102,7 @@ def write_defence(
         about = describe("defend", inputs, settings, setup.compute, data)
         about["judge"] = judge.name
     if not is_done(out, about, lambda: load_defence(out).about):
-        for role, reading in data.items():
-            setup.progress.note(reading.describe(f"{KINDS.get(role, role).capitalize()} prompts"))
+        note_prompts(setup.progress.note, data)
         with working(out, about) as work:
             made: Defence
             if isinstance(settings, DefencePromptSettings):

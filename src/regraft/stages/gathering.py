@@ -35,7 +35,7 @@ from regraft.restoration.base import Needs
 from regraft.restoration.selection import all_heads
 from regraft.stages.answering import calibration_data, responses_folder
 from regraft.stages.provenance import describe, fingerprints, is_done, working
-from regraft.stages.reading import warn_of_bundled
+from regraft.stages.reading import note_prompts, warn_of_bundled
 from regraft.stages.setup import Setup
 from regraft.stages.steps import PromptUse, Step
 
@@ -87,7 +87,7 @@ def write_head_scores(
     if not is_done(out, about, lambda: load_heads(out, dense.architecture).about):
         check_r_max(dense, settings, data)
         warn_of_bundled(dense, setup.calibration.source, progress.note)
-        progress.note(data.describe("Harmful prompts"))
+        note_prompts(progress.note, {"safety": data})
         with working(out, about) as work:
             model, processor = load(dense, compute, progress)
             prompts = [prompt_batch(processor, one) for one in cut(data.examples, compute)]
@@ -228,9 +228,9 @@ def write_statistics(
     inputs = fingerprints(setup.progress, dense=setup.dense)
     about = describe("statistics", inputs, settings, setup.compute, readings)
     if not is_done(out, about, lambda: load_statistics(out).about):
-        for kind, reading in readings.items():
+        for reading in readings.values():
             check_shares(reading.examples, setup.compute)
-            setup.progress.note(reading.describe(f"{KINDS[kind].capitalize()} prompts"))
+        note_prompts(setup.progress.note, readings)
         with working(out, about) as work:
             gathered = _gather(setup, work, PRUNERS.get(settings.score), readings)
             if distributed.first():

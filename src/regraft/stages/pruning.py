@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from regraft import distributed
-from regraft.data.example import KINDS, Reading
+from regraft.data.example import Reading
 from regraft.disk.artifact import ABOUT_FILE
 from regraft.disk.files import require_space, to_json
 from regraft.loading import check_shares, cut, hidden_state_bytes, load_layerwise
@@ -27,7 +27,7 @@ from regraft.pruning.prune import LayerPruning, edits_without_data, passes
 from regraft.pruning.results import LayerResults
 from regraft.stages.answering import calibration_data, responses_folder
 from regraft.stages.provenance import describe, fingerprints, is_done, unfinished_bytes, working
-from regraft.stages.reading import warn_of_bundled
+from regraft.stages.reading import note_prompts, warn_of_bundled
 from regraft.stages.setup import Setup
 from regraft.stages.steps import PromptUse, Step
 
@@ -139,8 +139,7 @@ def _calibrated(
     dense, compute, progress = setup.dense, setup.compute, setup.progress
     examples = [example for reading in data.values() for example in reading.examples]
     check_shares(examples, compute)
-    for role, reading in data.items():
-        progress.note(reading.describe(f"{KINDS[role].capitalize()} prompts"))
+    note_prompts(progress.note, data)
     model, processor = load_layerwise(dense, compute, progress)
     pruner = PRUNERS.get(settings.method)
     chunks = distributed.share(cut(examples, compute))

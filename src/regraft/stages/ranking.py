@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from regraft import distributed
-from regraft.data.example import KINDS, Reading
+from regraft.data.example import Reading
 from regraft.disk.files import file_digest
 from regraft.errors import RegraftError
 from regraft.heads.score import load_heads
@@ -32,6 +32,7 @@ from regraft.stages.provenance import (
     require_same,
     working,
 )
+from regraft.stages.reading import note_prompts
 from regraft.stages.setup import Inputs, Setup
 
 # fields of a ranking's `about` that its patches repeat; the last three describe gain's path
@@ -181,8 +182,7 @@ def _announce(progress: Progress, survey: Survey, answered: Mapping[str, Reading
     progress.note(f"The model is {survey.described}.")
     if survey.doubt:
         progress.note(survey.doubt)
-    for kind, reading in (answered or {}).items():
-        progress.note(reading.describe(f"{KINDS[kind].capitalize()} prompts"))
+    note_prompts(progress.note, answered or {})
 
 
 def _remark(progress: Progress, out: Path, found: Ranking, count: int | None) -> None:

@@ -5,12 +5,12 @@ Every function checks that the model can read all prompts, before long work star
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from regraft.data.example import Example, Reading, draw, in_drawn_order
+from regraft.data.example import KINDS, Example, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
 from regraft.data.readers.demo import demo_model, is_demo
 from regraft.data.sources import DataSource, join_suites, read
@@ -73,6 +73,12 @@ def _read_calibration(
     samples, seed, harmful = calibration.samples, calibration.seed, kind == "safety"
     reading = take(whole, harmful=harmful, samples=samples, seed=seed, answered=answered)
     return _readable(source, reading)
+
+
+def note_prompts(note: Callable[[str], None], readings: Mapping[str, Reading]) -> None:
+    """Note how many prompts were used of each kind, or role, and how many were skipped and why."""
+    for kind, reading in readings.items():
+        note(reading.describe(f"{KINDS.get(kind, kind).capitalize()} prompts"))
 
 
 def warn_of_bundled(source: Source | None, data: DataSource, note: Callable[[str], None]) -> None:

@@ -60,7 +60,7 @@ def patch_steps(
             "search",
             name,
             paths.curve,
-            lambda: search(setup, pruned(), own, paths, choice),
+            lambda: search(searching, pruned(), own, paths),
             searching.check,
             answers=lambda: (choice.points + 2) * len(searching.prompts().examples),
         )
@@ -80,16 +80,11 @@ def patch_steps(
 
 
 def search(
-    setup: Setup,
-    pruned: Source,
-    settings: MethodSettings,
-    paths: ArtifactPaths,
-    choice: SearchSettings,
+    searching: Search, pruned: Source, settings: MethodSettings, paths: ArtifactPaths
 ) -> None:
     """Choose how many weights to restore, and note what could not be achieved."""
-    found = Search(setup, choice).curve(pruned, settings, paths)
-    for line in remarks(found):
-        setup.progress.note(f"{paths.curve.stem}: {line}")
+    for line in remarks(searching.curve(pruned, settings, paths)):
+        searching.setup.progress.note(f"{paths.curve.stem}: {line}")
 
 
 def _rank(

@@ -74,8 +74,8 @@ def tune_method(
         RegraftError: bad input, the folder is of another tuning, or Optuna is missing.
     """
     _check_processes()
-    dense, choice = setup.dense, SearchSettings(**bounds.model_dump())
-    choice, setup = setup.choosing(choice)
+    dense = setup.dense
+    choice, setup = setup.choosing(SearchSettings(**bounds.model_dump()))
     check_pair(dense, pruned)
     survey = setup.cache.surveyed(dense, pruned, setup.progress)
     if method.searchable or survey.kind == "changed":
