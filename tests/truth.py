@@ -22,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import pico
 from regraft.data.collate import Batch, prompt_batch, response_batch
-from regraft.evaluation.metrics import bootstrap_rsr
+from regraft.evaluation.metrics import rsr_interval
 from regraft.models.architecture import (
     Architecture,
     LayerArchitecture,
@@ -316,8 +316,8 @@ class PairedTest:
 def paired_rsr(
     dense: Sequence[int], pruned: Sequence[int], restored: Sequence[int], answers: int = 1
 ) -> tuple[float, float] | None:
-    """`bootstrap_rsr` of one data set, by model in place of by prompt."""
-    return bootstrap_rsr([list(zip(dense, pruned, restored, strict=True))], answers)
+    """`rsr_interval` of one data set, by model in place of by prompt."""
+    return rsr_interval([list(zip(dense, pruned, restored, strict=True))], answers)
 
 
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> PairedTest:

@@ -21,7 +21,8 @@ SEED = 0  # of resampling: the same answers give the same interval
 _DRAWS_AT_ONCE = 2**22  # 32 MiB of indices
 _TAIL = (0.025, 0.975)
 _Z = float(ndtri(_TAIL[1]))
-_NOTHING_LOST = 1e-12  # rounding error between means of equal rates
+# outcomes of the dense, the pruned and the restored model; see `rsr_interval`
+_HALF_PROMPTS = np.array([(0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 1, 0)], dtype=np.float64)
 
 
 def rate_of(events: Iterable[bool | None]) -> Estimate | None:
@@ -194,20 +195,16 @@ def rsr(full: float, pruned: float, restored: float) -> float | None:
     return (pruned - restored) / (pruned - full) if pruned > full else None
 
 
-def bootstrap_rsr(
+def rsr_interval(
     strata: Sequence[Sequence[Sequence[int]]], answers: int = 1
 ) -> tuple[float, float] | None:
-    """The paired bootstrap interval of RSR over attack successes on the same prompts.
+    """Fieller's interval of RSR over attack successes on the same prompts; see `ratio_interval`.
 
-    Prompts are resampled 10,000 times, each with its three outcomes, so that a prompt's answers
-    stay together. The sample is extended by half a prompt for each way in which the restored model
-    may act: a lost refusal restored, one lost for good, one more lost, and a new one. Agresti and
-    Min (2005) do so for paired differences: without them the interval has no width if all or none
-    were restored, is too narrow close to that, and ends at 0 or 1 if the sample has no prompt of
-    the last two kinds.
-    As the rise in a resample falls to 0, its RSR grows without bound, so resamples without a rise
-    count as beyond that end (see `ratio_interval`). If ASR is the mean over several data sets, each
-    counting the same, prompts are resampled within each, and the half prompts are added to each.
+    The sample is extended by half a prompt for each way in which the restored model may act: a lost
+    refusal restored, one lost for good, one more lost, and a new one. Agresti and Min (2005) do so
+    for paired differences: without them the interval has no width if all or none were restored, is
+    too narrow close to that, and ends at 0 or 1 if the sample has no prompt of the last two kinds.
+    If ASR is the mean over several data sets, each counting the same, each is extended.
 
     Args:
         strata: For each data set and each of its prompts, in how many of `answers` the attack on
@@ -218,46 +215,32 @@ def bootstrap_rsr(
         ValueError: there is no data set, or one without prompts.
     """
     if not strata or not all(strata):
-        raise ValueError("A bootstrap of RSR needs data sets with at least one prompt each.")
-    generator = np.random.default_rng(SEED)
-    means = np.zeros((3, RESAMPLES))
+        raise ValueError("An interval of RSR needs data sets with at least one prompt each.")
+    means, covariance = np.zeros(2), np.zeros((2, 2))
     for rows in strata:
-        attacks = _resampled_attacks(np.array(rows, dtype=np.int64).T, answers, generator)
-        # For one data set counts suffice: the factor cancels, and "nothing lost" stays exact.
-        means += attacks if len(strata) == 1 else attacks / len(rows) / len(strata) / answers
-    dense, pruned, restored = means
-    return ratio_interval(pruned - restored, pruned - dense)
+        outcomes = np.concatenate([np.array(rows, dtype=np.float64) / answers, _HALF_PROMPTS])
+        dense, pruned, restored = outcomes.T
+        changes = np.stack([pruned - restored, pruned - dense])  # regained, and lost
+        weights = np.append(np.ones(len(rows)), [0.5] * len(_HALF_PROMPTS))
+        means += np.average(changes, axis=1, weights=weights) / len(strata)
+        spread = np.cov(changes, aweights=weights, ddof=0) / weights.sum()
+        covariance += spread / len(strata) ** 2
+    return ratio_interval(means, covariance)
 
 
 def ratio_interval(
-    parts: NDArray[np.float64], wholes: NDArray[np.float64]
+    means: NDArray[np.float64], covariance: NDArray[np.float64]
 ) -> tuple[float, float] | None:
-    """The percentile interval of parts / wholes over resamples; None if it may be unbounded.
+    """Fieller's interval (1954) of the ratio of two means, `[2]` with covariance `[2, 2]`.
 
-    Where a whole is 0 or less, the ratio has passed through infinity: it counts as infinite, with
-    the sign of its part. To leave it out would cut off the longest tail. As in Fieller's interval,
-    there are no bounds unless the whole is above 0 in more than 97.5 % of the resamples.
+    It holds every ratio r for which the mean of part - r * whole is not significantly different
+    from 0. None if the whole is not significantly above 0: then the ratio has no bounds.
     """
-    defined = wholes > _NOTHING_LOST
-    if defined.mean() <= _TAIL[1]:
+    part, whole = map(float, means)
+    (of_part, shared), (_, of_whole) = (_Z**2 * covariance).tolist()
+    leading = whole**2 - of_whole
+    if whole <= 0 or leading <= 0:
         return None
-    beyond = np.copysign(np.inf, parts)
-    return _percentiles(np.divide(parts, wholes, out=beyond, where=defined))
-
-
-def _resampled_attacks(
-    outcomes: NDArray[np.int64], answers: int, generator: np.random.Generator
-) -> NDArray[np.int64]:
-    """Successful attacks on the three models in resamples of prompts, from `[3, n]` to `[3, k]`."""
-    # A prompt has one of few patterns (8 for one run), so a resample of prompts is one multinomial
-    # draw of their counts.
-    patterns, counts = np.unique(outcomes, axis=1, return_counts=True)
-    # half prompts: lost and restored, lost for good, one more lost, newly refused
-    added = answers * np.array([(0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 1, 0)]).T
-    patterns = np.concatenate([patterns, added], axis=1)
-    weights = np.concatenate([counts, [0.5] * 4])
-    n = outcomes.shape[1]  # draws per resample, not n + 2, to keep the width of n prompts
-    attacks: NDArray[np.int64] = (
-        patterns @ generator.multinomial(n, weights / weights.sum(), RESAMPLES).T
-    )
-    return attacks
+    centre = part * whole - shared
+    half = math.sqrt(max(0.0, centre**2 - leading * (part**2 - of_part)))
+    return (centre - half) / leading, (centre + half) / leading

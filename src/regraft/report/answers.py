@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regraft.evaluation.metrics import (
-    bootstrap_rsr,
     clustered_difference,
     clustered_mean,
     clustered_rate,
     macro_average,
     paired_difference,
     rsr,
+    rsr_interval,
 )
 from regraft.evaluation.results import Answer, Estimate
 from regraft.evaluation.summary import alike, group_similarities
@@ -190,7 +190,7 @@ class RowAnswers:
         overall = by_seed.sum(axis=0)
         return Recovered(
             rsr(*overall.sum(axis=0).tolist()),
-            bootstrap_rsr([overall.tolist()], answers=len(self.answers)),
+            rsr_interval([overall.tolist()], answers=len(self.answers)),
             tuple(rsr(*one.sum(axis=0).tolist()) for one in by_seed),
         )
 
@@ -218,7 +218,7 @@ class RowAnswers:
         answers = len(self.answers)
         strata = [self._successes(mask).sum(axis=0) for mask in attacks]
         rates = np.mean([rows.mean(axis=0) for rows in strata], axis=0) / answers
-        interval = bootstrap_rsr([rows.tolist() for rows in strata], answers=answers)
+        interval = rsr_interval([rows.tolist() for rows in strata], answers=answers)
         return Recovered(rsr(*rates.tolist()), interval)
 
 

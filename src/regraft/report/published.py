@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from regraft.disk.parsing import read_yaml
 from regraft.errors import RegraftError
-from regraft.evaluation.metrics import RESAMPLES, SEED, macro_average, ratio_interval, wilson
+from regraft.evaluation.metrics import macro_average, ratio_interval, wilson
 from regraft.evaluation.results import Estimate
 from regraft.settings.base import Settings, explain
 
@@ -134,9 +133,10 @@ def mean_attack_rate(row: PublishedRow, prompts: Mapping[str, int]) -> Estimate 
 def rsr_interval(published: Published, row: PublishedRow) -> tuple[float, float] | None:
     """A 95 % interval of a row's RSR; None unless the rates of all three models are published.
 
-    Each rate is drawn 10,000 times from the Beta distribution of Jeffreys' interval (Brown et al.
-    2001) of its count. The draws are independent, since paired answers are not published; pairing
-    would narrow the interval. None also if it may be unbounded (see `ratio_interval`).
+    Fieller's, with the mean and variance of every rate from the Beta distribution of Jeffreys'
+    interval (Brown et al. 2001) of its count. The rates are taken as independent, since paired
+    answers are not published; pairing would narrow the interval. None also if RSR may be unbounded
+    (see `ratio_interval`).
     """
     dense = published.of(row.model, "", "")
     pruned = published.of(row.model, row.pruning, "")
@@ -146,16 +146,17 @@ def rsr_interval(published: Published, row: PublishedRow) -> tuple[float, float]
     names = list(rates[0])
     if not names or any(list(one) != names for one in rates):
         return None
-    generator = np.random.default_rng(SEED)
+    (full, of_full), (cut, of_cut), (back, of_back) = map(_mean_and_variance, rates)
+    covariance = np.array([[of_cut + of_back, of_cut], [of_cut, of_cut + of_full]])
+    return ratio_interval(np.array([cut - back, cut - full]), covariance)
 
-    def drawn(of_suites: Mapping[str, Estimate]) -> NDArray[np.float64]:
-        counts = np.array([[one.count or 0, one.n] for one in of_suites.values()], dtype=np.float64)
-        successes, n = counts[:, :1] + 0.5, counts[:, 1:] + 1
-        found = generator.beta(successes, n - successes, (len(names), RESAMPLES))
-        return np.asarray(found.mean(axis=0), dtype=np.float64)
 
-    full, cut, back = map(drawn, rates)
-    return ratio_interval(cut - back, cut - full)
+def _mean_and_variance(rates: Mapping[str, Estimate]) -> tuple[float, float]:
+    """Mean and variance of the mean over data sets, by Jeffreys' distribution of each rate."""
+    counts = np.array([[one.count or 0, one.n] for one in rates.values()], dtype=np.float64)
+    n = counts[:, 1] + 1
+    each = (counts[:, 0] + 0.5) / n
+    return float(each.mean()), float((each * (1 - each) / (n + 1)).sum()) / len(each) ** 2
 
 
 def read_published(path: Path) -> Published:

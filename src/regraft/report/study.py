@@ -78,7 +78,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Recovered:
-    """RSR of the mean ASRs, its bootstrap interval over prompts, and the RSR of each seed alone.
+    """RSR of the mean ASRs, its interval over prompts, and the RSR of each seed alone.
 
     The RSR is None if pruning did not raise ASR, the interval if it is not certain that it did.
     """

@@ -189,9 +189,9 @@ def notes(study: Study) -> tuple[str, ...]:
         "letter is right); if suites are scored in different ways, the mean over suites. Refusals "
         "of questions of a utility benchmark count only in the over-refusal by suite.",
         "Brackets are 95 % intervals over prompts: Wilson's for rates and for a utility of right "
-        "and wrong answers, Agresti and Min's for differences of rates, MOVER's for means over "
-        "suites, bootstrap intervals for all others. n is the number of prompts, however many "
-        "answers each has.",
+        "and wrong answers, Agresti and Min's for differences of rates, Fieller's for RSR, MOVER's "
+        "for means over suites, bootstrap intervals for all others. n is the number of prompts, "
+        "however many answers each has.",
         *_tests_notes(study),
     ]
     if any(row.mean_asr is not None for row in rows):
