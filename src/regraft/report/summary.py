@@ -189,9 +189,9 @@ def notes(study: Study) -> tuple[str, ...]:
         "letter is right); if suites are scored in different ways, the mean over suites. Refusals "
         "of questions of a utility benchmark count only in the over-refusal by suite.",
         "Brackets are 95 % intervals over prompts: Wilson's for rates and for a utility of right "
-        "and wrong answers, Agresti and Min's for differences of rates, Fieller's for RSR, MOVER's "
-        "for means over suites, bootstrap intervals for all others. n is the number of prompts, "
-        "however many answers each has.",
+        "and wrong answers, Agresti and Min's for differences of rates, MOVER's for means over "
+        "suites, bootstrap intervals for other means. n is the number of prompts, however many "
+        "answers each has.",
         *_tests_notes(study),
     ]
     if any(row.mean_asr is not None for row in rows):
@@ -231,11 +231,11 @@ def _tests_notes(study: Study) -> Iterator[str]:
     rows = study.rows
     if any(row.rsr is not None for row in rows):
         yield (
-            "RSR: the share of the rise in ASR that was undone; no interval if it is unbounded. "
-            "Refusals of prompts that the dense model answers raise it too, so read it with two "
-            "other shares. Lost refusals regained: the share refused of the harmful prompts that "
-            "the dense model refuses and the pruned one does not. Refusals added: the share "
-            "refused of those that neither refuses."
+            "RSR: the share of the rise in ASR that was undone, with Fieller's interval unless it "
+            "is unbounded. Refusals of prompts that the dense model answers raise it too, so read "
+            "it with two other shares. Lost refusals regained: the share refused of the harmful "
+            "prompts that the dense model refuses and the pruned one does not. Refusals added: the "
+            "share refused of those that neither refuses."
         )
     if all(row.attacks is None for row in rows):
         return
