@@ -107,9 +107,9 @@ def build(folder: Path, options: argparse.Namespace) -> Patch:
         layer = int(name.split(".")[2]) if ".layers." in name else None
         attention = "self_attn" in name and layer is not None and layer < options.layers
         touched = layer is not None if options.all_linears else attention
-        patch = writer.add(name, shape, options.share if touched else 0.0)
-        if patch is not None:
-            tensors[name] = patch
+        restored = writer.add(name, shape, options.share if touched else 0.0)
+        if restored is not None:
+            tensors[name] = restored
     writer.close()
     (folder / "pruned" / "config.json").write_text("{}")
     patch = Patch(tensors, {})
@@ -143,7 +143,7 @@ def one(folder: Path, way: str, cold: bool) -> dict[str, float]:
     """One measurement: seconds, and the peak memory in bytes before and after."""
     durable = way.endswith("synced")
     if not durable:
-        os.fsync = lambda _: None
+        os.fsync = lambda fd: None
     prepare(folder, cold)
     before = host_bytes("VmHWM")
 

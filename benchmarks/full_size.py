@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -76,21 +77,19 @@ def bare_forward(
     }
 
 
-def all_stages(
-    meter: Meter, setup: stages.Setup, folder: Path, head_samples: int, scoring: HeadSettings
-) -> None:
+def all_stages(meter: Meter, setup: stages.Setup, folder: Path, head_samples: int) -> None:
     """Every stage as a user runs it, from the dense checkpoint to the realigned one."""
     heads = sum(layer.heads for layer in setup.dense.architecture.layers)
     hsr = HSRSettings(top_heads=min(10, heads))
     fewer = setup.calibration.model_copy(update={"samples": head_samples})
-    few = stages.Setup(setup.dense, fewer, setup.compute)
+    few = replace(setup, calibration=fewer)
     pruned = meter.run(
         "prune (sequential)",
         lambda: stages.prune_checkpoint(setup, folder / "pruned", prune_settings()),
     )
     meter.run(
         f"heads ({head_samples} samples)",
-        lambda: stages.write_head_scores(few, folder / "heads", scoring),
+        lambda: stages.write_head_scores(few, folder / "heads"),
     )
     meter.run("statistics", lambda: stages.write_statistics(setup, folder / "statistics"))
     meter.run("realign (HSR, on the CPU)", lambda: realign(setup, pruned, folder, hsr))
@@ -155,8 +154,8 @@ def main() -> None:
         dense = open_source(folder / "dense")
         sizes = bare_forward(meter, dense, calibration.data, compute)
         scoring = HeadSettings(r_max=2, tokens_per_pass=options.tokens_per_pass)
-        setup = stages.Setup(dense, calibration, compute)
-        all_stages(meter, setup, folder, options.head_samples, scoring)
+        setup = stages.Setup(dense, calibration, compute, scoring=scoring)
+        all_stages(meter, setup, folder, options.head_samples)
         size = dense.checkpoint.bytes / GIB
     unit = meter.rows["bare forward"]["seconds"]
     about = {

@@ -56,7 +56,14 @@ from regraft.data.example import Example, hold_out
 from regraft.data.sources import DataSource, read
 from regraft.models.checkpoint_copy import write_edited
 from regraft.models.layerwise import LayerwisePass
-from regraft.models.load import Source, load_placed, load_processor, open_source, pick_device
+from regraft.models.load import (
+    DTypeName,
+    Source,
+    load_placed,
+    load_processor,
+    open_source,
+    pick_device,
+)
 from regraft.models.placement import PlacedModel
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import edits_without_data, zeros
@@ -94,7 +101,7 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
     pruned = open_source(options.folder / "pruned")
     device = pick_device(options.device)
     parts = [hold_out(examples, HELD_OUT, 0) for examples in drawn(options)]
-    dtype = "auto" if demo else options.dtype
+    dtype: DTypeName = "auto" if demo else options.dtype
     if options.what == "bare":
         model = load_placed(pruned, dtype=dtype, device=options.device, placement="resident")
         processor = load_processor(source)

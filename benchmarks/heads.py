@@ -272,6 +272,7 @@ class Bench:
         found: HeadScores = self.clock.run(
             "screening: rescoring", rescored, heads=few, prompts=prompts
         )
+        assert found.exact is not None  # since it was screened
         self.clock.timings[-1] = replace(self.clock.timings[-1], heads=int(found.exact.sum()))
         return found
 

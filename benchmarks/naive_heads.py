@@ -30,7 +30,7 @@ def scaled_head(model: nn.Module, layer: int, head: int, size: int, eps: float) 
         z[..., head * size : (head + 1) * size] *= eps
         return (z,)
 
-    handle = attention.o_proj.register_forward_pre_hook(hook)  # type: ignore[union-attr, operator]
+    handle = attention.o_proj.register_forward_pre_hook(hook)  # type: ignore[union-attr]
     try:
         yield
     finally:

@@ -112,12 +112,11 @@ def measured(
     )
     if options.heads:
         r_max = HeadSettings(r_max=min(5, count // 2))
-        stages.write_head_scores(
-            stages.Setup(source, calibration, compute, clocks["heads"]), work / "heads", r_max
-        )
+        scored = stages.Setup(source, calibration, compute, clocks["heads"], scoring=r_max)
+        stages.write_head_scores(scored, work / "heads")
     gain, places = GainSettings(count=options.count), stages.ArtifactPaths.beside(work / "gain")
     setup = stages.Setup(source, calibration, compute, progress=clocks["gain, a step"])
-    plan_restoration(setup, pruned, gain, places).make()
+    plan_restoration(setup, pruned, gain, places).carry_out()
     steps = max(1, len(load_ranking(places.ranking).about["steps"]))
 
     said = {answer.id: answer.answer or "." for answer in result.answers}

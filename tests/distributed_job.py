@@ -39,7 +39,7 @@ def main(root: Path, out: Path) -> None:
             stages.Setup(dense, calibration, COMPUTE), out / f"pruned-{name}", settings
         )
     stages.write_head_scores(
-        stages.Setup(dense, calibration, COMPUTE), out / "heads", HeadSettings(r_max=2)
+        stages.Setup(dense, calibration, COMPUTE, scoring=HeadSettings(r_max=2)), out / "heads"
     )
     restored(
         dense,

@@ -292,13 +292,13 @@ def test_heads_stay_as_they_are(
     for responses in ("given", "self"):
         calibration = CalibrationSettings(data=data, samples=3, responses=responses)
         stages.write_head_scores(
-            stages.Setup(source, calibration, COMPUTE), tmp_path / responses, settings
+            stages.Setup(source, calibration, COMPUTE, scoring=settings), tmp_path / responses
         )
     assert (tmp_path / "given").read_bytes() == (tmp_path / "self").read_bytes()
     bare = _data(tmp_path / "bare", responses=False)
     calibration = CalibrationSettings(data=bare, samples=3, responses="self")
     scores = stages.write_head_scores(
-        stages.Setup(source, calibration, COMPUTE), tmp_path / "bare-heads", settings
+        stages.Setup(source, calibration, COMPUTE, scoring=settings), tmp_path / "bare-heads"
     )
     assert scores.about["data"]["safety"]["used"] == 3
 

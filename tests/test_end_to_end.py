@@ -150,7 +150,7 @@ def test_pruned_by_someone_else(tmp_path: Path, paper_family: str, dtype: torch.
     calibration = CalibrationSettings(data=data, samples=4)
     compute = ComputeSettings(device="cpu", batch_size=2)
     stages.write_head_scores(
-        stages.Setup(dense, calibration, compute), tmp_path / "heads", HeadSettings(r_max=2)
+        stages.Setup(dense, calibration, compute, scoring=HeadSettings(r_max=2)), tmp_path / "heads"
     )
     stages.write_statistics(stages.Setup(dense, calibration, compute), tmp_path / "statistics")
     settings = method(top_heads=6, q=0.9, p=0.4, p_max=0.9)

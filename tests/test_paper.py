@@ -42,7 +42,8 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             dense, calibration = open_source(root / "dense"), _calibration(root)
             assert len(dense.checkpoint.shards) > 1
             stages.write_head_scores(
-                stages.Setup(dense, calibration, COMPUTE), root / "heads", HeadSettings(r_max=2)
+                stages.Setup(dense, calibration, COMPUTE, scoring=HeadSettings(r_max=2)),
+                root / "heads",
             )
         return made[family]
 

@@ -368,7 +368,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     write_data(root / "data", 4)
     made = Bench(root)
     stages.write_head_scores(
-        stages.Setup(dense, made.calibration, COMPUTE), root / "heads", HeadSettings(r_max=2)
+        stages.Setup(dense, made.calibration, COMPUTE, scoring=HeadSettings(r_max=2)),
+        root / "heads",
     )
     stages.write_statistics(stages.Setup(dense, made.calibration, COMPUTE), root / "statistics")
     return made

@@ -163,7 +163,7 @@ def bench(tmp_path_factory):
     data = DataSource(name="jsonl", path=root / "data" / "data.jsonl")
     calibration = CalibrationSettings(data=data, samples=4)
     stages.write_head_scores(
-        stages.Setup(dense, calibration, COMPUTE), root / "heads", HeadSettings(r_max=2)
+        stages.Setup(dense, calibration, COMPUTE, scoring=HeadSettings(r_max=2)), root / "heads"
     )
     stages.write_statistics(stages.Setup(dense, calibration, COMPUTE), root / "statistics")
     one_shot = prune_settings(order="one-shot")
@@ -264,7 +264,7 @@ def test_screened_heads_and_old_files_lack_its_criterion(bench, tmp_path):
     )
     screened = HeadSettings(r_max=2, mode="screened", candidates=4)
     stages.write_head_scores(
-        stages.Setup(dense, calibration, COMPUTE), tmp_path / "heads", screened
+        stages.Setup(dense, calibration, COMPUTE, scoring=screened), tmp_path / "heads"
     )
     settings = method(method="hsr-released", top_heads=3)
     files = tmp_path / "heads", bench / "statistics"

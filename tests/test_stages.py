@@ -90,7 +90,7 @@ class Bench:
         at = {name: self.root / folder for name, folder in OUTPUTS.items()}
         arguments: dict[str, dict[str, Any]] = {
             "prune": {"settings": prune_settings(), "calibration": calibration},
-            "heads": {"settings": HeadSettings(r_max=2), "calibration": calibration},
+            "heads": {"scoring": HeadSettings(r_max=2), "calibration": calibration},
             "statistics": {"calibration": calibration},
             "rank": {
                 "settings": method(top_heads=3),
@@ -114,7 +114,7 @@ class Bench:
             given["compute"] = COMPUTE
         given |= changes
         if stage in ("prune", "heads", "statistics", "rank"):
-            shared = ("dense", "calibration", "compute", "progress")
+            shared = ("dense", "calibration", "compute", "progress", "scoring")
             parts = {name: given.pop(name) for name in shared if name in given}
             given["setup"] = stages.Setup(**parts)
         if stage == "evaluate":
@@ -211,7 +211,7 @@ DIFFERENCES: list[tuple[str, Callable[[Bench], dict[str, Any]], str]] = [
         lambda _: {"compute": ComputeSettings(device="cpu", dtype="bfloat16")},
         "compute.dtype: .auto. there",
     ),
-    ("heads", lambda _: {"settings": HeadSettings(r_max=3)}, "settings.r_max: 2 there, 3 now"),
+    ("heads", lambda _: {"scoring": HeadSettings(r_max=3)}, "settings.r_max: 2 there, 3 now"),
     (
         "statistics",
         lambda b: {"calibration": CalibrationSettings(data=b.data, samples=2)},
@@ -622,7 +622,7 @@ def test_heads_with_estimated_scores_are_not_taken(bench: Bench) -> None:
     """Screening scores some heads exactly; to take more of them is an error, not a guess."""
     out = bench.root / "screened"
     settings = HeadSettings(r_max=2, mode="screened", window=2, candidates=2)
-    scores = bench.run("heads", out=out, settings=settings)
+    scores = bench.run("heads", out=out, scoring=settings)
     exact = scores.certain("ships")
     assert 2 <= exact <= int(scores.exact.count_nonzero()) <= 4
     inputs = stages.Inputs(out, bench.root / "statistics")

@@ -409,7 +409,7 @@ def test_kept_states_serve_another_rank(
     def heads(name: str, r_max: int, states: Path | None = None) -> Any:
         settings = HeadSettings(r_max=r_max, mode=mode, **candidates)
         return stages.write_head_scores(
-            stages.Setup(dense, calibration, COMPUTE), tmp_path / name, settings, states=states
+            stages.Setup(dense, calibration, COMPUTE, scoring=settings), tmp_path / name, states
         )
 
     heads("a", 1, tmp_path / "states")

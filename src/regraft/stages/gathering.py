@@ -57,7 +57,7 @@ def heads_step(
         "score heads",
         "",
         out,
-        partial(write_head_scores, setup, out, scoring, states),
+        partial(write_head_scores, setup, out, states),
         check,
         learns=partial(setup.count, ["safety"]),
         passes=scoring.passes(sum(one.heads for one in dense.architecture.layers)),
@@ -65,18 +65,17 @@ def heads_step(
     )
 
 
-def write_head_scores(
-    setup: Setup, out: Path, settings: HeadSettings, states: Path | None = None
-) -> HeadScores:
+def write_head_scores(setup: Setup, out: Path, states: Path | None = None) -> HeadScores:
     """Score every attention head by Ships and KL on D^s prompts; writes the file `out`.
 
-    If given, the folder `states` keeps the states of ablated models, so that scores for another
-    `r_max` or other `candidates` need no new ablation.
+    `setup.scoring` says how. If given, the folder `states` keeps the states of ablated models, so
+    that scores for another `r_max` or other `candidates` need no new ablation.
 
     Raises:
         RegraftError: see `score_heads` and the data readers.
     """
     dense, compute, progress = setup.dense, setup.compute, setup.progress
+    settings = setup.scoring
     check_scoring(dense, settings)
     data = setup.drawn("safety")
     inputs = fingerprints(progress, dense=dense)
