@@ -8,8 +8,8 @@ MODEL is the dense model, a folder or hub id, with or without vision. DATA holds
 `xstest/xstest_prompts.csv`; `real_prompts.py` says which source goes into which split. The script
 writes
 
-- `calibration-0.jsonl`, `-1`, `-2`: one file per calibration seed, no prompt in two of them, at
-  least --samples of each kind with a response.
+- `calibration-0.jsonl`, `-1`, `-2`: one file per calibration seed (--seeds 1 writes the first
+  alone), no prompt in two of them, at least --samples of each kind with a response.
 - `validation.jsonl`, `test.jsonl`, `confirmation.jsonl` (a second test): their prompts.
 - `summary.json`: how many of each source, near-duplicates removed, answers left out and why.
 - with --images, `test-images/examples.jsonl`: the test prompts as typographic images.
@@ -69,6 +69,7 @@ class Maker:
         progress: Progress.
         samples: Least number of calibration prompts with a response, per kind and seed.
         new_tokens: Length limit of an answer.
+        seeds: How many calibration seeds to write a file for.
     """
 
     dense: Source
@@ -77,6 +78,7 @@ class Maker:
     progress: Progress
     samples: int = 64
     new_tokens: int = 24
+    seeds: int = real_prompts.SEEDS
 
     def build(self, data: Path, *, images: bool = False, font: Path | None = None) -> Summary:
         """Write all files; returns what `summary.json` says.
@@ -99,7 +101,7 @@ class Maker:
         ):
             reading = self._answered(prompts, references_only=references_only)
             files[name] = _write(self.out / f"{name}.jsonl", reading)
-        for seed, prompts in enumerate(splits.candidates):
+        for seed, prompts in enumerate(splits.candidates[: self.seeds]):
             name = f"calibration-{seed}"
             files[name] = _write(self.out / f"{name}.jsonl", self._calibration(seed, prompts))
         if images:
@@ -229,6 +231,13 @@ def _arguments() -> argparse.Namespace:
         help="least number of calibration prompts with a response, per kind and seed",
     )
     parser.add_argument("--new-tokens", type=int, default=24, help="length limit of an answer")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        choices=range(1, real_prompts.SEEDS + 1),
+        default=real_prompts.SEEDS,
+        help="calibration seeds to write a file for; fewer take less time",
+    )
     parser.add_argument("--images", action="store_true", help="also draw the test as images")
     parser.add_argument("--font", type=Path, help="font of the images (default: FreeMono Bold)")
     parser.add_argument("--device", default="auto")
@@ -249,6 +258,7 @@ def main() -> int:
             ConsoleProgress(Console()),
             args.samples,
             args.new_tokens,
+            args.seeds,
         )
         summary = maker.build(args.data, images=args.images, font=args.font)
     except (RegraftError, FileNotFoundError) as error:

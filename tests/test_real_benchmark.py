@@ -186,9 +186,11 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make_real_benchmark, "generate", generate)
 
 
-def _maker(source: Source, out: Path, samples: int = 3) -> make_real_benchmark.Maker:
+def _maker(
+    source: Source, out: Path, samples: int = 3, seeds: int = 3
+) -> make_real_benchmark.Maker:
     compute = ComputeSettings(device="cpu", dtype="float32", batch_size=4)
-    return make_real_benchmark.Maker(source, out, compute, Progress(), samples, new_tokens=8)
+    return make_real_benchmark.Maker(source, out, compute, Progress(), samples, 8, seeds)
 
 
 def test_files_hold_the_answers_that_are_of_use(
@@ -215,6 +217,10 @@ def test_files_hold_the_answers_that_are_of_use(
     before = {path.name: path.read_bytes() for path in out.glob("*.json*")}
     _maker(source, out).build(tmp_path)
     assert before == {path.name: path.read_bytes() for path in out.glob("*.json*")}
+    _maker(source, tmp_path / "one", seeds=1).build(tmp_path)
+    one, whole = sorted((tmp_path / "one").glob("*.jsonl")), sorted(out.glob("*.jsonl"))
+    assert [path.name for path in one] == [path.name for path in whole if path.name[-7] not in "12"]
+    assert all(path.read_bytes() == (out / path.name).read_bytes() for path in one)
     with pytest.raises(RegraftError, match=r"refuses 3 of the prompts .* 4 are needed"):
         _maker(source, tmp_path / "more", samples=4).build(tmp_path)
 
