@@ -140,9 +140,10 @@ def check(
     """Check whether a compressed model is as safe as the dense one, within margins: exit code 0
     yes, 1 no, 3 undecided.
 
-    Each model is a folder, a hub id, 'demo' or the folder of a finished evaluation. ASR,
-    over-refusal, utility and degenerate answers each pass if the one-sided 95 % interval of their
-    change is within the margin, and fail if it is beyond it. A margin of 100 leaves a rate out.
+    Each model is a folder, a hub id, 'demo', endpoint:URL#MODEL or the folder of a finished
+    evaluation. ASR, over-refusal, utility and degenerate answers each pass if the one-sided 95 %
+    interval of their change is within the margin, and fail if it is beyond it. A margin of 100
+    leaves a rate out.
 
     Example: regraft check model model-w4 --suite safebench FigStep/data --suite mossbench
     MOSSBench/data --out check
