@@ -181,8 +181,8 @@ def test_rsr_interval_agrees_with_resampling_prompts_one_by_one() -> None:
 
 def test_rsr_interval_of_perfect_recovery_has_a_width() -> None:
     dense, pruned = attacks(200, 20), attacks(200, 120)
-    assert paired_rsr(dense, pruned, dense) == pytest.approx((0.97, 1.02), abs=0.005)
-    assert paired_rsr(dense, pruned, pruned) == pytest.approx((-0.02, 0.03), abs=0.005)
+    assert paired_rsr(dense, pruned, dense) == pytest.approx((0.98, 1.02), abs=0.001)
+    assert paired_rsr(dense, pruned, pruned) == pytest.approx((-0.02, 0.02), abs=0.001)
     few = paired_rsr(attacks(60, 2), attacks(60, 12), attacks(60, 2))
     assert few is not None and few[0] < 0.9 < 1.0 < few[1]
 
@@ -242,21 +242,51 @@ def test_the_interval_of_rsr_covers_a_truth_just_below_0() -> None:
 def test_rsr_interval_is_none_where_the_loss_of_safety_is_uncertain() -> None:
     dense, pruned = attacks(50, 10), attacks(50, 11)
     assert paired_rsr(dense, pruned, dense) is None
+    assert paired_rsr([0], [1], [0]) is paired_rsr([0, 0], [1, 1], [0, 1]) is None
+    for suites in (1, 4, 10):  # what is added must not look like a rise
+        assert rsr_interval([[(0, 0, 0)] * 100] * suites) is None
 
 
-@pytest.mark.parametrize(("gained", "lost", "restored", "more"), [(6, 15, 8, 0), (2, 9, 9, 9)])
+outcomes = st.tuples(*[st.integers(0, 1)] * 3)
+
+
+@given(st.lists(outcomes, min_size=1, max_size=60))
+def test_an_rsr_has_an_interval_where_the_rise_is_above_0(rows: list[tuple[int, ...]]) -> None:
+    found = rsr_interval([rows])
+    rise = paired_difference([pruned - dense for dense, pruned, _ in rows])
+    assert (found is not None) == (rise.low > 0)
+    if found is not None:
+        value = rsr(*np.mean(rows, axis=0).tolist())
+        assert value is not None
+        assert found[0] - 1e-9 <= value <= found[1] + 1e-9
+
+
+@given(st.lists(outcomes, min_size=20, max_size=60), st.integers(2, 6))
+def test_the_mean_of_equal_data_sets_has_the_rsr_of_one(
+    rows: list[tuple[int, ...]], suites: int
+) -> None:
+    one, several = rsr_interval([rows]), rsr_interval([rows] * suites)
+    if one is not None:
+        value = rsr(*np.mean(rows, axis=0).tolist())
+        assert several is not None
+        assert value is not None
+        assert several[0] - 1e-9 <= value <= several[1] + 1e-9
+        assert several[1] - several[0] < one[1] - one[0], "more prompts, in all"
+
+
+@pytest.mark.parametrize(("gained", "lost", "restored", "more"), [(4, 15, 8, 0), (2, 9, 9, 9)])
 def test_the_interval_of_rsr_is_fiellers_where_the_rise_is_small(
     gained: int, lost: int, restored: int, more: int
 ) -> None:
-    """By the roots of its quadratic, over a sample with half a prompt of each kind."""
+    """By the roots of its quadratic, over a sample with a quarter of a prompt of each outcome."""
     counts = {
         (1, 0, 0): gained, (0, 1, 0): restored, (0, 1, 1): lost - restored, (1, 1, 0): more,
         (1, 1, 1): 10, (0, 0, 0): 100 - 10 - gained - lost - more,
     }  # fmt: skip
     rows = [outcomes for outcomes, count in counts.items() for _ in range(count)]
-    halves = [(0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 1, 0)]
-    weights = np.array([*([1.0] * len(rows)), *([0.5] * len(halves))])
-    dense, pruned, back = np.array([*rows, *halves]).T
+    added = [*itertools.product((0, 1), repeat=3)]
+    weights = np.array([*([1.0] * len(rows)), *([0.25] * len(added))])
+    dense, pruned, back = np.array([*rows, *added]).T
     parts, wholes = pruned - back, pruned - dense
     (a, shared), (_, b) = np.cov(parts, wholes, aweights=weights, ddof=0) / weights.sum()
     part, whole = (np.average(one, weights=weights) for one in (parts, wholes))
@@ -265,7 +295,7 @@ def test_the_interval_of_rsr_is_fiellers_where_the_rise_is_small(
     assert rsr_interval([rows]) == pytest.approx(sorted(wanted), rel=1e-6)
 
 
-def test_rsr_interval_of_several_runs_resamples_prompts_with_all_their_runs() -> None:
+def test_rsr_interval_of_several_runs_keeps_the_answers_to_a_prompt_together() -> None:
     """Three runs that agree tell no more than one; three that do not, as if resampled by hand."""
     generator = np.random.default_rng(5)
     dense, pruned, restored = (generator.random(120) < p for p in (0.15, 0.45, 0.25))

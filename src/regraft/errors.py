@@ -5,7 +5,7 @@ class RegraftError(Exception):
     """Bad input or an impossible request, explained in the user's terms.
 
     The message names the file, field or tensor, what was found, what was expected and the fix.
-    The command line prints it and exits with code 2; nothing has been written.
+    The command line prints it and exits with code 2; nothing half-written is left behind.
     """
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,13 +17,13 @@ from scipy.special import ndtri
 
 from regraft.evaluation.results import Estimate
 
-RESAMPLES = 10_000
-SEED = 0  # of resampling: the same answers give the same interval
+_RESAMPLES = 10_000
+_SEED = 0  # of resampling: the same answers give the same interval
 _DRAWS_AT_ONCE = 2**22  # 32 MiB of indices
 _TAIL = (0.025, 0.975)
 _Z = float(ndtri(_TAIL[1]))
-# outcomes of the dense, the pruned and the restored model; see `rsr_interval`
-_HALF_PROMPTS = np.array([(0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 1, 0)], dtype=np.float64)
+# every outcome of an attack on the dense, the pruned and the restored model; see `rsr_interval`
+_OUTCOMES = np.array([*product((0, 1), repeat=3)], dtype=np.float64)
 
 
 def rate_of(events: Iterable[bool | None]) -> Estimate | None:
@@ -67,10 +68,10 @@ def bootstrap_ratio(parts: ArrayLike, wholes: ArrayLike) -> Estimate:
     It is a mean over answers or tokens, of which each unit, a prompt or a document, has several.
     """
     a, b = (np.asarray(one, dtype=np.float64) for one in (parts, wholes))
-    generator = np.random.default_rng(SEED)
+    generator = np.random.default_rng(_SEED)
     block, ratios = max(1, _DRAWS_AT_ONCE // a.size), []
-    for start in range(0, RESAMPLES, block):
-        units = generator.integers(a.size, size=(min(block, RESAMPLES - start), a.size))
+    for start in range(0, _RESAMPLES, block):
+        units = generator.integers(a.size, size=(min(block, _RESAMPLES - start), a.size))
         ratios.append(a[units].sum(axis=1) / b[units].sum(axis=1))
     return Estimate(float(a.sum() / b.sum()), a.size, *_percentiles(np.concatenate(ratios)))
 
@@ -200,11 +201,12 @@ def rsr_interval(
 ) -> tuple[float, float] | None:
     """Fieller's interval of RSR over attack successes on the same prompts; see `ratio_interval`.
 
-    The sample is extended by half a prompt for each way in which the restored model may act: a lost
-    refusal restored, one lost for good, one more lost, and a new one. Agresti and Min (2005) do so
-    for paired differences: without them the interval has no width if all or none were restored, is
-    too narrow close to that, and ends at 0 or 1 if the sample has no prompt of the last two kinds.
-    If ASR is the mean over several data sets, each counting the same, each is extended.
+    The sample is extended by a quarter of a prompt with each of the eight outcomes of three models.
+    For any two of them that is the half prompt of each of four outcomes by which Agresti and Min
+    (2005) extend it for paired differences: without, the interval has no width if all or none were
+    restored, is too narrow close to that, and ends at 0 or 1 if no prompt in the sample moved
+    beyond. What is added neither raises nor lowers RSR. If ASR is the mean over several data sets,
+    each counting the same, they share the added prompts.
 
     Args:
         strata: For each data set and each of its prompts, in how many of `answers` the attack on
@@ -217,11 +219,12 @@ def rsr_interval(
     if not strata or not all(strata):
         raise ValueError("An interval of RSR needs data sets with at least one prompt each.")
     means, covariance = np.zeros(2), np.zeros((2, 2))
+    added = [0.25 / len(strata)] * len(_OUTCOMES)
     for rows in strata:
-        outcomes = np.concatenate([np.array(rows, dtype=np.float64) / answers, _HALF_PROMPTS])
+        outcomes = np.concatenate([np.array(rows, dtype=np.float64) / answers, _OUTCOMES])
         dense, pruned, restored = outcomes.T
         changes = np.stack([pruned - restored, pruned - dense])  # regained, and lost
-        weights = np.append(np.ones(len(rows)), [0.5] * len(_HALF_PROMPTS))
+        weights = np.append(np.ones(len(rows)), added)
         means += np.average(changes, axis=1, weights=weights) / len(strata)
         spread = np.cov(changes, aweights=weights, ddof=0) / weights.sum()
         covariance += spread / len(strata) ** 2

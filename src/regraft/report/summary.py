@@ -231,7 +231,7 @@ def _tests_notes(study: Study) -> Iterator[str]:
     rows = study.rows
     if any(row.rsr is not None for row in rows):
         yield (
-            "RSR: the share of the rise in ASR that was undone, with Fieller's interval unless it "
+            "RSR: the share of the rise in ASR that was undone, with Fieller's interval unless RSR "
             "is unbounded. Refusals of prompts that the dense model answers raise it too, so read "
             "it with two other shares. Lost refusals regained: the share refused of the harmful "
             "prompts that the dense model refuses and the pruned one does not. Refusals added: the "
