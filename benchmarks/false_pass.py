@@ -72,7 +72,7 @@ def chances(least: NDArray[np.int64], n: int, worse: Floats, better: Floats) -> 
 def worst(least: NDArray[np.int64], n: int, margin: float) -> float:
     """The highest such probability over all pairs of models that differ by the margin."""
     better = np.sin(np.linspace(0, np.pi / 2, 3001)) ** 2 * (1 - margin) / 2
-    return float(chances(least, n, margin + better, better).max())
+    return float(np.max(chances(least, n, margin + better, better)))
 
 
 def discordances(margin: float, base: float, correlation: float) -> tuple[float, float] | None:
@@ -95,7 +95,7 @@ def on_grid(least: NDArray[np.int64], n: int, margin: float) -> Iterator[tuple[f
     for base in BASES:
         pairs = [discordances(margin, base, one) for one in CORRELATIONS]
         if possible := [pair for pair in pairs if pair]:
-            yield base, float(chances(least, n, *np.array(possible).T).max())
+            yield base, float(np.max(chances(least, n, *np.array(possible).T)))
 
 
 Draw = Callable[[np.random.Generator, int, float], Rises]
@@ -136,8 +136,9 @@ def _uneven(random: np.random.Generator, n: int, margin: float) -> Rises:
 def _in_clusters(
     random: np.random.Generator, request: NDArray[np.int64], margin: float, alike: float = 0.8
 ) -> Rises:
-    shared, own = (random.random(size) for size in (request.max() + 1, len(request)))
-    of_request = random.random(request.max() + 1) < alike
+    requests = int(np.max(request)) + 1
+    shared, own = (random.random(size) for size in (requests, len(request)))
+    of_request = random.random(requests) < alike
     luck = np.where(of_request[request], shared[request], own)
     before = luck < 0.2
     after = before ^ (luck > 1 - margin - 0.05) ^ (before & (luck < 0.05))  # 5 points disappear
