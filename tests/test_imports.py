@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -92,6 +93,24 @@ def test_only_models_know_transformers(path: Path) -> None:
             raise AssertionError(f"{module} imports transformers")
         if isinstance(node, ast.Import):
             assert not any(alias.name.startswith("transformers") for alias in node.names), module
+
+
+REPOSITORY = Path(__file__).parents[1]
+TOOLS = sorted(one for room in ("benchmarks", "scripts") for one in REPOSITORY.glob(f"{room}/*.py"))
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.name)
+def test_benchmarks_and_scripts_import_names_that_exist(path: Path) -> None:
+    """No other test runs most of them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("regraft"):
+            module = importlib.import_module(node.module or "")
+            missing = [
+                one.name
+                for one in node.names
+                if not hasattr(module, one.name) and f"{node.module}.{one.name}" not in MODULES
+            ]
+            assert missing == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)

@@ -243,6 +243,8 @@ def test_rsr_interval_is_none_where_the_loss_of_safety_is_uncertain() -> None:
     dense, pruned = attacks(50, 10), attacks(50, 11)
     assert paired_rsr(dense, pruned, dense) is None
     assert paired_rsr([0], [1], [0]) is paired_rsr([0, 0], [1, 1], [0, 1]) is None
+    six, fifteen_others = attacks(100, 6), [6 <= i < 21 for i in range(100)]
+    assert paired_rsr(six, fifteen_others, six) is None
     for suites in (1, 4, 10):  # what is added must not look like a rise
         assert rsr_interval([[(0, 0, 0)] * 100] * suites) is None
 
