@@ -11,15 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regraft.errors import RegraftError
-from regraft.evaluation.metrics import macro_average, rsr, wilson
-from regraft.evaluation.metrics import rsr_interval as paired_interval
+from regraft.evaluation.metrics import macro_average, rsr, rsr_interval, wilson
 from regraft.report.published import (
     Published,
     PublishedRow,
     attack_rates,
     mean_attack_rate,
     read_published,
-    rsr_interval,
+    unpaired_rsr_interval,
 )
 
 LI = Path(__file__).parents[1] / "recipes" / "published" / "li-2025.yaml"
@@ -42,9 +41,9 @@ def test_data_sets_count_the_same_whatever_their_size() -> None:
             drawn = np.array(rows)[generator.integers(len(rows), size=len(rows))]
             means += drawn.mean(axis=0) / 2
         values.append((means[1] - means[2]) / (means[1] - means[0]))
-    found = paired_interval(strata)
+    found = rsr_interval(strata)
     assert found == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=0.03)
-    pooled = paired_interval([[row for rows in strata for row in rows]])
+    pooled = rsr_interval([[row for rows in strata for row in rows]])
     assert pooled is not None
     assert found is not None
     assert found[1] - found[0] > pooled[1] - pooled[0], "the small data set weighs more"
@@ -53,8 +52,8 @@ def test_data_sets_count_the_same_whatever_their_size() -> None:
 def test_no_data_set_has_no_rsr() -> None:
     for strata in ([], [[]]):
         with pytest.raises(ValueError, match="at least one prompt"):
-            paired_interval(strata)
-    assert paired_interval([[(True, False, False)] * 20]) is None, "pruning raised nothing"
+            rsr_interval(strata)
+    assert rsr_interval([[(True, False, False)] * 20]) is None, "pruning raised nothing"
 
 
 # Published figures
@@ -148,7 +147,7 @@ def test_an_rsr_without_answers_has_the_interval_of_independent_rates() -> None:
         assert tuple((one.count, one.n) for one in rates) == tuple(
             zip(counts[name], (500, 468), strict=True)
         )
-    assert rsr_interval(published, row) == pytest.approx(wanted, abs=0.03)
+    assert unpaired_rsr_interval(published, row) == pytest.approx(wanted, abs=0.03)
 
 
 def test_an_rsr_of_no_loss_or_of_means_alone_has_no_interval() -> None:
@@ -159,7 +158,7 @@ def test_an_rsr_of_no_loss_or_of_means_alone_has_no_interval() -> None:
             PublishedRow(model="m", pruning="p", **pruned),
             PublishedRow(model="m", pruning="p", method="hsr", rsr=50, **restored),
         )
-        return rsr_interval(Published(source="x", prompts={"a": 100}, rows=rows), rows[2])
+        return unpaired_rsr_interval(Published(source="x", prompts={"a": 100}, rows=rows), rows[2])
 
     rates = [{"asr": {"a": percent}} for percent in (10, 60, 30)]
     assert found(*rates) is not None

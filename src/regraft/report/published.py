@@ -96,7 +96,7 @@ def beside(published: Published, model: str, pruning: str, method: str) -> Besid
         row,
         mean_attack_rate(row, published.prompts),
         attack_rates(row, published.prompts),
-        rsr_interval(published, row),
+        unpaired_rsr_interval(published, row),
     )
 
 
@@ -130,7 +130,7 @@ def mean_attack_rate(row: PublishedRow, prompts: Mapping[str, int]) -> Estimate 
     return replace(wilson(round(row.mean_asr * n), n), value=row.mean_asr, count=None)
 
 
-def rsr_interval(published: Published, row: PublishedRow) -> tuple[float, float] | None:
+def unpaired_rsr_interval(published: Published, row: PublishedRow) -> tuple[float, float] | None:
     """A 95 % interval of a row's RSR; None unless the rates of all three models are published.
 
     Fieller's, with the mean and variance of every rate from the Beta distribution of Jeffreys'
