@@ -508,6 +508,27 @@ def test_bad_input(refused: Callable[..., str]) -> None:
     assert "responses" in refused("--responses", "given", "--max-response-tokens", 9)
 
 
+@pytest.mark.parametrize(
+    ("given", "kept", "message"),
+    [
+        ({"criterion": "released"}, ("criterion",), "needs every head scored exactly"),
+        ({"top_heads": 2}, ("top_heads",), "top_heads is 2, but of the screened heads only the 1"),
+        ({"top_heads": 10_000}, ("top_heads",), "top_heads is 10000; the model has"),
+    ],
+)
+def test_what_no_trial_can_do_is_refused_before_the_first(
+    tune: Callable[..., Tuned],
+    tmp_path: Path,
+    given: dict[str, Any],
+    kept: tuple[str, ...],
+    message: str,
+) -> None:
+    screened = HeadSettings(mode="screened", candidates=1)
+    with pytest.raises(RegraftError, match=message):
+        tune(method(**given), keep=kept, scoring=screened)
+    assert not (tmp_path / "tuned").exists()
+
+
 @pytest.mark.parametrize("name", ["random", "gain"])
 def test_methods_that_have_nothing_to_tune(tune: Callable[..., Tuned], name: str) -> None:
     with pytest.raises(RegraftError, match=f"nothing to tune of {name}"):

@@ -34,10 +34,9 @@ from regraft.models.load import Source
 from regraft.patch.format import load_patch
 from regraft.patch.pair import check_pair
 from regraft.recipes.file import recipe_item
-from regraft.restoration.base import MethodSettings, needs_of
+from regraft.restoration.base import Between, MethodSettings, Space, needs_of
 from regraft.settings.base import explain
 from regraft.settings.searching import BoundSettings, SearchSettings, TuneSettings
-from regraft.stages.gathering import check_r_max
 from regraft.stages.provenance import describe, fingerprints
 from regraft.stages.ranking import check_restorable
 from regraft.stages.restoring import gathering_steps, patch_steps
@@ -81,12 +80,9 @@ def tune_method(
     if method.searchable or survey.kind == "changed":
         check_restorable(method, survey)
     work = _Tuning(setup, pruned, out, method, tuning, choice)
-    data = work.check()
-    kept, samples = survey.kept / dense.architecture.prunable, distinct(data["safety"])
+    kept, samples = survey.kept / dense.architecture.prunable, distinct(setup.drawn("safety"))
     space = space_of(dense, method, tuning, setup.scoring, kept, samples)
-    if needs_of(method).heads and "r_max" not in space:
-        check_r_max(dense, setup.scoring, data["safety"])
-    about = work.describe(data)
+    about = work.describe(work.check(space))
     claim(out, about)
     trials = Trials(out, space, tuning)
     work.try_all(trials)
@@ -125,16 +121,18 @@ class _Tuning:
     tuning: TuneSettings
     choice: SearchSettings
 
-    def check(self) -> dict[str, Reading]:
-        """Check the steps of all trials; returns calibration and validation prompts by role.
+    def check(self, space: Space) -> dict[str, Reading]:
+        """Check the steps of a trial; returns calibration and validation prompts by role.
 
-        Heads are left out, since the settings by which trials choose them are tuned.
+        The trial has the lowest value of everything tuned, so what is refused here no trial can do.
         """
-        setup, needs = self.setup, needs_of(self.method)
+        lowest = {name: of.low if isinstance(of, Between) else of[0] for name, of in space.items()}
+        setup, method = self._with(lowest)
+        needs = needs_of(method)
         if needs.answers:
-            setup.check_gradients(f"Tuning {self.method.method}")
-        paths = self._paths(self.method, setup.scoring.r_max, 0)
-        steps = gathering_steps(setup, [replace(needs, heads=None)], paths)
+            setup.check_gradients(f"Tuning {method.method}")
+        paths = self._paths(method, setup.scoring.r_max, 0)
+        steps = gathering_steps(setup, [needs], paths)
         search = Search(setup, self.choice)
         used = plan_steps(setup, steps).prompts | search.check()
         for line in (used | PromptUse(learnt=setup.learnt_from())).warnings():
@@ -182,34 +180,30 @@ class _Tuning:
     def _try(self, trial: Trial) -> Tried:
         """Restore with a trial's settings, evaluate, and take the best point."""
         settings, seconds = dict(trial.params), dict[str, float]()
-        own = self.setup
-        r_max = int(settings.get("r_max", own.scoring.r_max))
-        setup = replace(
-            own,
-            scoring=own.scoring.model_copy(update={"r_max": r_max}),
-            guard=partial(one_at_a_time, self.out, seconds),
-        )
+        setup, method = self._with(settings)
+        setup = replace(setup, guard=partial(one_at_a_time, self.out, seconds))
         search, references = Search(setup, self.choice), self.out / "references"
         with setup.guard("references", ""):
             evaluations = 0 if (references / "pruned").exists() else 2
             full, before = search.references(self.pruned, references)
-        tried = self._points(setup, search, self._varied(settings), trial.number)
+        tried = self._points(setup, search, method, trial.number)
         points, bounds = tried or [before], bounds_of(self.choice, full, before)
         point = choose(points, bounds) or nearest(points, bounds)
         evaluations += len(tried)
         cost = Cost(seconds, evaluations, evaluations * (full.asr.n + full.over_refusal.n))
         return Tried(trial.number, settings, point, bounds.excess(point), cost)
 
-    def _varied(self, settings: Mapping[str, Any]) -> MethodSettings:
-        """The method's settings with those of a trial.
+    def _with(self, settings: Mapping[str, Any]) -> tuple[Setup, MethodSettings]:
+        """How heads are scored, and the method's settings, with those of a trial.
 
         Raises:
             RegraftError: they do not fit together.
         """
         given = self.method.model_dump(exclude_unset=True) | dict(settings)
-        given.pop("r_max", None)
+        r_max = int(given.pop("r_max", self.setup.scoring.r_max))
+        scoring = self.setup.scoring.model_copy(update={"r_max": r_max})
         try:
-            return type(self.method)(**given)
+            return replace(self.setup, scoring=scoring), type(self.method)(**given)
         except ValidationError as error:
             raise RegraftError(f"These settings do not fit together:\n{explain(error)}") from error
 
@@ -263,7 +257,7 @@ class _Tuning:
             if tuned.best is None:
                 (self.out / "best.yaml").unlink(missing_ok=True)
             else:
-                method = self._varied(tuned.best.settings)
+                _, method = self._with(tuned.best.settings)
                 calibration, answers = self.setup.calibration, self.setup.evaluation
                 item = recipe_item(tuned, tuned.best, method, calibration, answers.max_new_tokens)
                 write_text(self.out / "best.yaml", item)
