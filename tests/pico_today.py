@@ -867,10 +867,11 @@ NEWER = {
 }
 """Families that the oldest transformers does not have, by a class of theirs."""
 _IMAGES = "image_outputs"  # which transformers 5.24 asks of what Llama 4's text model does not give
-UNRUNNABLE = (
-    ("llama4",)
-    if _IMAGES in Llama4CausalLMOutputWithPast.__dataclass_fields__
+_NO_LLAMA4 = (
+    _IMAGES in Llama4CausalLMOutputWithPast.__dataclass_fields__
     and _IMAGES not in MoeCausalLMOutputWithPast.__dataclass_fields__
-    else ()
 )
+_VERSION = tuple(map(int, T.__version__.split(".")[:2]))
+_NO_MINICPM = _VERSION < (5, 19)  # until then images of a batch must be of one size
+UNRUNNABLE = (*(("llama4",) if _NO_LLAMA4 else ()), *(("minicpmv4_6",) if _NO_MINICPM else ()))
 """Families that this version of transformers loads and cannot run: only read and written."""

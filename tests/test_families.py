@@ -69,9 +69,15 @@ RUNS_ELSEWHERE = pytest.mark.skip("this version of transformers cannot run it, o
 MARKS = dict.fromkeys(pico_today.TIMM, NEEDS_TIMM) | dict.fromkeys(
     pico_today.UNRUNNABLE, RUNS_ELSEWHERE
 )
-VLM = tuple(pytest.param(name, marks=MARKS.get(name, ())) for name in pico_today.VLM)
+
+
+def marked(*names):
+    return tuple(pytest.param(name, marks=MARKS.get(name, ())) for name in names)
+
+
+VLM = marked(*pico_today.VLM)
 TODAY = (*VLM, *pico_today.LLM)
-WITH_HEADS = (
+WITH_HEADS = marked(
     *("qwen3_5", "qwen3_vl_moe", "glm4v_moe", "llama4_text", "qwen3_next"),
     *("gemma4-experts", "minicpmv4_6", "molmo2", "ernie4_5_vl_moe", "nemotron_h_omni"),
 )

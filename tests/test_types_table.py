@@ -23,6 +23,7 @@ from regraft.models.load import load_model, open_answering, open_source
 from test_families import assert_patched_alike
 
 COMMITTED = types_table.PAGE.read_text(encoding="utf-8")
+OF_THE_PAGE = f"transformers {transformers.__version__}," in COMMITTED
 
 
 def test_the_page_has_every_type_of_its_version() -> None:
@@ -38,7 +39,7 @@ def test_the_page_has_every_type_of_its_version() -> None:
 
 @pytest.mark.slow
 def test_the_page_says_what_is_found() -> None:
-    if f"transformers {transformers.__version__}," not in COMMITTED:
+    if not OF_THE_PAGE:
         pytest.skip(f"the page is of another version than transformers {transformers.__version__}")
     transformers.logging.set_verbosity_error()
     rows = [types_table.look(kind) for kind in types_table.TYPES]
@@ -74,7 +75,10 @@ def most_likely(model: Any, ids: Tensor, count: int) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_the_most_likely_tokens(kind: str, tmp_path: Path) -> None:
     """Also if the checkpoint's config samples, penalises repetition and stops early."""
-    assert types_table.saved(kind, tmp_path / "model") == ""
+    reason = types_table.saved(kind, tmp_path / "model")
+    if reason and not OF_THE_PAGE:  # 5.15 to 5.17 run Kosmos-2 with an image only
+        pytest.skip(f"transformers {transformers.__version__}: {reason}")
+    assert reason == ""
     model = load_model(open_answering(tmp_path / "model"), device="cpu")
     for part in (model, *model.modules()):
         if (config := getattr(part, "generation_config", None)) is not None:
