@@ -152,6 +152,10 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
                 linear.tensor: lambda weight: quantised(weight, 2, 32)
                 for linear in dense.architecture.linears
             }
+            (embeddings,) = (
+                one for one in dense.checkpoint.tensors if one.endswith("embed_tokens.weight")
+            )
+            edits[embeddings] = lambda weight: quantised(weight, 4, 32)
             write_edited(dense.checkpoint, root / "2 bits", edits)
         return made[family]
 

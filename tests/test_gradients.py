@@ -228,14 +228,14 @@ def test_losses_together_stream_the_model_once(pico_dir, tmp_path, monkeypatch):
     assert len(cut) > 1
     teacher = final_states(truth.layerwise(opened.model, cut))
     one = truth.layerwise(changed(opened.model), cut, streamed=True)
-    other = truth.layerwise(one.model.network, cut[:1], streamed=True)
+    other = LayerwisePass(one.model, cut[:1])
     plain, against = mean_cross_entropy, DecisionLoss(teacher)
     apart = [response_losses(one, plain), response_losses(other, against)]
     held, hold = [], PlacedModel.layer
     monkeypatch.setattr(
         PlacedModel, "layer", lambda self, index: held.append(index) or hold(self, index)
     )
-    assert losses_together([(one, plain), (other.on(one.model), against)]) == apart
+    assert losses_together([(one, plain), (other, against)]) == apart
     assert held == list(range(one.layers))
 
 
@@ -272,55 +272,12 @@ def test_a_model_has_no_divergence_from_itself(pico_dir, tmp_path):
     layerwise = truth.layerwise(opened.model, cut)
     loss = DecisionLoss(final_states(layerwise, lambda _: None))
     own = response_losses(layerwise, loss)
-    others = response_losses(layerwise.on(truth.layerwise(changed(opened.model), cut).model), loss)
+    others = response_losses(truth.layerwise(changed(opened.model), cut), loss)
     assert all(abs(value) < 1e-5 for value in own.values())
     assert all(value > 1e-2 for value in others.values())
 
 
 # Layer by layer
-
-
-def watched(model):
-    """Names of vision modules as they run."""
-    ran = []
-    for name, module in model.named_modules():
-        if "vision" in name or "visual" in name:
-            module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
-    return ran
-
-
-def to_the_end(layerwise):
-    for index in range(layerwise.layers):
-        with layerwise.model.layer(index):
-            layerwise.run_layer(index, lambda _: None)
-    return layerwise.states
-
-
-@pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "mllama", "llama"])
-def test_a_walk_on_another_model(family, streamed, pico_dir, tmp_path):
-    """The same states as a pass of its own, and the vision part does not run again."""
-    opened = truth.opened(pico_dir(family))
-    _, cut = collated(opened, family, tmp_path)
-    dense, pruned = copy.deepcopy(opened.model), changed(opened.model)
-    fresh = to_the_end(truth.layerwise(pruned, cut, streamed=streamed))
-    ran, on_pruned = watched(dense), watched(pruned)
-    layerwise = truth.layerwise(dense, cut, streamed=streamed)
-    assert bool(ran) == opened.architecture.has_vision, "the vision part is not seen"
-    seen = len(ran)
-    embedded = [state.clone() for state in layerwise.states]
-    own = [state.clone() for state in to_the_end(layerwise)]
-    other = layerwise.on(truth.layerwise(pruned, cut[:0], streamed=streamed).model)
-    assert all(map(torch.equal, other.states, embedded))
-    found = to_the_end(other)
-    assert all(map(torch.equal, found, fresh))
-    assert not any(map(torch.equal, found, own))
-    assert all(map(torch.equal, layerwise.states, own)), "the first pass moved too"
-    layerwise.rewind()
-    assert all(map(torch.equal, layerwise.states, embedded))
-    assert all(map(torch.equal, to_the_end(layerwise), own))
-    assert isinstance(other, LayerwisePass)
-    assert len(ran) == seen and not on_pruned
 
 
 def putting_out(model, more):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -129,17 +128,6 @@ class LayerwisePass:
         assert self._embedded is not None, "made with again=False"
         self.states = list(self._embedded)
         self.shared = self._nothing_shared()
-
-    def on(self, model: PlacedModel) -> LayerwisePass:
-        """The same batches before the first layer of another model.
-
-        Only the weights of its decoder layers may differ, as between a dense and a pruned model:
-        vision tower and embeddings do not run again.
-        """
-        other = copy(self)
-        other.model = model
-        other.rewind()
-        return other
 
     def run_layer(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class DecisionLoss:
 def final_states(layerwise: LayerwisePass, advance: Advance = lambda _: None) -> dict[str, Tensor]:
     """Example id -> normed final states at the positions that predict response tokens, on CPU.
 
-    `[N, d]` each. They determine the teacher's distribution, since the LM head is never pruned,
+    `[N, d]` each. They determine the teacher's distribution if compression left the LM head alone,
     and take far less space than logits, `[N, vocabulary]`.
     """
     _run_all_layers([layerwise], advance)
@@ -126,36 +127,43 @@ def with_teacher(
 ) -> tuple[PlacedModel, Embedded, dict[str, DecisionLoss]]:
     """Run the dense model as the teacher, then load the pruned one with all prompts embedded.
 
-    The teacher's states are saved in the work folder, for a resumed run. `parts` are examples with
-    answers: kind of prompts -> parts that are run separately.
+    The teacher's states are saved in the work folder, for a resumed run. Each model embeds the
+    prompts itself, since compression may have changed embeddings or the vision tower. `parts` are
+    examples with answers: kind of prompts -> parts that are run separately.
 
     Returns:
         (the pruned model, the embedded prompts, kind of prompts -> the loss of its answers)
     """
     compute, progress = context.compute, context.progress
     paths = {kind: context.work / f"teacher-{kind}.safetensors" for kind in parts}
-    missing = not distributed.decided(lambda: all(path.exists() for path in paths.values()))
-    first = context.dense if missing else context.pruned
-    model, processor = load_layerwise(first, compute, progress, processor_from=context.dense)
+    if not distributed.decided(lambda: all(path.exists() for path in paths.values())):
+        dense, processor = load_layerwise(context.dense, compute, progress)
+        _write_teacher(_embed(dense, processor, parts, context), paths, progress)
+        dense.network.to("meta")  # frees its memory
+    model, processor = load_layerwise(
+        context.pruned, compute, progress, processor_from=context.dense
+    )
+    losses = {kind: DecisionLoss(load_unfinished(path)) for kind, path in paths.items()}
+    return model, _embed(model, processor, parts, context), losses
+
+
+def _embed(
+    model: PlacedModel,
+    processor: Any,
+    parts: Mapping[str, Sequence[Sequence[Example]]],
+    context: Context,
+) -> Embedded:
+    """This process's share of each part, embedded by the model."""
     embedded: Embedded = {kind: [] for kind in parts}
     total = sum(len(examples) for several in parts.values() for examples in several)
-    with progress.task("Reading the prompts", total) as done:
+    with context.progress.task("Reading the prompts", total) as done:
         for kind, several in parts.items():
             for examples in several:
-                chunks = distributed.share(cut(examples, compute))
+                chunks = distributed.share(cut(examples, context.compute))
                 batches = (response_batch(processor, chunk) for chunk in chunks)
                 embedded[kind].append(LayerwisePass(model, batches))
                 done(len(examples))
-    if missing:
-        _write_teacher(embedded, paths, progress)
-        model.network.to("meta")  # frees its memory: `embedded` still refers to this model
-        model, _ = load_layerwise(context.pruned, compute, progress, processor_from=context.dense)
-        embedded = {
-            kind: [layerwise.on(model) for layerwise in several]
-            for kind, several in embedded.items()
-        }
-    losses = {kind: DecisionLoss(load_unfinished(path)) for kind, path in paths.items()}
-    return model, embedded, losses
+    return embedded
 
 
 def _write_teacher(embedded: Embedded, paths: Mapping[str, Path], progress: Progress) -> None:
