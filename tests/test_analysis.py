@@ -170,8 +170,8 @@ def test_a_swept_recipe() -> None:
         ("sparsity-0.6", 0.6, None),
     ]
     assert sparse.realign == ()
-    study = Recipe.model_validate({**HSR, "seeds": [0, 1], "against": ["hsr"]})
-    assert (swept(study, "q", [0.1]).seeds, swept(study, "q", [0.1]).against) == ((), ())
+    with pytest.raises(RegraftError, match=r"one calibration seed: .*calibration\.seed"):
+        swept(Recipe.model_validate({**HSR, "seeds": [0, 1]}), "q", [0.1])
     heads = swept(recipe, "top-heads", [1, 8])
     assert [one.top_heads for one in heads.realign] == [1, 8]
     shares = swept(recipe, "p-max", [0.7, 0.8])

@@ -241,7 +241,7 @@ def test_float16_has_no_gradients(
     [
         ["prune", "model", "--method", "snip"],
         ["analyse", "statistics", "model", "--score", "snip"],
-        ["tune", "hsr", "model", "pruned", "--score", "snip", "--budget", 9, "--keep", "score"],
+        ["tune", "hsr", "model", "pruned", "--score", "snip", "--budget", 9],
     ],
 )
 def test_commands_refuse_float16_before_they_load_a_model(

@@ -31,10 +31,9 @@ from regraft.data.readers.vlguard import parse_vlguard, read_vlguard
 from regraft.data.sources import DataSource, join_suites, of_split, read, seen_before, split_off
 from regraft.errors import PassingError, RegraftError
 from regraft.settings.data import CalibrationSettings, _data_sources
-from regraft.settings.searching import SearchSettings
+from regraft.settings.searching import SearchSettings, suites_of
 from regraft.stages.provenance import describe
 from regraft.stages.reading import draw_calibration, order_calibration
-from regraft.stages.searching import suites_of
 
 
 def png(path: Path, seed: int = 0) -> Path:

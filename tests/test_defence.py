@@ -309,7 +309,8 @@ def test_the_search_is_recorded(source: Source, data: DataSource, tmp_path: Path
     assert {one.asr.n for one in made.trials} == {one.over_refusal.n for one in made.trials} == {2}
     best = choose(made.trials[1:], made.trials[0], 5)
     assert (made.layer, made.strength) == (best.layer, best.strength)
-    assert made.about["data"]["validation"]["skipped"] == {"beyond the limit": 4}
+    used = made.about["data"]["validation"]
+    assert (used["used"], used["read"] - sum(used["skipped"].values())) == (4, 4)
     assert {path.name for path in tmp_path.iterdir()} == {"data", "out"}, "scratch is left"
 
 
@@ -335,7 +336,7 @@ def test_calibration_prompts_are_freed_before_the_search(
 
 def test_validation_needs_both_kinds(source: Source, data: DataSource, tmp_path: Path) -> None:
     one_kind = DataSource(name="jsonl", path=data.path, kind="harmful")
-    with pytest.raises(RegraftError, match="no harmless examples"):
+    with pytest.raises(RegraftError, match="both harmful and harmless .* Leave out #harmful"):
         _defend(source, data, tmp_path / "out", validation=one_kind)
     with pytest.raises(RegraftError, match="layer is 4; the model has layers 0 to 3"):
         _defend(source, data, tmp_path / "out", layer=4)

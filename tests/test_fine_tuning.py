@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from regraft.restoration.ranking import Ranking, load_ranking, save_ranking
 from regraft.runs import pipeline
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
+from regraft.stages.restoring import patch_steps
+from regraft.stages.steps import plan_steps
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
 
@@ -163,6 +166,21 @@ def test_rankings_that_cannot_be_trained_at(root: Path, tmp_path: Path) -> None:
             stages.Inputs(positions=tmp_path / "ranking"),
         )
     assert not list(tmp_path.glob("patch*"))
+
+
+def test_positions_are_checked_with_the_plan(root: Path, tmp_path: Path) -> None:
+    """Before anything is pruned, answered or evaluated."""
+    ranking = ranked(root, tmp_path / "ranking", 20)
+    swaps = replace(ranking, removed=ranking.position + 1)
+    other = {**ranking.about, "inputs": {"dense": "another", "pruned": "one"}}
+    for found, message in ((swaps, "swaps"), (replace(ranking, about=other), "another dense")):
+        save_ranking(tmp_path / "given", found)
+        settings = method("fine-tune", positions=str(tmp_path / "given"))
+        setup = stages.Setup(open_source(root / "dense"), calibration(root), COMPUTE)
+        paths = stages.ArtifactPaths.beside(tmp_path / "patch")
+        steps = patch_steps(setup, pytest.fail, settings, paths)
+        with pytest.raises(RegraftError, match=message):
+            plan_steps(setup, steps)
 
 
 def test_values_beyond_the_dtype_are_an_error(root: Path, tmp_path: Path) -> None:

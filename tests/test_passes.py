@@ -27,7 +27,7 @@ from regraft.report.pooling import study_of
 from regraft.report.run import Run
 from regraft.report.summary import PASSES_NOTE
 from regraft.runs import pipeline
-from regraft.runs.passes import MethodPasses, count_pass, learns_from_both
+from regraft.runs.passes import MethodPasses, count_pass, has_passes
 from regraft.runs.run_dir import RunDir
 from regraft.settings.data import CalibrationSettings
 from test_compare import RUNS
@@ -197,10 +197,16 @@ def test_what_was_not_measured_is_not_guessed() -> None:
     assert found.of_defence("wanda/direction", by_prompt=False) == 2
     assert found.of_defence("wanda/other", by_prompt=False) is None
     assert found.of_defence("wanda/prompt", by_prompt=True) == 0
-    assert learns_from_both(RECIPE)
+
+
+def test_compute_is_shown_in_passes_where_these_are_of_one_size(pico_dir: Any) -> None:
+    architecture = open_source(pico_dir("llama")).architecture
+    assert has_passes(RECIPE, architecture)
     prunes = RECIPE.model_copy(update={"realign": tuple(v for v in RECIPE.realign if v.drawn)})
-    assert learns_from_both(prunes), "fine-tuned at random positions"
-    assert not learns_from_both(RECIPE.model_copy(update={"realign": ()}))
+    assert has_passes(prunes, architecture), "fine-tuned at random positions"
+    assert not has_passes(RECIPE.model_copy(update={"realign": ()}), architecture)
+    mixture = open_source(pico_dir("qwen3_vl_moe")).architecture
+    assert not has_passes(RECIPE, mixture), "a token runs through some experts only"
 
 
 def test_of_two_sets_of_validation_prompts_none_is_guessed() -> None:

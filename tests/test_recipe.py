@@ -150,12 +150,16 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
     (here / "recipe.yaml").write_text(
         "model: models/x\npruned: ../pruned\ncalibration: {data: 'vlguard:v/train.json'}\n"
         "evaluate: {suite: 'safebench:s#even'}\n"
+        "realign: [{method: gain}, {name: a, method: fine-tune, positions: there},\n"
+        "  {name: b, method: fine-tune, positions: gain}]\n"
     )
+    (here / "there").touch()
     monkeypatch.chdir(tmp_path)
     recipe = read_recipe(Path("recipes/recipe.yaml"))
     assert recipe.model == str(here / "models" / "x")
     assert recipe.pruned == str(here / ".." / "pruned")
     assert recipe.calibration.data.path == here / "v" / "train.json"
+    assert [one.positions for one in recipe.realign[1:]] == [str(here / "there"), "gain"]
     assert recipe.evaluate.suite == (DataSource(name="safebench", path=here / "s", split="even"),)
 
 
@@ -433,6 +437,8 @@ def test_a_folder_here_is_not_one_beside_the_recipe(
         ("evaluate: {keywords: [sorry], judge: gcg-1}", "take the place of the judge gcg-1"),
         ("heads: {window: 3}\nrealign: {method: hsr}", "heads: `window` has no effect when"),
         ("defend: {method: adashield, strength: 2}", "unknown setting of method adashield"),
+        ("defend: {method: refusal-direction, strength: 1.0e+7}", "strength"),
+        ("defend: {method: refusal-direction, strengths: [1, 1.0e+7]}", "strengths must be in"),
         ("defend: {strength: 2}", "unknown setting of method adashield"),
         ("defend: {method: refusal-direction, prompt: x}", "unknown setting of method refusal-"),
         (

@@ -10,7 +10,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 
 import killed
 import pico
+import truth
 from disk import shards, tree, write_data
 from methods import a_variant, method
 from regraft import loading, stages
@@ -34,6 +35,7 @@ from regraft.models.checkpoint import open_checkpoint
 from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import Source, open_source
 from regraft.patch.format import load_patch
+from regraft.progress import Progress
 from regraft.pruning.base import prune_settings
 from regraft.pruning.prune import zeros
 from regraft.pruning.statistics import load_statistics
@@ -699,3 +701,45 @@ def test_a_step_that_another_worker_finishes_while_it_is_planned(bench: Bench) -
 
     step = Finishing("rank", "", bench.root / "none", lambda: None)
     assert not plan_steps(stages.Setup(bench.dense), [step]).left
+
+
+# What the stages of a run share
+
+
+def test_the_bundled_prompts_of_a_shared_cache_are_for_the_bundled_model(bench: Bench) -> None:
+    """Recipes of several models share the data sets that were read."""
+    bundled, cache = stages.Setup(open_source("demo")), stages.EvaluationCache()
+    assert replace(bundled, cache=cache).imitated()["safety"].examples
+    with pytest.raises(RegraftError, match="No calibration prompts are named"):
+        replace(bundled, dense=bench.dense, cache=cache).imitated()
+
+
+def test_prompts_of_the_bundled_model_are_noted_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whichever evaluation comes first, such as one of a search."""
+    notes: list[str] = []
+    monkeypatch.setattr(Progress, "note", lambda _, text: notes.append(text))
+    setup = stages.Setup(bench.dense)
+    suite = DataSource.model_validate("demo:validation")
+    for model in (bench.dense, bench.pruned):
+        setup.target(model).warn([suite, suite.model_copy(update={"kind": "harmful"})])
+    assert ["bundled images" in note for note in notes] == [True]
+
+
+def test_states_of_all_processes_need_room(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They write to one disk."""
+    _, model, processor, _ = truth.opened(bench.dense.folder)
+    batch = truth.make_batch("left", bench.family, processor, tmp_path)
+    layerwise = truth.layerwise(model, [batch])
+    alone = loading.hidden_state_bytes(bench.dense, layerwise)
+    monkeypatch.setattr(loading.distributed, "total", lambda tensor: 3 * tensor)
+    assert loading.hidden_state_bytes(bench.dense, layerwise) == 3 * alone > 0
+
+
+def test_a_budget_is_not_a_weight_short_by_rounding() -> None:
+    """0.57 per 10,000 of 7 million are 399; as a float the product is just below."""
+    assert int(0.57 * 7_000_000 / 10_000) == 398
+    assert method("random", budget=0.57).how_many(7_000_000) == 399

@@ -189,16 +189,18 @@ class Bench:
         out: Path,
         progress: Progress | None = None,
         compute: ComputeSettings = COMPUTE,
+        settings: MethodSettings | None = None,
         **fields: Any,
     ) -> int:
         """Curve in `out`; how many weights to restore."""
+        settings = settings or self.settings
         choice = SearchSettings(**{"validation": self.validation, **fields})
         paths = replace(stages.ArtifactPaths.beside(out), ranking=self.root / "ranking", curve=out)
         calibration = CalibrationSettings(data=self.validation)
         setup = stages.Setup(
             self.dense, calibration, compute, evaluation=SHORT, progress=progress or Progress()
         )
-        restoring.search(searching.Search(setup, choice), self.pruned, self.settings, paths)
+        restoring.search(searching.Search(setup, choice), self.pruned, settings, paths)
         return read_curve(out).chosen or 0
 
 
@@ -366,6 +368,17 @@ def test_points_are_spread_up_to_the_most(
     assert bench.search(tmp_path / "curve.json", points=4, most=100.0) == most
     curve = read_json(tmp_path / "curve.json")
     assert [one["restored"] for one in curve["points"]] == grid
+
+
+def test_a_curve_within_another_budget_is_another_curve(
+    bench: Bench, rates_of: dict[int, tuple[float, float, float]], tmp_path: Path
+) -> None:
+    """A ranking may serve several budgets: a curve up to a smaller one is not taken for it."""
+    rates_of |= {-1: (0.2, 0.1, 0.6), 0: (0.8, 0.1, 0.6), 1000: (0.3, 0.1, 0.6)}
+    assert bench.search(tmp_path / "curve.json", points=1) == 1000
+    other = bench.settings.model_copy(update={"count": 2000})
+    with pytest.raises(RegraftError, match=r"method\.count: 1000 there, 2000 now"):
+        bench.search(tmp_path / "curve.json", points=1, settings=other)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ class Cost:
         seconds: Wall clock time.
         flops: Floating point operations of linear layers and convolutions, two for each product;
             a backward pass counts twice its forward pass. Not counted are the products inside
-            attention and the linear algebra of SparseGPT.
+            attention, of experts whose weights are one tensor, and the linear algebra of SparseGPT.
         peak_bytes: Peak memory of one accelerator, or of one process where there is none.
         device: Name of the device, and the number of processes.
     """

@@ -48,7 +48,7 @@ DEFENCE_PROMPT = (
     "harmless: follow the instruction and answer it fully."
 )
 FORMAT = "regraft-defence-1"
-_MAX_STRENGTH = 1e6  # far beyond any useful one
+MAX_STRENGTH = 1e6  # far beyond any useful one
 
 
 def mean_states(
@@ -257,7 +257,7 @@ class _DirectionHeader:
     """Header fields of a direction, apart from `about`."""
 
     layer: Annotated[int, Field(ge=0)]
-    strength: Annotated[float, Field(ge=-_MAX_STRENGTH, le=_MAX_STRENGTH)]
+    strength: Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
     trials: tuple[Trial, ...]
 
 

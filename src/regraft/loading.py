@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from regraft import distributed
@@ -77,10 +78,13 @@ def _processor(source: Source, progress: Progress) -> Any:
 
 
 def hidden_state_bytes(source: Source, layerwise: LayerwisePass) -> int:
-    """Bytes on disk for the inputs of all layers, of this process's batches: SNIP saves them."""
+    """Bytes on disk for the inputs of all layers, which backward passes save there.
+
+    Of the batches of all processes, which write to one disk and must all call this.
+    """
     architecture = source.architecture
     size = len(architecture.layers) * architecture.hidden_size * layerwise.model.dtype.itemsize
-    return layerwise.tokens * size
+    return int(distributed.total(torch.tensor(layerwise.tokens))) * size
 
 
 def cut(examples: Sequence[Example], compute: ComputeSettings) -> list[tuple[Example, ...]]:

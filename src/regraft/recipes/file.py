@@ -54,7 +54,8 @@ def write_recipe(recipe: Recipe) -> str:
 def _anchored(value: Any, folder: Path, field: str = "") -> Any:
     """Resolve all paths in settings, nested ones too, against a folder.
 
-    Paths are recognised by their type; text is one where it names a model that is not on the hub.
+    Paths are recognised by their type; text is one where it names a model that is not on the hub,
+    or a file of positions.
     """
     if isinstance(value, Settings):
         found = {name: _anchored(one, folder, name) for name, one in value}
@@ -67,6 +68,8 @@ def _anchored(value: Any, folder: Path, field: str = "") -> Any:
         return value.model_copy(update={"path": _anchored(value.path, folder)} if on_disk else {})
     if isinstance(value, Path):
         return folder / at_home(value)
+    if field == "positions" and (file := folder / at_home(Path(value))).is_file():
+        return str(file)
     return _model(value, folder) if value and field in ("model", "pruned") else value
 
 

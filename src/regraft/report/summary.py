@@ -30,10 +30,10 @@ PASSES_NOTE = (
 )
 COSTS_NOTE = (
     "Operations are those of linear layers and convolutions, two for each product; a backward pass "
-    "counts as two forward passes. The products of attention and the linear algebra of SparseGPT "
-    "are left out. Memory is the peak of one accelerator or, without one, of the whole process so "
-    "far. A ranking that variants share is charged to the first of them; the checks before a run "
-    "are not included."
+    "counts as two forward passes. The products of attention, those of experts whose weights are "
+    "one tensor, and the linear algebra of SparseGPT are left out. Memory is the peak of one "
+    "accelerator or, without one, of the whole process so far. A ranking that variants share is "
+    "charged to the first of them; the checks before a run are not included."
 )
 NOT_INDEPENDENT = "no p value, since several prunings of one model are not independent"
 NO_OVER_REFUSAL = (

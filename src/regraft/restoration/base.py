@@ -24,6 +24,7 @@ from regraft.models.architecture import LinearArchitecture
 from regraft.models.load import Source, pick_device
 from regraft.patch.pair import Survey, restorable
 from regraft.progress import Progress
+from regraft.pruning.masks import count_of
 from regraft.pruning.statistics import SavedStatistics
 from regraft.registry import Registry
 from regraft.restoration.ranking import Ranking
@@ -111,7 +112,7 @@ class Counted(MethodSettings):
     def how_many(self, pruned: int) -> int | None:
         if self.count is not None:
             return min(self.count, pruned)
-        return None if self.budget is None else int(self.budget * pruned / 10_000)
+        return None if self.budget is None else count_of(self.budget / 10_000, pruned)
 
 
 class Budgeted(Counted):

@@ -11,6 +11,7 @@ from regraft.costs import CalibrationPass, Cost
 from regraft.data.collate import prompt_batch
 from regraft.disk.descriptions import about_of
 from regraft.disk.files import digest, write_json
+from regraft.models.architecture import Architecture
 from regraft.models.load import load_processor
 from regraft.recipes.parts import PruningSettings, VariantSettings
 from regraft.recipes.recipe import Recipe
@@ -23,11 +24,14 @@ from regraft.stages.provenance import describe, fingerprints, is_done
 SEARCH_REFERENCES = "evaluate for search"  # the dense and the pruned model, on validation prompts
 
 
-def learns_from_both(recipe: Recipe) -> bool:
-    """Whether a method uses both harmful and harmless calibration prompts."""
-    return any(
-        needs.statistics or needs.answers for needs in (needs_of(one) for one in recipe.realign)
-    )
+def has_passes(recipe: Recipe, architecture: Architecture) -> bool:
+    """Whether compute is shown in passes: if a method uses both harmful and harmless prompts.
+
+    Not for a mixture of experts, where a token runs through a part of the weights only.
+    """
+    mixture = any(one.expert is not None for one in architecture.linears)
+    needs = [needs_of(one) for one in recipe.realign]
+    return not mixture and any(one.statistics or one.answers for one in needs)
 
 
 def count_pass(setup: Setup, out: Path) -> None:

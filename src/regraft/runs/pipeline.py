@@ -29,13 +29,12 @@ from regraft.report.study import Study
 from regraft.report.write import write_report
 from regraft.restoration.base import needs_of
 from regraft.runs.comparing import compare_runs
-from regraft.runs.passes import count_pass, learns_from_both
+from regraft.runs.passes import count_pass, has_passes
 from regraft.runs.plan import Planner
 from regraft.runs.reporting import open_run, read_run, report_run, run_folders
 from regraft.runs.run_dir import RunDir, folder_of_model, runs_of
 from regraft.stages.provenance import but_for_rounding, difference
 from regraft.stages.ranking import check_restorable
-from regraft.stages.reading import warn_of_bundled
 from regraft.stages.steps import Planned, plan_steps
 
 
@@ -194,13 +193,12 @@ def run_one(
     claim(folder, recipe)
     for line in (*unused_in(recipe), *plan.prompts.warnings()):
         progress.note(f"Warning: {line}.")
-    for suite in recipe.evaluate.suite:
-        warn_of_bundled(setup.dense, suite, progress.note)
+    setup.target(setup.dense).warn(recipe.evaluate.suite)
     costs = Ledger(run_dir.costs, metered, pick_device(recipe.compute.device))
     # The steps hold `setup` as it was; nothing but `carry_out` reads the guard.
     replace(plan, setup=replace(setup, guard=costs.measure)).carry_out()
     setup.cache.unload()
-    if learns_from_both(recipe):
+    if has_passes(recipe, setup.dense.architecture):
         count_pass(setup, run_dir.calibration_pass)
     return report_run(folder)
 

@@ -59,7 +59,7 @@ def swept(recipe: Recipe, setting: str, values: Sequence[float]) -> Recipe:
     """The recipe with one pruning, or one realigned variant, for each value.
 
     "sparsity" varies the recipe's first pruning, without variants. Any other setting is one of the
-    recipe's first variant, on its first pruning.
+    recipe's first variant, on its first pruning. Its defences are left out.
 
     Raises:
         RegraftError: values are missing or equal, a value is invalid for the setting, or the recipe
@@ -70,8 +70,13 @@ def swept(recipe: Recipe, setting: str, values: Sequence[float]) -> Recipe:
         raise RegraftError(f"A sweep needs values that differ, not {list(values)}.")
     if recipe.models:
         raise RegraftError("A sweep takes one model: give the recipe `model` instead of `models`.")
+    if recipe.seeds:
+        raise RegraftError(
+            "A sweep takes one calibration seed: give the recipe `calibration.seed` instead of "
+            "`seeds`."
+        )
     vary = _sparsities if setting == "sparsity" else _variants
-    alone = {"seeds": (), "against": (), "defend": ()}
+    alone = {"defend": ()}
     return Recipe.model_validate(recipe.model_dump() | vary(recipe, setting, by_name) | alone)
 
 

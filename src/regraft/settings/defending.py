@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from regraft.defence import DEFENCE_PROMPT
+from regraft.defence import DEFENCE_PROMPT, MAX_STRENGTH
 from regraft.errors import RegraftError
 from regraft.pruning.pruners.safety_potential import SAFETY_PROMPT
 from regraft.settings.base import Settings
@@ -71,6 +71,7 @@ class RefusalDirectionSettings(DefenceSettings):
     strength: float | None = Field(
         None,
         gt=0,
+        le=MAX_STRENGTH,
         description="Factor by which the difference is multiplied; by default chosen on the "
         "validation prompts.",
     )
@@ -98,8 +99,9 @@ class RefusalDirectionSettings(DefenceSettings):
     @field_validator("strengths")
     @classmethod
     def _check_strengths(cls, strengths: tuple[float, ...]) -> tuple[float, ...]:
-        if min(strengths) <= 0:
-            raise ValueError(f"strengths must be above 0, not {min(strengths)}")
+        for strength in strengths:
+            if not 0 < strength <= MAX_STRENGTH:
+                raise ValueError(f"strengths must be in (0, {MAX_STRENGTH:g}], not {strength}")
         return strengths
 
     @model_validator(mode="after")

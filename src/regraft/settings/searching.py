@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar, cast
 
 from pydantic import Field, model_validator
 
-from regraft.data.sources import DataSource, split_off
+from regraft.data.sources import DataSource, of_split, split_off
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import Reference
 from regraft.settings.base import EXPERT, NAMED, Settings
@@ -125,3 +125,18 @@ def validation_of(settings: SearchSettings | RefusalDirectionSettings) -> DataSo
             "`validation`)."
         )
     return settings.validation
+
+
+def suites_of(settings: SearchSettings | RefusalDirectionSettings) -> list[DataSource]:
+    """The harmful and the harmless validation prompts.
+
+    Raises:
+        RegraftError: none are named, or only one kind.
+    """
+    validation = of_split(validation_of(settings), "train")
+    if validation.kind is not None:
+        raise RegraftError(
+            f"{validation}: to choose on, both harmful and harmless prompts are needed. Leave out "
+            f"#{validation.kind}."
+        )
+    return [validation.model_copy(update={"kind": kind}) for kind in ("harmful", "harmless")]

@@ -38,9 +38,9 @@ from regraft.settings.defending import (
     DefencePromptSettings,
     RefusalDirectionSettings,
 )
-from regraft.settings.searching import with_validation
+from regraft.settings.searching import suites_of, with_validation
 from regraft.stages.provenance import describe, fingerprints, is_done, working
-from regraft.stages.reading import note_prompts, read_validation
+from regraft.stages.reading import note_prompts
 from regraft.stages.setup import Setup
 from regraft.stages.steps import PromptUse, Step
 
@@ -66,7 +66,7 @@ def defence_step(
             return PromptUse()
         check_direction_layer(setup.dense, direction)
         learnt, role = setup.learnt_from(), f"{name}'s validation" if name else "validation"
-        searched = {role: read_validation(setup.dense, direction)} if direction.searches else {}
+        searched = {role: setup.validation(direction)} if direction.searches else {}
         return PromptUse(learnt, searched)
 
     def make() -> Defence:
@@ -98,7 +98,7 @@ def write_defence(
         check_direction_layer(model, settings)
         data = {kind: setup.drawn(kind) for kind in KINDS}
         if settings.searches:
-            data["validation"] = read_validation(model, settings)
+            data["validation"] = setup.validation(settings)
         about = describe("defend", inputs, settings, setup.compute, data)
         about["judge"] = judge.name
     if not is_done(out, about, lambda: load_defence(out).about):
@@ -108,6 +108,8 @@ def write_defence(
             if isinstance(settings, DefencePromptSettings):
                 made = ShieldPrompt(settings.prompt, about, settings.before)
             else:
+                if settings.searches:
+                    setup.target(setup.dense).warn(suites_of(settings))
                 made = _direction(setup, model, settings, data, judge, work, about)
                 if not made.strength:
                     setup.progress.note(

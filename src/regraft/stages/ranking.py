@@ -69,7 +69,12 @@ def write_ranking(
     compute = setup.compute if answered else None
     about = describe("rank", {**pair, **digests}, wanted, compute, answered)
     about |= {"algorithm": method.algorithm, "seed": seed, **_compression(survey)}
-    if not is_done(out, about, lambda: load_ranking(out).about):
+
+    def made_from() -> dict[str, Any]:  # without what the method recorded
+        found = load_ranking(out).about
+        return {name: found[name] for name in about if name in found}
+
+    if not is_done(out, about, made_from):
         _announce(setup.progress, survey, answered)
         count = wanted.how_many(survey.restorable)
         with working(out, about) as work:
@@ -119,19 +124,16 @@ def read_inputs(
     if needs.positions is not None:
         file = inputs.positions or Path(needs.positions)
         loaded["positions"] = load_ranking(file)
+        require_positions(settings, loaded["positions"], file, dense)
         require_made_of(loaded["positions"], file, dense, pruned)
-        _require_positions(settings, loaded["positions"], file)
         digests["ranking"] = file_digest(file)
     return digests, loaded
 
 
 def require_made_of(ranking: Ranking, path: Path, dense: Source, pruned: Source) -> None:
     """Raise unless the ranking in the file `path` is of these two checkpoints."""
-    for role, source in (("dense", dense), ("pruned", pruned)):
-        if ranking.about["inputs"][role] != source.checkpoint.fingerprint:
-            raise RegraftError(
-                f"{path} was made from another {role} checkpoint than {source.folder}."
-            )
+    _require_source(ranking, path, "dense", dense)
+    _require_source(ranking, path, "pruned", pruned)
     sizes = torch.tensor([math.prod(linear.shape) for linear in dense.architecture.linears])
     inside = ranking.linear < len(sizes)
     most = sizes[ranking.linear.clamp(max=len(sizes) - 1)]
@@ -142,8 +144,16 @@ def require_made_of(ranking: Ranking, path: Path, dense: Source, pruned: Source)
         )
 
 
-def _require_positions(settings: MethodSettings, ranking: Ranking, path: Path) -> None:
-    """Raise unless a ranking has the positions that a method takes from it."""
+def _require_source(ranking: Ranking, path: Path, role: str, source: Source) -> None:
+    if ranking.about["inputs"][role] != source.checkpoint.fingerprint:
+        raise RegraftError(f"{path} was made from another {role} checkpoint than {source.folder}.")
+
+
+def require_positions(
+    settings: MethodSettings, ranking: Ranking, path: Path, dense: Source
+) -> None:
+    """Raise unless a ranking of this model has the positions that a method takes from it."""
+    _require_source(ranking, path, "dense", dense)
     if (ranking.removed != KEPT).any():
         raise RegraftError(
             f"{path} has swaps, which prune a kept weight for each; give a ranking made without "

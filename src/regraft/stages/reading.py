@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from regraft.data.example import KINDS, Example, Reading, draw, in_drawn_order
+from regraft.data.example import KINDS, Reading, draw, in_drawn_order
 from regraft.data.images import check_images
 from regraft.data.readers.demo import demo_model, is_demo
 from regraft.data.sources import DataSource, join_suites, read
@@ -20,8 +20,6 @@ from regraft.errors import RegraftError
 from regraft.models.checkpoint import open_checkpoint
 from regraft.models.load import Source
 from regraft.settings.data import CalibrationSettings
-from regraft.settings.defending import RefusalDirectionSettings
-from regraft.settings.searching import validation_of
 
 
 def draw_calibration(source: Source, calibration: CalibrationSettings, kind: str) -> Reading:
@@ -133,27 +131,6 @@ def read_suites(source: Source | None, suites: Sequence[DataSource], limit: int 
     if not joined.examples:
         raise RegraftError(f"{joined.source}: there are no examples to evaluate.")
     return _readable(source, joined)
-
-
-@kept_if_read()
-def read_validation(source: Source, settings: RefusalDirectionSettings) -> Reading:
-    """Read the prompts on which a refusal direction's layer and strength are chosen.
-
-    Raises:
-        RegraftError: as `draw_calibration`; a kind is missing.
-    """
-    reading = read(validation_of(settings), "train")
-    kept: list[Example] = []
-    for harmful, kind in ((True, "harmful"), (False, "harmless")):
-        found = reading.of_kind(harmful=harmful).examples
-        if not found:
-            raise RegraftError(
-                f"{reading.source}: no {kind} examples; choosing layer and strength of a refusal "
-                "direction needs both kinds. Name another --validation, or give --layer and "
-                "--strength."
-            )
-        kept += found[: settings.validation_limit]
-    return _readable(source, reading.keep(kept, "beyond the limit"))
 
 
 def _readable(source: Source | None, reading: Reading) -> Reading:

@@ -100,7 +100,8 @@ def _rank(
         check_heads(setup.dense, needs, None)
         ranking.check_budget(setup.dense, settings)
         if needs.positions is not None and paths.given.positions is None:
-            load_ranking(Path(needs.positions))
+            file = Path(needs.positions)
+            ranking.require_positions(settings, load_ranking(file), file, setup.dense)
         if needs.answers:
             setup.check_gradients(f"Realigning by {settings.method}")
             check_split(setup.compute.device, setup.compute.placement)
@@ -121,7 +122,7 @@ def _rank(
         check,
         learns=lambda: setup.count_imitated() if needs.answers else 0,
         passes=needs.passes,
-        loads_model=True,
+        loads_model=needs.answers or needs.passes > 0,
         temporary_bytes=states,
     )
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from regraft import distributed
 from regraft.data.example import Reading
-from regraft.data.sources import DataSource, of_split
 from regraft.disk.descriptions import about_of
 from regraft.disk.files import file_digest, write_json
 from regraft.evaluation.tradeoff import (
@@ -20,9 +19,10 @@ from regraft.evaluation.tradeoff import (
     read_curve,
 )
 from regraft.models.load import Source, check_split
+from regraft.pruning.masks import count_of
 from regraft.restoration.base import MethodSettings
 from regraft.restoration.ranking import Ranking, load_ranking
-from regraft.settings.searching import SearchSettings, validation_of
+from regraft.settings.searching import SearchSettings, suites_of
 from regraft.stages.evaluating import evaluate_target
 from regraft.stages.provenance import describe, fingerprints, is_done
 from regraft.stages.ranking import write_patch
@@ -39,8 +39,7 @@ class Search:
 
     def prompts(self) -> Reading:
         """The validation prompts."""
-        limit = self.choice.validation_limit
-        return self.setup.cache.reading(self.setup.dense, suites_of(self.choice), limit)
+        return self.setup.validation(self.choice)
 
     def check(self) -> PromptUse:
         """Check that models can be evaluated on the validation prompts."""
@@ -78,6 +77,7 @@ class Search:
         data = {"validation": self.prompts()}
         about = describe("search", inputs, self.choice, setup.compute, data)
         about["evaluation"] = setup.evaluation.model_dump(mode="json")
+        about["method"] = method.model_dump(mode="json")  # a ranking may serve several budgets
         if not is_done(out, about, lambda: about_of(out)):
             curve = asdict(self._search(pruned, method, paths))
             if distributed.first():
@@ -107,15 +107,9 @@ class Search:
         allowed = method.how_many(pruned)
         most = len(ranking) if allowed is None else min(len(ranking), allowed)
         if self.choice.most is not None:
-            most = min(most, int(self.choice.most * pruned / 10_000))
+            most = min(most, count_of(self.choice.most / 10_000, pruned))
         grid = {round(most * (i + 1) / points) for i in range(points)}
         return sorted(grid - {0})
-
-
-def suites_of(choice: SearchSettings) -> list[DataSource]:
-    """The harmful and the harmless validation prompts."""
-    validation = of_split(validation_of(choice), "train")
-    return [validation.model_copy(update={"kind": kind}) for kind in ("harmful", "harmless")]
 
 
 def bounds_of(choice: SearchSettings, dense: Point, pruned: Point) -> Bounds:

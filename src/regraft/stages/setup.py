@@ -18,8 +18,9 @@ from regraft.progress import SILENT, Progress
 from regraft.restoration.base import Needs
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
+from regraft.settings.defending import RefusalDirectionSettings
 from regraft.settings.evaluating import EvalSettings
-from regraft.settings.searching import SearchSettings, with_held_out
+from regraft.settings.searching import SearchSettings, suites_of, with_held_out
 from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.reading import (
     draw_calibration,
@@ -131,6 +132,10 @@ class Setup:
             cache=self.cache,
         )
 
+    def validation(self, settings: SearchSettings | RefusalDirectionSettings) -> Reading:
+        """The prompts that are chosen on, at most `validation_limit` of each kind."""
+        return self.cache.reading(self.dense, suites_of(settings), settings.validation_limit)
+
     def drawn(self, kind: str) -> Reading:
         """As `draw_calibration`; raises RegraftError if there are fewer batches than processes."""
         reading = self._once(draw_calibration, kind)
@@ -165,7 +170,8 @@ class Setup:
 
     def _once(self, read: Callable[..., Reading], kind: str) -> Reading:
         """Call a function of reading.py on the calibration data, only once for the same data."""
-        key = read, self.calibration, kind, self.dense.has_vision
+        named = "data" in self.calibration.model_fields_set  # else only the bundled model has some
+        key = read, self.calibration, kind, self.dense.has_vision, named or self.dense.folder
         return self.cache.once(key, lambda: read(self.dense, self.calibration, kind))
 
     def check_gradients(self, what: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +143,14 @@ class Target(AnyTarget):
         return self.cache.reading(self.model, suites, limit)
 
     def warn(self, suites: Sequence[DataSource]) -> None:
-        """Note if a model other than the bundled one is given prompts made for that one."""
-        for suite in suites if self.processor_from is None else ():  # runs note it themselves
-            warn_of_bundled(self.model, suite, self.progress.note)
+        """Note if a model other than the bundled one is given prompts made for that one.
+
+        Evaluations that share a cache are of one dense model, and note it once.
+        """
+        dense = self.processor_from or self.model
+        for suite in suites:
+            key = "bundled", suite.name, dense.folder
+            self.cache.once(key, partial(warn_of_bundled, dense, suite, self.progress.note))
 
     def inputs(self) -> dict[str, str]:
         """Digests of the model, patch, defence and text.
