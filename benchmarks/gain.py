@@ -161,21 +161,24 @@ def taught(
     given = {"dtype": dtype, "device": options.device, "placement": options.placement}
     dense = load_placed(source, **given)
     processor = load_processor(source)
-    embedded = [
-        [LayerwisePass(dense, collated(processor, part, options.batch_size)) for part in pair]
-        for pair in parts
-    ]
+
+    def embedded(model: PlacedModel) -> list[list[LayerwisePass]]:
+        return [
+            [LayerwisePass(model, collated(processor, part, options.batch_size)) for part in pair]
+            for pair in parts
+        ]
+
     losses = [
         DecisionLoss(
             {name: one for layerwise in pair for name, one in final_states(layerwise).items()}
         )
-        for pair in embedded
+        for pair in embedded(dense)
     ]
     dense.network.to("meta")  # one model in memory at a time
     model = load_placed(pruned, **given)
     safety, utility = (
-        Prompts(fit.on(model), held_out.on(model), loss)
-        for (fit, held_out), loss in zip(embedded, losses, strict=True)
+        Prompts(fit, held_out, loss)
+        for (fit, held_out), loss in zip(embedded(model), losses, strict=True)
     )
     return model, (safety, utility)
 

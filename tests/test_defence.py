@@ -336,7 +336,7 @@ def test_calibration_prompts_are_freed_before_the_search(
 
 def test_validation_needs_both_kinds(source: Source, data: DataSource, tmp_path: Path) -> None:
     one_kind = DataSource(name="jsonl", path=data.path, kind="harmful")
-    with pytest.raises(RegraftError, match="both harmful and harmless .* Leave out #harmful"):
+    with pytest.raises(RegraftError, match=r"both harmful and harmless .* Leave out #harmful"):
         _defend(source, data, tmp_path / "out", validation=one_kind)
     with pytest.raises(RegraftError, match="layer is 4; the model has layers 0 to 3"):
         _defend(source, data, tmp_path / "out", layer=4)
