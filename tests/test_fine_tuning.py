@@ -233,9 +233,9 @@ def test_recipes_that_make_no_sense(realign: list[dict[str, Any]], message: str)
 
 def test_a_random_control_is_no_name_of_positions() -> None:
     recipe = variants({"method": "random", "count": 3}, {"method": "fine-tune", "count": 3})
-    assert recipe.positions_of(recipe.realign[1]) is None
+    assert recipe.source_of_positions(recipe.realign[1]) is None
     named = variants({"method": "gain"}, {"method": "fine-tune", "positions": "gain"})
-    assert named.positions_of(named.realign[1]) == named.realign[0]
+    assert named.source_of_positions(named.realign[1]) == named.realign[0]
 
 
 @pytest.fixture

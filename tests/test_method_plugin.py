@@ -23,7 +23,6 @@ pytest.importorskip("optuna")
 METHOD = '''
 """Restore the largest dense values in the top heads."""
 
-from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -53,8 +52,7 @@ class TopMagnitude(Method[Settings]):
         for one in context.matrices():
             chosen = one.free & inside(one.weight.shape, regions(one.linear), one.weight.device)
             best.add(one.index, one.weight.float().abs().masked_fill(~chosen, float("-inf")))
-        found = best.ranked(heads)
-        return replace(found, about={**found.about, "weighed": "by size"})
+        return best.ranked(heads)
 
     def label(self, settings):
         return f"largest weights of {settings.top_heads} heads"

@@ -180,8 +180,7 @@ def test_a_row_a_step_and_why_it_ended() -> None:
     )
     first = replace(PATH, steps=(replace(PATH.steps[0], restored=1),), end="candidates")
     assert ending(replace(SHARED, path=first, allowed={})) == (
-        "The path ended after 1 step with 1 weight restored: no other pruned weight is predicted "
-        "to help."
+        "The path ended after 1 step with 1 weight restored: no other weight is predicted to help."
     )
     unended = replace(SHARED, path=replace(first, end=None))
     assert ending(unended).startswith("The path has not ended")

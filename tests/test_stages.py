@@ -743,3 +743,23 @@ def test_a_budget_is_not_a_weight_short_by_rounding() -> None:
     """0.57 per 10,000 of 7 million are 399; as a float the product is just below."""
     assert int(0.57 * 7_000_000 / 10_000) == 398
     assert method("random", budget=0.57).how_many(7_000_000) == 399
+
+
+def test_what_a_method_records_of_its_ranking_is_no_part_of_the_key(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Methods of other packages may record what they like."""
+    kind = base.METHODS.get("random")
+    true = type(kind).rank
+
+    def recording(self: Any, settings: Any, context: Any) -> Any:
+        found = true(self, settings, context)
+        return replace(found, about={**found.about, "epochs": 3})
+
+    monkeypatch.setattr(type(kind), "rank", recording)
+    setup, settings = stages.Setup(bench.dense, compute=COMPUTE), method("random", count=5)
+    given = setup, bench.pruned, tmp_path / "ranking", settings
+    first = stages.write_ranking(*given)
+    assert first.about["epochs"] == 3
+    monkeypatch.setattr(type(kind), "rank", pytest.fail)
+    assert torch.equal(stages.write_ranking(*given).position, first.position)

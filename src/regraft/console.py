@@ -189,7 +189,7 @@ def show_preview(console: Console, out: Path, plan: Planned) -> None:
         f"Steps left: {missing} of {count}; about "
         f"{max(1, round(plan.seconds() / 60)):,} min (estimated from FLOPs and the device's speed; "
         "often off by a factor of three), at most "
-        f"{readable_size(plan.most)} on disk, {readable_size(plan.weights)} of memory for the "
+        f"{readable_size(plan.peak)} on disk, {readable_size(plan.weights)} of memory for the "
         "weights of one model. Nothing was written.",
         soft_wrap=True,
     )

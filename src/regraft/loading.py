@@ -54,11 +54,11 @@ def load_layerwise(
     source: Source,
     compute: ComputeSettings,
     progress: Progress,
-    processor_from: Source | None = None,
+    processor_of: Source | None = None,
 ) -> tuple[PlacedModel, Any]:
-    """Load a model that is run layer by layer, and its processor."""
+    """Load a model that is run layer by layer, and its processor or that of another model."""
     with progress.task(f"Loading {source.folder}", 1) as done:
-        processor = _processor(processor_from or source, progress)
+        processor = _processor(processor_of or source, progress)
         model = load_placed(
             source, dtype=compute.dtype, device=compute.device, placement=compute.placement
         )

@@ -201,7 +201,7 @@ class Recipe(Settings):
         """Check that positions by name are those of an earlier ranking without swaps."""
         before: list[str] = []
         for one in self.realign:
-            source = self.positions_of(one)
+            source = self.source_of_positions(one)
             if source is not None:
                 if source.name not in before or not source.searchable or source.exchanges:
                     raise ValueError(
@@ -259,7 +259,7 @@ class Recipe(Settings):
         settings = own_settings(variant).without_amount()
         return f"{variant.method}-{digest(settings.model_dump_json())[:8]}"
 
-    def positions_of(self, variant: VariantSettings) -> VariantSettings | None:
+    def source_of_positions(self, variant: VariantSettings) -> VariantSettings | None:
         """The earlier variant, if any, from whose ranking `variant` takes its positions."""
         name = needs_of(variant).positions
         return next((one for one in self.realign if one.name == name), None)

@@ -119,7 +119,8 @@ def top(score: Tensor, share: float, scope: RankingScope, blocks: Sequence[Block
 def rank_share(score: Tensor, scope: RankingScope, blocks: Sequence[Block]) -> Tensor:
     """The rank of each score in its scope as a share: 1 for the highest, 1/n for the lowest.
 
-    Ties rank by position; with scope "head" the share is 0 outside `blocks`. `[out, in]` float32.
+    Ties rank by position; with scope "head" the share is 0 outside `blocks`. `[out, in]` float32,
+    in which neighbouring ranks of more than 2^24 weights can be equal.
     """
     if scope == "row":
         return (_ranks(score) / score.shape[1]).float()

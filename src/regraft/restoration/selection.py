@@ -31,7 +31,7 @@ _UNREAD = {
     "random": ("criterion",),
     "all": ("criterion", "top_heads", "draw_seed"),
 }
-_TIE = 2.0**-30  # distinct shares a/n and b/m differ by at least 1/(nm); rows have <= 2^15 inputs
+_TIE = 2.0**-30  # less than two float32 shares near 1 can differ by, so only equal ones are drawn
 
 
 class InHeads(MethodSettings):

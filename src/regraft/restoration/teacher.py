@@ -140,9 +140,7 @@ def with_teacher(
         dense, processor = load_layerwise(context.dense, compute, progress)
         _write_teacher(_embed(dense, processor, parts, context), paths, progress)
         dense.network.to("meta")  # frees its memory
-    model, processor = load_layerwise(
-        context.pruned, compute, progress, processor_from=context.dense
-    )
+    model, processor = load_layerwise(context.pruned, compute, progress, processor_of=context.dense)
     losses = {kind: DecisionLoss(load_unfinished(path)) for kind, path in paths.items()}
     return model, _embed(model, processor, parts, context), losses
 

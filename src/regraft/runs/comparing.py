@@ -23,7 +23,7 @@ from regraft.restoration.base import settings_in
 from regraft.runs.reporting import accounts_of, images_of, open_run, read_run, run_folders
 from regraft.stages import Evaluation
 from regraft.stages.judging import opinions
-from regraft.stages.provenance import but_for_rounding, difference, differences
+from regraft.stages.provenance import but_for_rounding, difference, evaluated_differently
 
 _CONDITIONS = ("settings", "compute", "versions")  # under which models are evaluated
 _SERVER = {"device": "a server's"}  # all that is known of how an endpoint ran
@@ -175,7 +175,7 @@ def _differences(found: Mapping[str, Evaluation]) -> Iterator[str]:
     first, *names = found
     for name in names:
         ours, theirs = found[first].about, found[name].about
-        yield from differences(first, ours, name, theirs, *_CONDITIONS)
+        yield from evaluated_differently(first, ours, name, theirs, *_CONDITIONS)
 
 
 def _replies(found: Mapping[str, Evaluation]) -> Iterator[str]:

@@ -88,7 +88,7 @@ class MethodPasses:
 
         A stage that variants share counts fully for each. None if not measured.
         """
-        if needs_of(variant).positions and self.recipe.positions_of(variant) is None:
+        if needs_of(variant).positions and self.recipe.source_of_positions(variant) is None:
             return None  # the positions are of another run
         return self._sum(self._needs(pruning, variant))
 
@@ -104,7 +104,7 @@ class MethodPasses:
             yield _Need("answer", ("",))
         if needs.statistics:
             yield _Need(f"statistics for {needs.statistics}", ("",))
-        if (source := recipe.positions_of(variant)) is not None:
+        if (source := recipe.source_of_positions(variant)) is not None:
             yield from self._needs(pruning, source.model_copy(update={"search": None}))
         variants, name = recipe.variants_of(pruning), recipe.ranking_name(variant)
         same_ranking = [one for one in variants if recipe.ranking_name(one) == name]

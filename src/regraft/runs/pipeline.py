@@ -87,8 +87,8 @@ def plan_recipe(
         for path, one in {folder: recipe, **runs}.items():
             recipe_before(path, one)
     plans = {path: plan_run(one, path, cache, progress) for path, one in runs.items()}
-    kept = sum(one.kept for one in plans.values())
-    require_space(folder, kept + max(one.most - one.kept for one in plans.values()))
+    written = sum(one.to_write for one in plans.values())
+    require_space(folder, written + max(one.peak - one.to_write for one in plans.values()))
     return plans
 
 

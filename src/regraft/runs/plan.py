@@ -106,7 +106,7 @@ class Planner:
         run_dir, recipe, name = self.run_dir, self.recipe, self.run_dir.name(pruning, settings.name)
         paths = run_dir.of(pruning, settings.name, recipe.ranking_name(settings))
         pruned = partial(self.pruned, pruning)
-        if (source := recipe.positions_of(settings)) is not None:
+        if (source := recipe.source_of_positions(settings)) is not None:
             positions = run_dir.ranking(pruning, recipe.ranking_name(source))
             paths = replace(paths, given=stages.Inputs(positions=positions))
         if (search := settings.search) is not None:

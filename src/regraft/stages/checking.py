@@ -31,7 +31,7 @@ from regraft.stages.evaluating import (
     read_evaluation,
     require_evaluation,
 )
-from regraft.stages.provenance import but_for_rounding, differences
+from regraft.stages.provenance import but_for_rounding, evaluated_differently
 from regraft.stages.targets import Answered
 
 Side = Evaluable | Path  # a model to evaluate, or the folder of a finished evaluation
@@ -232,7 +232,7 @@ def _verdict(
         _provenance(dense, compressed),
         (
             *(cannot_fail(one) for one in checked if not one.can_fail),
-            *differences(DENSE, dense.about, COMPRESSED, compressed.about, *parts),
+            *evaluated_differently(DENSE, dense.about, COMPRESSED, compressed.about, *parts),
             *_reply_notes(DENSE, dense),
             *_reply_notes(COMPRESSED, compressed),
         ),

@@ -213,13 +213,10 @@ def write_statistics(
     out: Path,
     settings: StatisticsSettings = StatisticsSettings(),
     responses: Path | None = None,
-) -> tuple[ImportanceStatistics, ImportanceStatistics]:
+) -> None:
     """Gather statistics of the dense model on D^s and D^u; writes the file `out`.
 
     `responses` is the folder for responses of the dense model, by default one next to `out`.
-
-    Returns:
-        (safety, utility).
     """
     readings = {
         kind: calibration_data(setup, responses or responses_folder(out), kind) for kind in KINDS
@@ -236,8 +233,6 @@ def write_statistics(
                 save_statistics(
                     out, SavedStatistics(gathered["safety"], gathered["utility"], about)
                 )
-    loaded = load_statistics(out)
-    return loaded.safety, loaded.utility
 
 
 def forward_passes(pruner: Pruner) -> int:

@@ -249,7 +249,7 @@ def but_for_rounding(content: Any) -> Any:
     return [but_for_rounding(one) for one in content] if isinstance(content, list) else content
 
 
-def differences(
+def evaluated_differently(
     one: str, ours: Mapping[str, Any], other: str, theirs: Mapping[str, Any], *parts: str
 ) -> Iterator[str]:
     """Sentences on these parts of two evaluations' descriptions, where they differ.

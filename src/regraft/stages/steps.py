@@ -100,23 +100,23 @@ class Planned:
         return tuple({step.out: step for step in self.steps if not step.done}.values())
 
     @property
-    def kept(self) -> int:
+    def to_write(self) -> int:
         """Bytes of the checkpoints still to be written."""
         return self._disk[0]
 
     @property
-    def most(self) -> int:
+    def peak(self) -> int:
         """Peak bytes of disk space, temporary files included."""
         return self._disk[1]
 
     @cached_property
     def _disk(self) -> tuple[int, int]:
-        """`kept` and `most`; unfinished work counts as free, since its step removes it."""
-        kept = most = 0
+        """`to_write` and `peak`; unfinished work counts as free, since its step removes it."""
+        written = peak = 0
         for step in self.left:
-            kept += step.bytes - unfinished_bytes(step.out)
-            most = max(most, kept + step.temporary_bytes())
-        return kept, most
+            written += step.bytes - unfinished_bytes(step.out)
+            peak = max(peak, written + step.temporary_bytes())
+        return written, peak
 
     @property
     def weights(self) -> int:
@@ -163,7 +163,7 @@ def plan_steps(setup: Setup, steps: Iterable[Step]) -> Planned:
         prompts |= step.check()
     plan = Planned(setup, known, prompts)
     if left := plan.left:  # looked at once: another worker of a tuning may finish a step
-        require_space(left[0].out, plan.most)
+        require_space(left[0].out, plan.peak)
     return plan
 
 

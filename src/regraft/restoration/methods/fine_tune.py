@@ -63,7 +63,7 @@ def is_trained(patch: Patch) -> bool:
 
 
 @dataclass
-class _Trained:
+class _MatrixState:
     """Optimizer state of one matrix: flat `position` of each weight; all but `weight` are `[k]`."""
 
     weight: Tensor
@@ -85,30 +85,31 @@ class SparseAdam:
         `positions` maps the same keys to distinct flat positions to train, `[k]` int64.
         """
         self.rate, self.updates = rate, 0
-        self._trained = {}
+        self._states = {}
         for key, position in positions.items():
             weight = weights[key]
             value = weight[at(position, weight)].float()
             mean, square = torch.zeros_like(value), torch.zeros_like(value)
-            self._trained[key] = _Trained(weight, position.to(weight.device), value, mean, square)
+            self._states[key] = _MatrixState(
+                weight, position.to(weight.device), value, mean, square
+            )
 
     @property
     def positions(self) -> dict[str, Tensor]:
         """Key -> flat positions on the weight's device, `[k]` int64."""
-        return {key: one.position for key, one in self._trained.items()}
+        return {key: one.position for key, one in self._states.items()}
 
     @property
     def values(self) -> dict[str, Tensor]:
         """Key -> the trained values as the model holds them, `[k]` in its dtype, on CPU."""
         return {
-            key: one.weight[at(one.position, one.weight)].cpu()
-            for key, one in self._trained.items()
+            key: one.weight[at(one.position, one.weight)].cpu() for key, one in self._states.items()
         }
 
     def update(self, gradients: Mapping[str, Tensor]) -> None:
         """Take one Adam step. `gradients`: key -> `[k]` float32; a missing one counts as 0."""
         self.updates += 1
-        for key, one in self._trained.items():
+        for key, one in self._states.items():
             gradient = gradients.get(key)
             if gradient is None:
                 gradient = torch.zeros_like(one.value)
@@ -123,7 +124,7 @@ class SparseAdam:
         """Everything that the next update depends on, for saving."""
         tensors = {
             f"{key}.{part}": getattr(one, part).cpu()
-            for key, one in self._trained.items()
+            for key, one in self._states.items()
             for part in ("value", "mean", "square")
         }
         return tensors | {"updates": torch.tensor(self.updates)}
@@ -131,13 +132,13 @@ class SparseAdam:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore a saved `state` of the same positions and write its values into the weights."""
         self.updates = int(state["updates"])
-        for key, one in self._trained.items():
+        for key, one in self._states.items():
             for part in ("value", "mean", "square"):
                 getattr(one, part).copy_(state[f"{key}.{part}"])
             self._write(one)
 
     @staticmethod
-    def _write(one: _Trained) -> None:
+    def _write(one: _MatrixState) -> None:
         one.weight[at(one.position, one.weight)] = one.value.to(one.weight.dtype)
 
 
@@ -261,7 +262,7 @@ class FineTune(Method[FineTuneSettings]):
         if context.count is not None:
             chosen = chosen.first(context.count)
         context.work.mkdir(parents=True, exist_ok=True)
-        values, losses = _trained(settings, context, chosen)
+        values, losses = _train_all(settings, context, chosen)
         linears = list(context.pruned.architecture.linears)
         trained = torch.zeros(len(chosen))
         for index, rows in by_linear(chosen):
@@ -283,7 +284,7 @@ class FineTune(Method[FineTuneSettings]):
 PLUGIN = FineTune()
 
 
-def _trained(
+def _train_all(
     settings: FineTuneSettings, context: Context, chosen: Ranking
 ) -> tuple[dict[str, Tensor], list[float]]:
     """(`LinearArchitecture.key` -> trained values in the order of `chosen`, mean loss by pass).

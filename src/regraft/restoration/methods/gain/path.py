@@ -17,7 +17,7 @@ REASONS: Mapping[End, str] = {
     "steps": f"a path has at most {MOST_STEPS} steps",
     "weights": "a path has no room for more weights",
     "held-out": "more weights hardly lower the loss on held-out prompts",
-    "candidates": "no other pruned weight is predicted to help",
+    "candidates": "no other weight is predicted to help",
 }
 StepLimit = Literal[
     "first-order", "doubling", "weights", "candidates", "held-out", "fewest", "nothing"
