@@ -20,6 +20,7 @@ from regraft.settings.searching import SearchSettings
 from regraft.stages import ranking
 from regraft.stages.answering import imitation_step
 from regraft.stages.gathering import check_heads, heads_step, statistics_step
+from regraft.stages.provenance import fingerprints
 from regraft.stages.searching import Search, remarks
 from regraft.stages.setup import ArtifactPaths, Setup
 from regraft.stages.steps import Planned, PromptUse, Step, plan_steps
@@ -101,6 +102,7 @@ def _rank(
         ranking.check_budget(setup.dense, settings)
         if needs.positions is not None and paths.given.positions is None:
             file = Path(needs.positions)
+            fingerprints(setup.progress, dense=setup.dense)  # takes time, so with progress
             ranking.require_positions(settings, load_ranking(file), file, setup.dense)
         if needs.answers:
             setup.check_gradients(f"Realigning by {settings.method}")
