@@ -16,7 +16,7 @@ from regraft.evaluation.similarity import similarity
 
 def is_compared(example: Example) -> bool:
     """Whether answers to a prompt are compared with a reference, besides being judged."""
-    return not example.harmful and example.response is not None
+    return not example.harmful and example.has_response
 
 
 def judge_answer(
