@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,12 @@ def test_a_teacher_survives_the_disk_and_another_head_is_found(tmp_path: Path) -
         assert torch.equal(one, other)
     with pytest.raises(RegraftError, match="on 3 paragraphs, and the text has 2"):
         load_teacher(tmp_path / "states", 2)
+    save_teacher(tmp_path / "short", replace(teacher, nlls=teacher.nlls[:2]))
+    with pytest.raises(RegraftError, match="nlls in its header are 2; expected 3"):
+        load_teacher(tmp_path / "short", 3)
+    one_more = ("Oh. " + DOCUMENTS[0], *DOCUMENTS[1:])  # as of a tokenizer that adds a token
+    with pytest.raises(RegraftError, match=r"\(tokens, features\), and this model .* differ, so KL"):
+        predict(model, processor, one_more, read, _nothing)
     model.get_output_embeddings().weight.data.mul_(3)
     with pytest.raises(RegraftError, match="heads, tokenizers or dtypes differ"):
         predict(model, processor, DOCUMENTS, read, _nothing)
