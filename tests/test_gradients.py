@@ -306,7 +306,7 @@ def test_a_walk_on_another_model(family, streamed, pico_dir, tmp_path):
     fresh = to_the_end(truth.layerwise(pruned, cut, streamed=streamed))
     ran, on_pruned = watched(dense), watched(pruned)
     layerwise = truth.layerwise(dense, cut, streamed=streamed)
-    assert bool(ran) == opened.architecture.has_vision, "the vision part is not seen"
+    assert bool(ran) == opened.source.has_vision, "the vision part is not seen"
     seen = len(ran)
     embedded = [state.clone() for state in layerwise.states]
     own = [state.clone() for state in to_the_end(layerwise)]

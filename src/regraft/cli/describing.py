@@ -58,7 +58,7 @@ def _facts(source: Source) -> Iterator[tuple[str, str]]:
     size = f"{checkpoint.bytes / 2**30:.2f} GiB"
     yield "folder", str(source.folder)
     yield "family", architecture.family
-    yield "vision", "yes" if architecture.has_vision else "no"
+    yield "vision", "yes" if source.has_vision else "no"
     yield "parameters", f"{architecture.parameters:,}"
     yield "prunable", f"{architecture.prunable:,} in {len(list(architecture.linears))} linears"
     yield "hidden size", str(architecture.hidden_size)
