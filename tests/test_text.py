@@ -157,6 +157,8 @@ def test_documents_are_separated_by_blank_lines(tmp_path: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(RegraftError, match=told):
             read_documents(file)
+    with pytest.raises(RegraftError, match=r"prose\\x00\.txt' cannot name a file: embedded null"):
+        read_documents(tmp_path / "prose\0.txt")
     with pytest.raises(RegraftError, match="is a folder; a file is needed"):
         read_documents(tmp_path)
 
