@@ -127,7 +127,7 @@ def gather(
         return scratch / f"statistics_{layer.index:03d}.safetensors"
 
     layers = architecture.layers if pruner.reads_data else ()
-    if not all(part(layer).exists() for layer in layers):
+    if not distributed.decided(lambda: all(part(layer).exists() for layer in layers)):
         for layer, found in each_layer(
             layerwise, architecture, pruner, pruner.keeps, scratch / "states", advance
         ):
