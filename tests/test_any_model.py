@@ -259,9 +259,7 @@ def test_a_model_with_a_vision_tower_takes_images(
     assert not open_source(pico_dir("qwen3_next")).has_vision
 
 
-def test_images_without_a_vision_config(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_without_a_vision_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Chameleon has a `vq_config`."""
     types_table.saved("chameleon", tmp_path)
     describe(str(tmp_path))

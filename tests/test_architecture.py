@@ -402,7 +402,9 @@ def test_other_network_is_refused(pico_dir):
     ):
         check_same_architecture(one, other, ("dense", "pruned"))
     mllama = truth.opened(pico_dir("mllama")).architecture
-    with pytest.raises(RegraftError, match=r"weight is \[64, 64\] in the first \(mllama\) and missing"):
+    with pytest.raises(
+        RegraftError, match=r"weight is \[64, 64\] in the first \(mllama\) and missing"
+    ):
         check_same_architecture(mllama, one, ("dense", "pruned"))
 
 

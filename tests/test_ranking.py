@@ -313,7 +313,7 @@ def test_a_statistic_may_be_negative_but_no_score(pair: Pair, tmp_path: Path) ->
     save_statistics(path, SavedStatistics(*kinds, {"inputs": {}}))
     loaded = load_statistics(path).utility
     assert torch.equal(loaded.of(linear), signed)
-    with pytest.raises(RegraftError, match="layers.0.*: a score of snip is negative or NaN"):
+    with pytest.raises(RegraftError, match=r"layers.0.*: a score of snip is negative or NaN"):
         loaded.scorer(linear, pair.dense.weight(linear))(slice(0, 2))
 
 

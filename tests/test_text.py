@@ -142,7 +142,9 @@ def test_a_teacher_survives_the_disk_and_another_head_is_found(tmp_path: Path) -
     with pytest.raises(RegraftError, match="nlls in its header are 2; expected 3"):
         load_teacher(tmp_path / "short", 3)
     one_more = ("Oh. " + DOCUMENTS[0], *DOCUMENTS[1:])  # as of a tokenizer that adds a token
-    with pytest.raises(RegraftError, match=r"\(tokens, features\), and this model .* differ, so KL"):
+    with pytest.raises(
+        RegraftError, match=r"\(tokens, features\), and this model .* differ, so KL"
+    ):
         predict(model, processor, one_more, read, _nothing)
     model.get_output_embeddings().weight.data.mul_(3)
     with pytest.raises(RegraftError, match="heads, tokenizers or dtypes differ"):
