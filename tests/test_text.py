@@ -136,10 +136,10 @@ def test_a_teacher_survives_the_disk_and_another_head_is_found(tmp_path: Path) -
     assert list(read.nlls) == list(teacher.nlls)
     for one, other in zip(read.states, teacher.states, strict=True):
         assert torch.equal(one, other)
-    with pytest.raises(RegraftError, match="on 3 paragraphs, and the text has 2"):
+    with pytest.raises(RegraftError, match=r"on 3 paragraphs .* and the text has 2"):
         load_teacher(tmp_path / "states", 2)
     save_teacher(tmp_path / "short", replace(teacher, nlls=teacher.nlls[:2]))
-    with pytest.raises(RegraftError, match="nlls in its header are 2; expected 3"):
+    with pytest.raises(RegraftError, match="and 2 nlls, and the text has 3"):
         load_teacher(tmp_path / "short", 3)
     one_more = ("Oh. " + DOCUMENTS[0], *DOCUMENTS[1:])  # as of a tokenizer that adds a token
     with pytest.raises(

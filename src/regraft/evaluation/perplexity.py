@@ -225,13 +225,8 @@ def pooled(results: Sequence[TextResult]) -> TextResult | None:
     return result_of(rows)
 
 
-def _names(documents: int) -> list[str]:
-    """Names of the tensors of the documents' states."""
-    return [f"{i:05}" for i in range(documents)]
-
-
 def save_teacher(path: Path, teacher: Teacher) -> None:
-    tensors = dict(zip(_names(len(teacher.states)), teacher.states, strict=True))
+    tensors = {f"{i:05}": states for i, states in enumerate(teacher.states)}
     write_artifact(path, _KIND, {"nlls": [list(one) for one in teacher.nlls]}, tensors)
 
 
@@ -242,21 +237,17 @@ def load_teacher(path: Path, documents: int) -> Teacher:
         RegraftError: the file is missing, damaged, or of another text.
     """
     header, tensors = read_artifact(path, _KIND, _WHAT)
-    names = _names(len(tensors))
+    names = [f"{i:05}" for i in range(len(tensors))]
     if unexpected := sorted(tensors.keys() - {*names}):
         raise RegraftError(
             f"{path} is damaged: the tensor {unexpected[0]} is none of 00000 to {names[-1]}."
         )
-    if len(tensors) != documents:
-        raise RegraftError(
-            f"{path} holds the dense model's states on {len(tensors)} paragraphs, and the text has "
-            f"{documents} (tensors from 00000 on). Evaluate the dense model on this text first."
-        )
     nlls = from_json(tuple[tuple[float, int], ...], header["nlls"], f"{path}: nlls in its header")
-    if len(nlls) != documents:
+    if not len(tensors) == len(nlls) == documents:
         raise RegraftError(
-            f"{path} is damaged: nlls in its header are {len(nlls)}; expected {documents}, one for "
-            "each paragraph. Evaluate the dense model on this text again."
+            f"{path} holds the dense model's states on {len(tensors)} paragraphs (tensors from "
+            f"00000 on) and {len(nlls)} nlls, and the text has {documents} paragraphs. Evaluate "
+            "the dense model on this text first."
         )
     require_finite(path, tensors)
     return Teacher([tensors[name] for name in names], nlls)

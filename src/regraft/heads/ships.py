@@ -228,14 +228,12 @@ def first_feature_angles(base: Tensor, ablated: Tensor) -> Tensor:
         `[heads]`, float64, radians in [0, pi / 2]: the angle between the lines spanned by the
         samples' values of feature 0 before and after. NaN if that feature is 0 in all samples.
     """
-    features = [states[..., :1].double() for states in (base, ablated)]
-    sizes = [torch.linalg.vector_norm(one, dim=-2, keepdim=True) for one in features]
-    lines = (
-        one / size.where(size > 0, 1)  # the SVD takes no NaN
-        for one, size in zip(features, sizes, strict=True)
+    before, after = (states[..., :1].double() for states in (base, ablated))
+    before, after = (
+        one / torch.linalg.vector_norm(one, dim=-2, keepdim=True) for one in (before, after)
     )
-    angles = principal_angles(*lines).squeeze(-1)
-    return angles.masked_fill(((sizes[0] == 0) | (sizes[1] == 0)).flatten(), torch.nan)
+    angles = principal_angles(before.nan_to_num(), after.nan_to_num())  # the SVD takes no NaN
+    return angles.masked_fill((before + after).isnan().any(dim=-2), torch.nan).squeeze(-1)
 
 
 def kl_divergence(base_logits: Tensor, ablated_logits: Tensor) -> Tensor:

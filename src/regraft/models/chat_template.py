@@ -85,7 +85,8 @@ def _largest_number(template: str) -> int:
         return _MOST_NUMBER + 1
     converts = any(one.name in ("int", "float", "format") for one in tree.find_all(nodes.Filter))
     converts |= any(one.attr in ("format", "format_map") for one in tree.find_all(nodes.Getattr))
-    converts |= any(not _in_loop(one.left) for one in tree.find_all(nodes.Mod))  # "%09d" % 1
+    for one in tree.find_all(nodes.Mod):  # "%09d" % 1; loop.index0 % 2 is a number
+        converts |= getattr(getattr(one.left, "node", None), "name", "") != "loop"
     values = [one.value for one in tree.find_all(nodes.Const) if converts or type(one.value) is int]
     values += [one.data for one in tree.find_all(nodes.TemplateData) if converts]
     numbers = [int(digits) for one in values for digits in re.findall(r"\d{1,18}", str(one))]
@@ -95,11 +96,6 @@ def _largest_number(template: str) -> int:
             if isinstance(side, nodes.Const) and isinstance(side.value, int):
                 product = min(_MOST_NUMBER + 1, product * max(1, abs(side.value)))
     return max([product, *numbers])
-
-
-def _in_loop(node: nodes.Node) -> bool:
-    """Whether this is `loop.index0` or the like: many templates ask whether it is even."""
-    return isinstance(node, nodes.Getattr) and getattr(node.node, "name", "") == "loop"
 
 
 def _templates(processor: Any) -> list[str]:
