@@ -33,7 +33,7 @@ from regraft.models.load import (
     open_answering,
     open_source,
 )
-from regraft.models.loaded import check_besides, refuse_tokens_without_embedding
+from regraft.models.loaded import check_unloaded, refuse_tokens_without_embedding
 from regraft.models.model_settings import disagreement
 from regraft.progress import Progress
 from regraft.settings.compute import ComputeSettings
@@ -295,7 +295,7 @@ def test_bounds_may_be_infinite(
         write_edited(source.checkpoint, tmp_path / "new", {}, unbounded=source.unbounded)
 
     loaded = [] if name == "none" else [lambda: load_model(source)]  # without a place is not loaded
-    besides = [partial(check_besides, source.checkpoint, source.unbounded)]
+    besides = [partial(check_unloaded, source.checkpoint, source.unbounded)]
     besides *= name != "model.norm.weight"
     for act in (copy, *loaded, *besides):
         if taken:

@@ -263,7 +263,7 @@ def all_settings() -> dict[str, type[PruneSettings]]:
     return {name: PRUNERS.get(name).settings_type for name in PRUNERS.working()}
 
 
-def described() -> str:
+def help_text() -> str:
     """Every pruner's name with the first line of its class docstring, for `--help`."""
     docs = ((name, type(PRUNERS.get(name)).__doc__ or "") for name in all_settings())
     return " ".join(f"{name}: {text.partition(chr(10))[0]}" for name, text in docs)

@@ -148,7 +148,7 @@ def by_magnitude(
     magnitude, and so does SNIP's for gradients of equal size.
     """
     for linear, weight in weights.items():
-        yield linear, PrunedWeight(mask=patterns[linear].mask(weight.float().abs().contiguous()))
+        yield linear, PrunedWeight(mask=patterns[linear].mask(weight.float().abs()))
 
 
 def _unseen_experts(layer: LayerArchitecture, unseen: Iterable[LinearArchitecture]) -> str:
