@@ -263,7 +263,8 @@ def test_images_without_a_vision_config(tmp_path: Path, capsys: pytest.CaptureFi
     """Chameleon has a `vq_config`."""
     types_table.saved("chameleon", tmp_path)
     describe(str(tmp_path))
-    assert "vision       yes" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "vision       yes" in shown and " MiB in 1 file(s)" in shown
 
 
 def test_memory_that_does_not_suffice_says_what_to_lower(tmp_path: Path) -> None:
