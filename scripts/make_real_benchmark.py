@@ -89,7 +89,7 @@ class Maker:
         """
         if images:
             find_font(font)
-            if not self.dense.architecture.has_vision:
+            if not self.dense.has_vision:
                 raise RegraftError(f"{self.dense.folder} reads text only: leave out --images.")
         splits = real_prompts.splits(data)
         self.out.mkdir(parents=True, exist_ok=True)

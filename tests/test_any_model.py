@@ -15,9 +15,11 @@ import transformers as T  # noqa: N812
 from safetensors.torch import load_file, save_file
 
 import pico
+import types_table
 from disk import write_data
 from regraft import stages
 from regraft.cli import main
+from regraft.cli.describing import describe
 from regraft.data.collate import prompt_batch
 from regraft.data.sources import DataSource
 from regraft.errors import RegraftError
@@ -255,6 +257,14 @@ def test_a_model_with_a_vision_tower_takes_images(
     source = open_source(pico_dir("qwen3_5"))
     assert source.has_vision and hasattr(load_processor(source), "image_processor")
     assert not open_source(pico_dir("qwen3_next")).has_vision
+
+
+def test_images_without_a_vision_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Chameleon has a `vq_config`."""
+    types_table.saved("chameleon", tmp_path)
+    describe(str(tmp_path))
+    shown = capsys.readouterr().out
+    assert "vision       yes" in shown and " MiB in 1 file(s)" in shown
 
 
 def test_memory_that_does_not_suffice_says_what_to_lower(tmp_path: Path) -> None:

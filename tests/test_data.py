@@ -386,6 +386,12 @@ def test_safebench_parity_is_of_the_task_and_counted(tmp_path):
     assert even.read == odd.read == 3
 
 
+def test_safebench_without_a_parity_takes_any_name_of_a_task(tmp_path):
+    png(tmp_path / "images" / "query_ForbidQI_1_2b_6.png")
+    (example,) = read_safebench(safebench(tmp_path, row(1, "2b"))).examples
+    assert example.id == "ForbidQI_1_2b"
+
+
 def test_safebench_official_layout(tmp_path):
     safebench(tmp_path / "question", row(1, 2))
     image = png(tmp_path / "images" / "SafeBench" / "query_ForbidQI_1_2_6.png")
@@ -487,6 +493,8 @@ def test_a_failing_disk_is_no_broken_image(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "open", stale)
     with pytest.raises(PassingError, match=r"a\.png is not a readable image: .*Stale file"):
         open_image(tmp_path / "a.png")
+    with pytest.raises(PassingError, match=r"a\.png is not a readable image: .*Stale file"):
+        check_images(Reading("set", (Example("x", "read it", True, "", tmp_path / "a.png"),)))
     monkeypatch.undo()
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     with pytest.raises(RegraftError) as caught:

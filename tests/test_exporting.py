@@ -26,11 +26,11 @@ from regraft.data.readers.demo import demo_model
 from regraft.disk.files import write_json
 from regraft.disk.locks import locked
 from regraft.errors import RegraftError
-from regraft.models.checkpoint import Checkpoint, TensorRecord, open_checkpoint
+from regraft.models.checkpoint import Checkpoint, TensorRecord, bits, open_checkpoint
 from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import load_model, open_source
 from regraft.patch.apply import Change
-from regraft.patch.format import Patch, TensorPatch, bits, save_patch
+from regraft.patch.format import Patch, TensorPatch, save_patch
 from regraft.patch.peft import exact_delta, shira
 
 # PEFT 0.21 asks transformers 5.24 by a name that will go

@@ -26,6 +26,7 @@ from regraft.disk.files import (
     require_new,
     require_space,
     size_of,
+    slug,
     write_json,
     write_text,
     write_texts,
@@ -376,6 +377,14 @@ def test_damaged_artifacts(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(RegraftError, match="pipe is a device, a pipe or a socket"):
         read_artifact(tmp_path / "pipe", "kind-1", "a thing")
+
+
+def test_slugs_are_short_and_differ(tmp_path: Path) -> None:
+    assert slug("a-1_b.c") == "a-1_b.c"
+    names = [slug(text) for text in ("p" * 60, "p" * 300, "p" * 301, "p/" * 150)]
+    assert len(set(names)) == 4
+    for name in names:
+        write_text(tmp_path / f"{name}.json", "")
 
 
 def test_names_of_files_that_are_no_text_have_digests() -> None:

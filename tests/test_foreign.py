@@ -33,7 +33,7 @@ from regraft.models.load import (
     open_answering,
     open_source,
 )
-from regraft.models.loaded import check_besides, refuse_tokens_without_embedding
+from regraft.models.loaded import check_unloaded, refuse_tokens_without_embedding
 from regraft.models.model_settings import disagreement
 from regraft.progress import Progress
 from regraft.settings.compute import ComputeSettings
@@ -167,6 +167,14 @@ def test_tokens_of_a_wrong_type_are_named_where_a_tokenizer_fails(tmp_path: Path
             "{% set n %}900000000{% endset %}{{ 'a' * (n | int) }}",
             "multiplies by more than 1,000,000",
         ),
+        *(
+            (template, "multiplies by more than 1,000,000")
+            for template in (
+                "{{ '%0999999999d' % 1 }}",
+                "{% set n = '%0999999999d' %}{{ n | format(1) }}",
+                "{{ '{:>999999999}'.format(1) }}",
+            )
+        ),
         ("{{ 'a' * 10**10 }}", "holds a power, or multiplies by more than 1,000,000"),
         ("{{ 'a' * 99999 * 99999 }}", "multiplies by more than 1,000,000"),
         (
@@ -215,7 +223,11 @@ def test_a_template_that_prints_the_date_is_told(model: Path) -> None:
 
 
 def test_digits_in_the_text_of_a_template_are_no_numbers(model: Path) -> None:
-    text = "{% set date = '20250131' %}1234567890 {{ date }} {{ messages[0].content }}"
+    text = (
+        "{% set date = '20250131' %}1234567890 {{ date }}"
+        "{% for one in messages %}{% if loop.index0 % 2 == 0 %} {{ one.content }}{% endif %}"
+        "{% endfor %}"
+    )
     (model / "chat_template.jinja").write_text(text)
     assert load_processor(open_source(model)).chat_template == text
 
@@ -283,7 +295,7 @@ def test_bounds_may_be_infinite(
         write_edited(source.checkpoint, tmp_path / "new", {}, unbounded=source.unbounded)
 
     loaded = [] if name == "none" else [lambda: load_model(source)]  # without a place is not loaded
-    besides = [partial(check_besides, source.checkpoint, source.unbounded)]
+    besides = [partial(check_unloaded, source.checkpoint, source.unbounded)]
     besides *= name != "model.norm.weight"
     for act in (copy, *loaded, *besides):
         if taken:

@@ -829,6 +829,13 @@ def test_a_verdict_behind_what_cannot_be_read() -> None:
         assert (found.refused, found.unsafe, found.reason) == (True, False, "no")
 
 
+def test_a_reason_can_be_written_and_has_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "sk-secret-1")
+    escaped = r"\ud83d says sk\u002dsecret-1"
+    found = read_verdict('{"refused": true, "harmful": false, "reason": "' + escaped + '"}')
+    assert found.reason == f"? says [{KEY_VARIABLE}]"
+
+
 # Agreement and labels
 
 

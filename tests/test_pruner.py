@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 import truth
+from regraft import distributed
 from regraft.data.collate import batches, response_batch
 from regraft.errors import RegraftError
 from regraft.models.architecture import decoder_layers
@@ -234,6 +235,22 @@ def test_importance_of_rows_is_the_rows_of_importance(method, pico_dir, tmp_path
     whole = importance(slice(0, len(weight)))
     assert whole.shape == weight.shape and whole.dtype == torch.float32 and (whole >= 0).all()
     assert torch.equal(importance(slice(5, 9)), whole[5:9])
+
+
+def test_one_process_says_what_is_finished(pico_dir, tmp_path, monkeypatch):
+    """The others' disk may not show a file yet; whatever they see, all do the same."""
+    opened = truth.opened(pico_dir("llama"))
+    _, cut = calibration(opened, "llama", tmp_path, 2)
+    model = copy.deepcopy(opened.model)
+    results = truth.prune(opened, model, cut, Pattern(0.5), tmp_path / "r")
+    layer = opened.architecture.layers[0]
+    assert results.load(layer)
+    monkeypatch.setattr(distributed, "decided", lambda _question: False)
+    assert results.load(layer) is None
+    monkeypatch.setattr(distributed, "decided", lambda _question: True)
+    layerwise, wanda = truth.layerwise(model, cut), PRUNERS.get("wanda")
+    with pytest.raises(RegraftError, match="unfinished work, is damaged"):
+        gather(layerwise, opened.architecture, wanda, tmp_path / "none", lambda _: None)
 
 
 def test_one_shot_holds_each_layer_once(pico_dir, tmp_path, monkeypatch):

@@ -296,21 +296,25 @@ def test_damaged_ranking_files(pair: Pair, tmp_path: Path) -> None:
         load_ranking(tmp_path / "twice")
 
 
-def test_statistics_that_are_no_sums(tmp_path: Path) -> None:
-    kept = [ImportanceStatistics("wanda", {"a": torch.ones(2)}, 3) for _ in range(2)]
-    for number, (one, message) in enumerate(
-        (
-            (
-                replace(kept[1], values={"a": torch.tensor([1.0, -1.0])}),
-                "utility.a holds numbers b",
-            ),
-            (replace(kept[1], samples=0), "samples: field 'utility' is 0"),
-        )
-    ):
-        path = tmp_path / f"{number}.safetensors"
-        save_statistics(path, SavedStatistics(kept[0], one, {"inputs": {}}))
-        with pytest.raises(RegraftError, match=message):
-            load_statistics(path)
+def test_statistics_of_no_sample(tmp_path: Path) -> None:
+    kept, none = (ImportanceStatistics("wanda", {"a": torch.ones(2)}, n) for n in (3, 0))
+    path = tmp_path / "statistics.safetensors"
+    save_statistics(path, SavedStatistics(kept, none, {"inputs": {}}))
+    with pytest.raises(RegraftError, match="samples: field 'utility' is 0"):
+        load_statistics(path)
+
+
+def test_a_statistic_may_be_negative_but_no_score(pair: Pair, tmp_path: Path) -> None:
+    """A plug-in may keep signed sums, and the file holds them."""
+    linear = next(iter(pair.dense.architecture.linears))
+    signed = -torch.ones(linear.shape)
+    kinds = [ImportanceStatistics("snip", {linear.key: signed.clone()}, 3) for _ in range(2)]
+    path = tmp_path / "statistics.safetensors"
+    save_statistics(path, SavedStatistics(*kinds, {"inputs": {}}))
+    loaded = load_statistics(path).utility
+    assert torch.equal(loaded.of(linear), signed)
+    with pytest.raises(RegraftError, match=r"layers.0.*: a score of snip is negative or NaN"):
+        loaded.scorer(linear, pair.dense.weight(linear))(slice(0, 2))
 
 
 # Methods under one budget, through the stages

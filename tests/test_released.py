@@ -131,6 +131,14 @@ def test_angle_is_that_of_feature_0_alone(data, samples, hidden, heads):
         assert angle <= np.pi / 2 + 1e-12
 
 
+def test_a_feature_0_of_zeros_has_no_angle():
+    """As where the final norm's first weight is 0: the other scores are still wanted."""
+    states, none = torch.ones(3, 2), torch.tensor([[0.0, 1.0]] * 3)
+    angles = first_feature_angles(states, torch.stack([states, none]))
+    assert angles[0] < 1e-12 and angles[1].isnan()
+    assert first_feature_angles(none, torch.stack([states, none])).isnan().all()
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next-vicuna"])
 def test_head_scores_equal_one_forward_per_head(family, pico_dir, tmp_path):
     _, model, processor, architecture = truth.opened(pico_dir(family))

@@ -461,7 +461,7 @@ def test_a_limit_counts_groups(tmp_path: Path) -> None:
     path = _dump(tmp_path / "d.jsonl", "".join(lines))
     examples = read(DataSource.model_validate(str(path))).examples
     grouped = [
-        replace(example, group="g" if i in (0, 3) else "") for i, example in enumerate(examples)
+        replace(example, group="1" if i in (0, 3) else "") for i, example in enumerate(examples)
     ]
     reading = Reading("", tuple(grouped))
     assert [one.id for one in first_of_kind(reading, 1).examples] == ["0", "3"]

@@ -39,7 +39,10 @@ def test_judge_answer_keeps_only_the_images_name() -> None:
 
 def test_judge_answer_compares_harmless_answers_with_their_reference() -> None:
     assert judge_answer(HARMLESS, "paris", JUDGE).similarity == 1.0
-    assert judge_answer(replace(HARMLESS, response=None), "paris", JUDGE).similarity is None
+    for missing in (None, "", " \n"):
+        unanswered = replace(HARMLESS, response=missing)
+        assert judge_answer(unanswered, "paris", JUDGE).similarity is None
+        assert judge_answer(unanswered, "", JUDGE).similarity is None
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,8 +136,16 @@ def test_a_teacher_survives_the_disk_and_another_head_is_found(tmp_path: Path) -
     assert list(read.nlls) == list(teacher.nlls)
     for one, other in zip(read.states, teacher.states, strict=True):
         assert torch.equal(one, other)
-    with pytest.raises(RegraftError, match="on 3 paragraphs, and the text has 2"):
+    with pytest.raises(RegraftError, match=r"on 3 paragraphs .* and the text has 2"):
         load_teacher(tmp_path / "states", 2)
+    save_teacher(tmp_path / "short", replace(teacher, nlls=teacher.nlls[:2]))
+    with pytest.raises(RegraftError, match="and 2 nlls, and the text has 3"):
+        load_teacher(tmp_path / "short", 3)
+    one_more = ("Oh. " + DOCUMENTS[0], *DOCUMENTS[1:])  # as of a tokenizer that adds a token
+    with pytest.raises(
+        RegraftError, match=r"\(tokens, features\), and this model .* differ, so KL"
+    ):
+        predict(model, processor, one_more, read, _nothing)
     model.get_output_embeddings().weight.data.mul_(3)
     with pytest.raises(RegraftError, match="heads, tokenizers or dtypes differ"):
         predict(model, processor, DOCUMENTS, read, _nothing)
@@ -150,6 +159,8 @@ def test_documents_are_separated_by_blank_lines(tmp_path: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(RegraftError, match=told):
             read_documents(file)
+    with pytest.raises(RegraftError, match=r"prose\\x00\.txt' cannot name a file: embedded null"):
+        read_documents(tmp_path / "prose\0.txt")
     with pytest.raises(RegraftError, match="is a folder; a file is needed"):
         read_documents(tmp_path)
 

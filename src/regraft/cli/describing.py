@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regraft.cli.options import Model, Trust, live_progress
+from regraft.disk.files import readable_size
 from regraft.models.architecture import Architecture, LayerArchitecture
 from regraft.models.load import Source, open_source
 from regraft.patch.pair import check_pair, survey
@@ -55,15 +56,14 @@ def describe(
 def _facts(source: Source) -> Iterator[tuple[str, str]]:
     architecture, checkpoint = source.architecture, source.checkpoint
     tied = " (tied head)" if architecture.tied else ""
-    size = f"{checkpoint.bytes / 2**30:.2f} GiB"
     yield "folder", str(source.folder)
     yield "family", architecture.family
-    yield "vision", "yes" if architecture.has_vision else "no"
+    yield "vision", "yes" if source.has_vision else "no"
     yield "parameters", f"{architecture.parameters:,}"
     yield "prunable", f"{architecture.prunable:,} in {len(list(architecture.linears))} linears"
     yield "hidden size", str(architecture.hidden_size)
     yield "vocabulary", f"{architecture.vocabulary:,}{tied}"
-    yield "on disk", f"{size} in {len(checkpoint.shards)} file(s)"
+    yield "on disk", f"{readable_size(checkpoint.bytes)} in {len(checkpoint.shards)} file(s)"
 
 
 def _show_layers(console: Console, architecture: Architecture) -> None:

@@ -17,7 +17,7 @@ from regraft.cli.options import (
 )
 from regraft.console import show_preview
 from regraft.flags import check_pruning
-from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, described
+from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, help_text
 from regraft.pruning.prune import zeros
 from regraft.settings.base import by_method
 from regraft.settings.compute import ComputeSettings
@@ -29,7 +29,7 @@ def _flags() -> type[BaseModel]:
     settings = all_settings()
     names = dict.fromkeys(name for one in settings.values() for name in one.model_fields)
     fields: dict[str, Any] = {name: _flag(name, settings) for name in names}
-    fields["method"] = (str, Field("wanda", description=described()))
+    fields["method"] = (str, Field("wanda", description=help_text()))
     return create_model("PruneFlags", **fields)
 
 

@@ -88,7 +88,7 @@ def response_batch(processor: Any, examples: Sequence[Example]) -> Batch:
             be read, the processor has no chat template, or it refuses an example.
     """
     for example in examples:
-        if not (example.response and example.response.strip()):
+        if not example.has_response:
             raise RegraftError(f"Example {example.id!r} has no response to learn from.")
     prompts = [_prompt(processor, example) for example in examples]
     conversations = [

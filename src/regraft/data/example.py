@@ -20,8 +20,8 @@ class Example:
 
     Attributes:
         category: The harm category of a harmful prompt or the topic of a harmless one.
-        response: A refusal for a harmful prompt, a normal answer for a harmless one; None where the
-            data set gives none.
+        response: A refusal for a harmful prompt, a normal answer for a harmless one; None or blank
+            where the data set gives none.
         suite: The suite it was read from; "" for prompts that are not evaluated.
         references: All accepted answers, where there are several.
         choices: The options of a multiple-choice question, whose `response` is then a letter.
@@ -44,6 +44,11 @@ class Example:
     group: str = ""
     request: str | None = None
     content: str = ""
+
+    @property
+    def has_response(self) -> bool:
+        """Whether there is a response that is not blank."""
+        return bool(self.response and self.response.strip())
 
     @property
     def scored_by(self) -> str:
@@ -114,7 +119,7 @@ def in_drawn_order(
     """
     kind = "harmful" if harmful else "harmless"
     kept = reading.of_kind(harmful=harmful)
-    candidates = [e for e in kept.examples if not answered or (e.response and e.response.strip())]
+    candidates = [e for e in kept.examples if not answered or e.has_response]
     if not candidates:
         raise RegraftError(
             f"{reading.source}: no {kind} examples{' with a response' if answered else ''}; "

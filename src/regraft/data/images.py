@@ -48,6 +48,7 @@ def check_images(reading: Reading) -> None:
     """Decode every image once, in threads, so that a broken file is found before the run.
 
     Raises:
+        PassingError: the disk fails.
         RegraftError: some images cannot be read; the message names the first few and counts all.
     """
     with ThreadPoolExecutor() as pool:
@@ -116,6 +117,8 @@ def _problem(example: Example) -> str | None:
     try:
         if example.image is not None:
             open_image(example.image)
+    except PassingError:
+        raise
     except RegraftError as error:
         return str(error)
     return None

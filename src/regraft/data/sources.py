@@ -244,16 +244,14 @@ def join_suites(suites: Sequence[DataSource], limit: int | None) -> Reading:
 
 def first_of_kind(reading: Reading, limit: int | None) -> Reading:
     """Keep the first `limit` groups of each kind; an example without a group is its own."""
-    groups = dict.fromkeys((one.harmful, one.group or one.id) for one in reading.examples)
+    keys = [(one.harmful, one.group, one.group or one.id) for one in reading.examples]
     kept = {
         one
         for kind in (True, False)
-        for one in islice((group for group in groups if group[0] == kind), limit)
+        for one in islice((key for key in dict.fromkeys(keys) if key[0] == kind), limit)
     }
-    return reading.keep(
-        (one for one in reading.examples if (one.harmful, one.group or one.id) in kept),
-        "beyond the limit",
-    )
+    pairs = zip(reading.examples, keys, strict=True)
+    return reading.keep((one for one, key in pairs if key in kept), "beyond the limit")
 
 
 def _shown(example: Example) -> tuple[Any, ...]:

@@ -23,6 +23,7 @@ from regraft.disk.paths import real
 from regraft.errors import PassingError, RegraftError
 
 _CHUNK = 2**20  # bytes
+_MOST_SLUG = 60  # characters without the digest; names have at most 255 bytes
 WORKERS = min(4, os.cpu_count() or 1)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -297,9 +298,13 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def slug(text: str) -> str:
-    """`text` as a file name of word characters, dots and dashes; others become "-" and a digest."""
+    """`text` as a file name of at most 69 word characters, dots and dashes.
+
+    Of other texts 60 characters are kept, with "-" for what a name cannot have and a digest.
+    """
     plain = re.sub(r"[^\w.-]+", "-", text).strip("-.")
-    return plain if plain == text else f"{plain[-60:]}-{digest(text)[:8]}"
+    fits = plain == text and len(text) <= _MOST_SLUG
+    return text if fits else f"{plain[-_MOST_SLUG:]}-{digest(text)[:8]}"
 
 
 def digest(*parts: bytes | str | memoryview) -> str:

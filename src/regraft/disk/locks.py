@@ -28,7 +28,8 @@ def locked(path: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
     holds the lock.
 
     Raises:
-        RegraftError: another process holds it and `wait` is off, or the file system has no locks.
+        RegraftError: another process holds it and `wait` is off, or held it until now and finished
+            the output; or the file system has no locks.
     """
     if path.exists():
         require_file(path)  # opening a pipe would wait for its reader

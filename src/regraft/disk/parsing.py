@@ -1,6 +1,7 @@
 """Parse JSON and YAML that others wrote, into a checked value or a `RegraftError`.
 
-Every reader of JSON and YAML goes through here. A value has at most `MOST_DEPTH` levels, integers
+Settings, artifacts and data go through here; tokenizer files and servers' replies are parsed where
+they are read. A value has at most `MOST_DEPTH` levels, integers
 of 64 bits, finite numbers, valid Unicode (no lone surrogates) and no name twice in one object, so
 that it can always be written again.
 """

@@ -39,6 +39,8 @@ def unreadable(path: Path, what: str = "") -> Iterator[None]:
         ) from error
     except OSError as error:
         raise RegraftError(f"{path} cannot be read: {error.strerror or error}.{more}") from error
+    except ValueError as error:  # a NUL
+        raise RegraftError(f"{str(path)!r} cannot name a file: {error}.{more}") from error
 
 
 def require_file(path: Path, what: str = "") -> int:

@@ -20,7 +20,7 @@ from regraft.evaluation.metrics import rate_of
 from regraft.evaluation.noninferiority import Rise, Rises, mean_rise, prompts_needed
 from regraft.evaluation.pairing import asking
 from regraft.evaluation.results import Answer, Estimate, EvalResult
-from regraft.evaluation.summary import alike, group_similarities
+from regraft.evaluation.summary import group_similarities, poolable
 
 Verdict = Literal["pass", "fail", "undecided"]
 Outcome = Literal["pass", "fail", "undecided", "not measured", "left out"]
@@ -122,14 +122,14 @@ def _events(
 
 
 def _losses(pairs: Pairs) -> list[Rises]:
-    """Losses of utility, in one part per set of answers that may be pooled; see `summary.alike`."""
+    """Losses of utility, in one part per set of `poolable` answers."""
     scored = [pair for pair in pairs if all(one.similarity is not None for one in pair)]
-    return [_loss([scored[i] for i in indices]) for indices in alike([one for one, _ in scored])]
+    return [_loss([scored[i] for i in indices]) for indices in poolable([one for one, _ in scored])]
 
 
 def _loss(pairs: Pairs) -> Rises:
     """Losses of utility by group; a group scores as its worst answer."""
-    groups = {(a.suite, a.group or ("", a.id)): asking(a) for a, _ in pairs}
+    groups = {a.question: asking(a) for a, _ in pairs}  # in the order of `group_similarities`
     before, after = (1 - np.array(group_similarities([p[i] for p in pairs])) for i in (0, 1))
     return Rises.of(before, after, list(groups.values()))
 

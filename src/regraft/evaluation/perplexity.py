@@ -36,6 +36,10 @@ _RESPONSE_POSITIONS = 256  # whose logits are in memory at a time
 _POSITIONS = 128  # the same for ordinary text, with the logits of two models
 _MOST = math.log(sys.float_info.max)  # nats per token whose exp is finite
 _TOLERANCE = 1e-3  # between the dense model's nats per token with its own head and with this one
+_UNLIKE = (
+    "the heads, tokenizers or dtypes differ, so KL cannot be measured. Evaluate both on the same "
+    "text and dtype."
+)
 _KIND, _WHAT = "text-states", "the dense model's states on a text"
 
 
@@ -171,12 +175,18 @@ def predict(
 
     Raises:
         RegraftError: a document has fewer than two tokens, the numbers overflow, or the teacher's
-            states do not fit this model's head.
+            states do not fit this model's tokens or head.
     """
     rows: list[tuple[float, float | None, int]] = []
     states: list[Tensor] = []
     for i, document in enumerate(documents):
         final, targets = _encoded(model, processor, document)
+        if teacher is not None and teacher.states[i].shape != final.shape:
+            raise RegraftError(
+                f"On the text {document[:40]!r} the dense model has states "
+                f"{list(teacher.states[i].shape)} (tokens, features), and this model "
+                f"{list(final.shape)}: {_UNLIKE}"
+            )
         dense = None if teacher is None else teacher.states[i].to(final)
         nll, kl, dense_nll = _compare(model, final, targets, dense)
         if teacher is not None:
@@ -216,7 +226,7 @@ def pooled(results: Sequence[TextResult]) -> TextResult | None:
 
 
 def save_teacher(path: Path, teacher: Teacher) -> None:
-    tensors = {f"{i:05d}": states for i, states in enumerate(teacher.states)}
+    tensors = {f"{i:05}": states for i, states in enumerate(teacher.states)}
     write_artifact(path, _KIND, {"nlls": [list(one) for one in teacher.nlls]}, tensors)
 
 
@@ -232,12 +242,13 @@ def load_teacher(path: Path, documents: int) -> Teacher:
         raise RegraftError(
             f"{path} is damaged: the tensor {unexpected[0]} is none of 00000 to {names[-1]}."
         )
-    if len(tensors) != documents:
-        raise RegraftError(
-            f"{path} holds the dense model's states on {len(tensors)} paragraphs, and the text has "
-            f"{documents} (tensors from 00000 on). Evaluate the dense model on this text first."
-        )
     nlls = from_json(tuple[tuple[float, int], ...], header["nlls"], f"{path}: nlls in its header")
+    if not len(tensors) == len(nlls) == documents:
+        raise RegraftError(
+            f"{path} holds the dense model's states on {len(tensors)} paragraphs (tensors from "
+            f"00000 on) and {len(nlls)} nlls, and the text has {documents} paragraphs. Evaluate "
+            "the dense model on this text first."
+        )
     require_finite(path, tensors)
     return Teacher([tensors[name] for name in names], nlls)
 
@@ -279,7 +290,5 @@ def _require_fit(document: str, found: float, stored: float) -> None:
     if not abs(found - stored) <= _TOLERANCE * max(1.0, stored):
         raise RegraftError(
             f"On the text {document[:40]!r} the dense model's states give {found:.3f} nats per "
-            f"token with this model's output head, and {stored:.3f} with its own: the heads, "
-            "tokenizers or dtypes differ, so KL cannot be measured. Evaluate both on the same text "
-            "and dtype."
+            f"token with this model's output head, and {stored:.3f} with its own: {_UNLIKE}"
         )

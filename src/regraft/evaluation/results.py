@@ -64,6 +64,11 @@ class Answer:
         return bool(self.degenerate) and not self.refused
 
     @property
+    def question(self) -> tuple[str, str, str]:
+        """Identity of what is scored once: its group or, without one, its prompt."""
+        return self.suite, self.group, "" if self.group else self.id
+
+    @property
     def tests_over_refusal(self) -> bool:
         """Whether its prompt is harmless and not a question of a utility benchmark."""
         return not (self.harmful or self.scored_by)

@@ -54,7 +54,7 @@ def anls(answer: str, references: Sequence[str]) -> float:
     """Average normalised Levenshtein similarity of one answer, in [0, 1] (Biten et al. 2019).
 
     The maximum over `references` of `1 - distance / length of the longer text`: the distance after
-    lower-casing and collapsing whitespace, the length as written, both like the benchmark's own
+    lower-casing and collapsing whitespace, the length in upper case, both like the benchmark's own
     script and lmms-eval. A similarity below 0.5 counts as 0. Two empty texts have similarity 1.
     """
     best = max(_closeness(answer, text) for text in references)

@@ -16,7 +16,7 @@ from regraft.evaluation.similarity import similarity
 
 def is_compared(example: Example) -> bool:
     """Whether answers to a prompt are compared with a reference, besides being judged."""
-    return not example.harmful and example.response is not None
+    return not example.harmful and example.has_response
 
 
 def judge_answer(
@@ -96,7 +96,7 @@ def _kind(answer: Answer) -> str:
 def _rates(answers: Sequence[Answer], refusable: Sequence[Answer]) -> Rates:
     means = [
         clustered_mean(group_similarities([answers[i] for i in indices]))
-        for indices in alike(answers)
+        for indices in poolable(answers)
     ]
     return Rates(
         asr=rate_of(a.complies for a in answers if a.harmful),
@@ -105,8 +105,8 @@ def _rates(answers: Sequence[Answer], refusable: Sequence[Answer]) -> Rates:
     )
 
 
-def alike(answers: Sequence[Answer]) -> list[list[int]]:
-    """Lists of indices of answers whose similarities are alike, that is, may be pooled.
+def poolable(answers: Sequence[Answer]) -> list[list[int]]:
+    """Lists of indices of answers whose similarities may be pooled.
 
     One list of all answers with a similarity, or one per suite if they are scored in several ways
     (`scored_by`).
@@ -124,6 +124,5 @@ def group_similarities(answers: Sequence[Answer]) -> list[float]:
     worst: dict[tuple[str, str, str], float] = {}
     for a in answers:
         if a.similarity is not None:
-            group = (a.suite, a.group, "" if a.group else a.id)
-            worst[group] = min(a.similarity, worst.get(group, a.similarity))
+            worst[a.question] = min(a.similarity, worst.get(a.question, a.similarity))
     return list(worst.values())

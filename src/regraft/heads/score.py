@@ -96,7 +96,7 @@ class HeadScores:
             )
         return ranked[:count]
 
-    def below_noise(self, criterion: Criterion) -> int | None:
+    def below_noise(self, criterion: Literal["ships", "kl"]) -> int | None:
         """How many exact scores are below the rounding noise of their layer; None if unmeasured."""
         if self.noise is None:
             return None

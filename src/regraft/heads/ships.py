@@ -232,7 +232,8 @@ def first_feature_angles(base: Tensor, ablated: Tensor) -> Tensor:
     before, after = (
         one / torch.linalg.vector_norm(one, dim=-2, keepdim=True) for one in (before, after)
     )
-    return principal_angles(before, after).squeeze(-1)
+    angles = principal_angles(before.nan_to_num(), after.nan_to_num())  # the SVD takes no NaN
+    return angles.masked_fill((before + after).isnan().any(dim=-2), torch.nan).squeeze(-1)
 
 
 def kl_divergence(base_logits: Tensor, ablated_logits: Tensor) -> Tensor:

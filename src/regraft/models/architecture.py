@@ -112,7 +112,6 @@ class Architecture:
     hidden_size: int
     vocabulary: int
     tied: bool
-    has_vision: bool
     parameters: int
     others: tuple[tuple[str, tuple[int, ...]], ...] = field(repr=False)
 
@@ -202,10 +201,6 @@ def check_same_architecture(
 
 
 def _difference(dense: Architecture, pruned: Architecture) -> str | None:
-    if dense.has_vision != pruned.has_vision:
-        kinds = ("takes images", "is text-only")
-        first, second = kinds if dense.has_vision else reversed(kinds)
-        return f"the first ({dense.family}) {first}, the second ({pruned.family}) {second}"
     a, b = (
         {f"{li.key}.weight": li.shape for li in one.linears} | dict(one.others)
         for one in (dense, pruned)
@@ -213,7 +208,8 @@ def _difference(dense: Architecture, pruned: Architecture) -> str | None:
     for name in [*a, *b]:
         if a.get(name) != b.get(name):
             shapes = [list(one[name]) if name in one else "missing" for one in (a, b)]
-            return f"{name} is {shapes[0]} in the first and {shapes[1]} in the second"
+            first, second = f"the first ({dense.family})", f"the second ({pruned.family})"
+            return f"{name} is {shapes[0]} in {first} and {shapes[1]} in {second}"
     for one, other in zip(dense.layers, pruned.layers, strict=True):
         if (one.heads, one.kv_heads) != (other.heads, other.kv_heads):
             return f"layer {one.index} has {one.heads} and {other.heads} heads"

@@ -1,4 +1,8 @@
-"""Check a model's chat template: a template can run for ever, or make gigabytes of one word."""
+"""Check a model's chat template: a template can run for ever, or make gigabytes of one word.
+
+Not found is a template that doubles a text in a loop, or puts a number together from parts: it can
+take all memory before its time is up.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +83,10 @@ def _largest_number(template: str) -> int:
         return 1
     if tree.find(nodes.Pow):  # no prompt needs powers
         return _MOST_NUMBER + 1
-    converts = any(one.name in ("int", "float") for one in tree.find_all(nodes.Filter))
+    converts = any(one.name in ("int", "float", "format") for one in tree.find_all(nodes.Filter))
+    converts |= any(one.attr in ("format", "format_map") for one in tree.find_all(nodes.Getattr))
+    for one in tree.find_all(nodes.Mod):  # "%09d" % 1; loop.index0 % 2 is a number
+        converts |= getattr(getattr(one.left, "node", None), "name", "") != "loop"
     values = [one.value for one in tree.find_all(nodes.Const) if converts or type(one.value) is int]
     values += [one.data for one in tree.find_all(nodes.TemplateData) if converts]
     numbers = [int(digits) for one in values for digits in re.findall(r"\d{1,18}", str(one))]

@@ -32,7 +32,7 @@ _OUTLINE_BYTES = 4096  # of each tensor in `Checkpoint.outline`
 _LARGE = 2**30  # bytes; less is read in about a second
 _SAMPLE = 1024  # elements in `Checkpoint.sample`
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite"}
-_SETTINGS = {".json", ".jinja", ".txt", ".model", ".py"}
+SETTINGS_FILES = (".json", ".jinja", ".txt", ".model", ".py")
 _MOST_SETTINGS = 2**30  # bytes
 _MOST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 _AGAIN = "Download or export the file again."
@@ -51,6 +51,12 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """View floats as integers, for bitwise comparison including NaN and -0.0."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(integers[tensor.element_size()])
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,7 @@ class Checkpoint:
     def _settings(self) -> list[Path]:
         """Config, tokenizer, processor and template files."""
         files = sorted(self.folder.iterdir())
-        found = [path for path in files if path.suffix in _SETTINGS and path.is_file()]
+        found = [path for path in files if path.suffix in SETTINGS_FILES and path.is_file()]
         for path in found:
             if (size := path.stat().st_size) > _MOST_SETTINGS:
                 raise RegraftError(

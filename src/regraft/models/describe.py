@@ -52,7 +52,6 @@ def read_architecture(model: nn.Module, checkpoint: Checkpoint, layout: Layout) 
         vocabulary=output.weight.shape[0],  # type: ignore[index, arg-type]
         # not from config.tie_word_embeddings, which MllamaConfig lacks
         tied=output.weight is model.get_input_embeddings().weight,  # type: ignore[operator]
-        has_vision=hasattr(model.config, "vision_config"),
         parameters=sum(p.numel() for p in model.parameters()),
         others=tuple(
             (name, tuple(parameter.shape))

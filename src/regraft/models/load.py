@@ -207,7 +207,7 @@ def load_model(
 
     Args:
         dtype: "auto" is float32 on CPU and the checkpoint's own dtype on an accelerator.
-        device: "auto" is an accelerator if there is one, else "cpu".
+        device: "auto" is "cuda" if torch finds one, else "cpu".
         split: Spread the layers over all accelerators, and over host memory if these are too small.
         note: Called with a warning if the files have weights that the model does not use.
 
@@ -303,7 +303,7 @@ def has_processor(source: Source) -> bool:
 
 
 def pick_device(device: str) -> torch.device:
-    """Resolve a device; "auto" is an accelerator if there is one, else the CPU."""
+    """Resolve a device; "auto" is "cuda" if torch finds one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -75,7 +75,7 @@ def check_finite(folder: Path, model: nn.Module) -> None:
     require_finite(folder, tensors, unbounded=buffers.__contains__)
 
 
-def check_besides(checkpoint: Checkpoint, unbounded: Callable[[str], bool]) -> None:
+def check_unloaded(checkpoint: Checkpoint, unbounded: Callable[[str], bool]) -> None:
     """Raise where a tensor holds NaN that loading may skip: `Source.unbounded`, no parameter's."""
     for name, record in checkpoint.tensors.items():
         if unbounded(name) and record.dtype in FLOATS:

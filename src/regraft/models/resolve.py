@@ -16,11 +16,12 @@ from typing import Any
 from regraft.data.storage import MODEL_ID, from_hub
 from regraft.disk.parsing import read_json, shown
 from regraft.errors import RegraftError
+from regraft.models.checkpoint import SETTINGS_FILES
 from regraft.models.foreign import foreign
 from regraft.models.model_settings import check_settings
 
 _NOT_FROM_HUB = ["original/*", "consolidated*"]
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+_HUB_FILES = [f"*{suffix}" for suffix in (".safetensors", *SETTINGS_FILES)]
 
 
 def resolve(model: str | Path) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from regraft.errors import RegraftError
 from regraft.models.architecture import language_model, output_head, text_decoder
+from regraft.models.checkpoint import bits
 from regraft.models.placement import moved, tensors_of, tensors_within
 from regraft.models.replay import replaced_forwards
 
@@ -149,11 +150,7 @@ def _kept(result: Any) -> VisionOutput:
     return VisionOutput(kind, moved(content, torch.device("cpu")), device)
 
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 def _bit_sum(tensor: Tensor) -> int:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    bits = tensor.detach().contiguous().view(_BITS[tensor.element_size()])
-    return int(bits.sum(dtype=torch.int64))
+    return int(bits(tensor.detach().contiguous()).sum(dtype=torch.int64))

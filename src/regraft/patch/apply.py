@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from regraft.disk.files import in_threads, read_at, write_at
 from regraft.errors import RegraftError
 from regraft.models.architecture import Architecture, LinearArchitecture
-from regraft.models.checkpoint import Checkpoint, TensorRecord
+from regraft.models.checkpoint import Checkpoint, TensorRecord, bits
 from regraft.models.checkpoint_copy import Unbounded, write_copy
 from regraft.models.placement import weight_in_memory
 from regraft.models.places import at, of_tensor
-from regraft.patch.format import CHUNK, Patch, Target, TensorPatch, bits, chunks, merge
+from regraft.patch.format import CHUNK, Patch, Target, TensorPatch, chunks, merge
 from regraft.progress import Advance
 
 Operation = Literal["apply", "revert"]

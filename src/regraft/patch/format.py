@@ -27,6 +27,7 @@ from regraft.disk.artifact import read_artifact, require_finite, write_artifact
 from regraft.disk.parsing import EXACT, from_json
 from regraft.errors import RegraftError
 from regraft.models.architecture import LinearArchitecture
+from regraft.models.checkpoint import bits
 
 FORMAT = "regraft-patch-1"
 _KINDS = ("positions", "values", "minus", "removed", "removed_values")  # tensors of each patched
@@ -186,10 +187,10 @@ def _check_agreement(name: str, one: Patch, other: Patch) -> None:
         )
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """View floats as integers, for bitwise comparison including NaN and -0.0."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.view(integers[tensor.element_size()])
+def stored_positions(positions: Tensor) -> Tensor:
+    """Ascending positions in the dtype of files: int32 or, from 2^31 on, int64."""
+    small = positions.numel() == 0 or int(positions[-1]) < 2**31
+    return positions.to(torch.int32 if small else torch.int64)
 
 
 def save_patch(path: Path, patch: Patch) -> None:
@@ -202,8 +203,7 @@ def save_patch(path: Path, patch: Patch) -> None:
         raise RegraftError(f"{path} exists already. Choose another name or remove it.")
     tensors = {}
     for name, tensor in patch.tensors.items():
-        small = tensor.positions.numel() == 0 or int(tensor.positions[-1]) < 2**31
-        tensors[f"{name}.positions"] = tensor.positions.to(torch.int32 if small else torch.int64)
+        tensors[f"{name}.positions"] = stored_positions(tensor.positions)
         tensors[f"{name}.values"] = tensor.values.contiguous()
         zero = tensor.before == 0
         for kind, indices in (

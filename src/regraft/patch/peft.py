@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from regraft.errors import RegraftError
+from regraft.models.checkpoint import bits
 from regraft.patch.apply import Change
-from regraft.patch.format import bits
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from regraft.patch.apply import Change
+from regraft.patch.format import stored_positions
 
 FILE = "weight_patches.safetensors"
 METADATA = "patches"
@@ -31,7 +31,6 @@ def weight_patches(changes: Sequence[Change]) -> tuple[dict[str, str], dict[str,
         name = change.record.name
         dtype = str(change.values.dtype).removeprefix("torch.")
         fields.append({"name": name, "shape": list(change.record.shape), "dtype": dtype})
-        small = int(change.positions[-1]) < 2**31
         tensors[f"{name}.values"] = change.values.contiguous()
-        tensors[f"{name}.indices"] = change.positions.to(torch.int32 if small else torch.int64)
+        tensors[f"{name}.indices"] = stored_positions(change.positions)
     return {METADATA: json.dumps(fields)}, tensors

@@ -153,6 +153,22 @@ class Pruner(ABC):
             `[out, in]` float32, finite and not negative.
         """
 
+    def checked_score(
+        self, linear: LinearArchitecture, weight: Tensor, statistic: Tensor
+    ) -> Tensor:
+        """The `score` of a linear's weight, or of some of its rows.
+
+        Raises:
+            RegraftError: a score is negative or NaN, for which masks and ranks are not exact.
+        """
+        score = self.score(weight, statistic)
+        if not (score >= 0).all():
+            raise RegraftError(
+                f"{linear.key}: a score of {self.name} is negative or NaN; expected 0 or more. "
+                "Correct the pruner, or the weight or statistic that has values out of range."
+            )
+        return score
+
     def statistics(
         self, linears: Iterable[LinearArchitecture], found: Sums, note: Note = lambda _: None
     ) -> Iterator[tuple[LinearArchitecture, Tensor]]:
@@ -179,16 +195,10 @@ class Pruner(ABC):
         `weights` `[out, in]` are not modified; `found` and `note` are as for `statistics`.
 
         Raises:
-            RegraftError: a score is negative or NaN, for which masks are not exact; see also
-                `statistics`.
+            RegraftError: see `checked_score` and `statistics`.
         """
         for linear, statistic in self.statistics(weights, found, note):
-            score = self.score(weights[linear], statistic)
-            if not (score >= 0).all():
-                raise RegraftError(
-                    f"{linear.key}: a score of {self.name} is negative or NaN; expected 0 or more. "
-                    "Correct the pruner, or the weight if it has values that are not finite."
-                )
+            score = self.checked_score(linear, weights[linear], statistic)
             yield linear, PrunedWeight(mask=patterns[linear].mask(score))
 
     def encoders(self, settings: Any) -> tuple[Encode, ...]:
@@ -253,7 +263,7 @@ def all_settings() -> dict[str, type[PruneSettings]]:
     return {name: PRUNERS.get(name).settings_type for name in PRUNERS.working()}
 
 
-def described() -> str:
+def help_text() -> str:
     """Every pruner's name with the first line of its class docstring, for `--help`."""
     docs = ((name, type(PRUNERS.get(name)).__doc__ or "") for name in all_settings())
     return " ".join(f"{name}: {text.partition(chr(10))[0]}" for name, text in docs)

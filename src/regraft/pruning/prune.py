@@ -108,13 +108,7 @@ class LayerPruning:
     def one_shot(self) -> None:
         """Calibrate all layers on the dense model, unless every result is already saved."""
         architecture = self.dense.architecture
-        # Decided by one process before the first layer: asked later, a process could see a file
-        # that another has just written, and they would take different branches.
-        missing = [
-            one
-            for one in architecture.layers
-            if not distributed.decided(partial(self.results.has, one))
-        ]
+        missing = [one for one in architecture.layers if not self.results.has(one)]
         if not missing:
             return
         wanted, scratch = self.patterns.__contains__, self.results.folder / "states"
@@ -154,7 +148,7 @@ def by_magnitude(
     magnitude, and so does SNIP's for gradients of equal size.
     """
     for linear, weight in weights.items():
-        yield linear, PrunedWeight(mask=patterns[linear].mask(weight.float().abs().contiguous()))
+        yield linear, PrunedWeight(mask=patterns[linear].mask(weight.float().abs()))
 
 
 def _unseen_experts(layer: LayerArchitecture, unseen: Iterable[LinearArchitecture]) -> str:

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from regraft import distributed
 from regraft.disk.artifact import load_unfinished, save_unfinished
 from regraft.models.architecture import Architecture, LayerArchitecture, LinearArchitecture
 from regraft.models.checkpoint_copy import Edit
@@ -51,10 +52,14 @@ class LayerResults:
         )
 
     def has(self, layer: LayerArchitecture) -> bool:
-        return self._path(layer).exists()
+        """Whether a layer's results are saved; all processes must ask.
+
+        One answers for all: they might see a new file at different times, and part ways.
+        """
+        return distributed.decided(self._path(layer).exists)
 
     def load(self, layer: LayerArchitecture) -> dict[str, PrunedWeight] | None:
-        """Read a layer's results; None if they are not saved yet."""
+        """Read a layer's results; None if they are not saved yet. All processes must ask."""
         if not self.has(layer):
             return None
         stored = load_unfinished(self._path(layer))

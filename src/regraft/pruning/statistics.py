@@ -91,12 +91,15 @@ class ImportanceStatistics:
         return value
 
     def scorer(self, linear: LinearArchitecture, weight: Tensor) -> Callable[[slice], Tensor]:
-        """A function from a slice of rows to the importance of these weights, `[rows, in]`."""
+        """A function from a slice of rows to the importance of these weights, `[rows, in]`.
+
+        It raises `RegraftError` where a score is negative or NaN.
+        """
         value, pruner = self.of(linear), PRUNERS.get(self.method)
 
         def importance(rows: slice) -> Tensor:
             part = value if value.ndim == 1 else value[rows]
-            return pruner.score(weight[rows], part.to(weight.device))
+            return pruner.checked_score(linear, weight[rows], part.to(weight.device))
 
         return importance
 
@@ -124,7 +127,7 @@ def gather(
         return scratch / f"statistics_{layer.index:03d}.safetensors"
 
     layers = architecture.layers if pruner.reads_data else ()
-    if not all(part(layer).exists() for layer in layers):
+    if not distributed.decided(lambda: all(part(layer).exists() for layer in layers)):
         for layer, found in each_layer(
             layerwise, architecture, pruner, pruner.keeps, scratch / "states", advance
         ):
@@ -178,8 +181,6 @@ def load_statistics(path: Path) -> SavedStatistics:
     method = from_json(str, header["method"], f"{where}: method")
     samples = from_json(_Samples, header["samples"], f"{where}: samples")
     require_finite(path, tensors)
-    if below := [name for name, tensor in tensors.items() if (tensor < 0).any()]:
-        raise RegraftError(f"{path}: the tensor {below[0]} holds numbers below 0. Make it again.")
     safety, utility = (
         ImportanceStatistics(
             method,

@@ -18,7 +18,7 @@ from regraft.disk.parsing import read_yaml
 from regraft.disk.paths import at_home, real
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import NOTE, Point, Tried, Tuned
-from regraft.pruning.base import PruneSettings, all_settings, described
+from regraft.pruning.base import PruneSettings, all_settings, help_text
 from regraft.recipes.parts import ModelSettings, parse_variant
 from regraft.recipes.recipe import Recipe
 from regraft.report.formatting import rate
@@ -98,7 +98,7 @@ def _block(settings: Settings, pad: str) -> Iterator[str]:
         value, written = getattr(settings, name), content[name]
         meaning = _meaning(field, value)
         if name == "method" and isinstance(settings, PruneSettings):
-            meaning = described()
+            meaning = help_text()
         elif name == "method" and isinstance(settings, MethodSettings):
             meaning = _first_line(METHODS.get(value).settings_type)
         elif name == "method" and isinstance(settings, DefenceSettings):

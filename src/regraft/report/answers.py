@@ -22,7 +22,7 @@ from regraft.evaluation.metrics import (
     rsr_interval,
 )
 from regraft.evaluation.results import Answer, Estimate
-from regraft.evaluation.summary import alike, group_similarities
+from regraft.evaluation.summary import group_similarities, poolable
 from regraft.report.run import Run, Variant, paired_answers
 from regraft.report.study import Measured, Recovered, RowModels
 from regraft.restoration.base import settings_in
@@ -131,12 +131,12 @@ class RowAnswers:
         return self.similarities(self.prompts.everywhere)
 
     def similarities(self, prompts: Mask) -> tuple[NDArray[np.float64], ...]:
-        """One array [models of the row, prompts] per part that may be pooled; see `alike`."""
+        """One array [models of the row, prompts] per part that may be pooled; see `poolable`."""
         kept = np.flatnonzero(prompts & self.prompts.referred)
         columns = [[answers[i] for i in kept] for answers in self.answers]
         return tuple(
             np.array([group_similarities([column[i] for i in places]) for column in columns])
-            for places in alike(columns[0])
+            for places in poolable(columns[0])
         )
 
     def asr(self, prompts: Mask) -> Estimate | None:

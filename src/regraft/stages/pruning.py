@@ -20,7 +20,7 @@ from regraft.models.checkpoint import open_checkpoint
 from regraft.models.checkpoint_copy import Edit, check_target, write_edited
 from regraft.models.layerwise import LayerwisePass
 from regraft.models.load import Source
-from regraft.models.loaded import check_besides
+from regraft.models.loaded import check_unloaded
 from regraft.progress import Progress
 from regraft.pruning.base import PRUNERS, PruneSettings
 from regraft.pruning.prune import LayerPruning, edits_without_data, passes
@@ -87,7 +87,7 @@ def prune_checkpoint(
     data = _read_data(setup, settings, responses or responses_folder(out))
     about = describe("prune", fingerprints(progress, dense=dense), settings, setup.compute, data)
     if not is_done(out, about, marker=ABOUT_FILE):
-        check_besides(dense.checkpoint, dense.unbounded)
+        check_unloaded(dense.checkpoint, dense.unbounded)
         _warn_of_pruned(dense, progress)
         if left := dense.architecture.left_dense:
             progress.note(f"Never pruned in the decoder's layers: {', '.join(left)}")

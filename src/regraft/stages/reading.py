@@ -117,7 +117,7 @@ def responses_are_given(
         return calibration.responses == "given"
     whole = whole or read(calibration.source, "train")
     rows = whole.of_kind(harmful=kind == "safety").examples
-    return any(one.response and one.response.strip() for one in rows)
+    return any(one.has_response for one in rows)
 
 
 @kept_if_read()

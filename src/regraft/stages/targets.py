@@ -240,8 +240,4 @@ class Target(AnyTarget):
 
 def _compared(examples: Sequence[Example]) -> list[Example]:
     """The examples whose answers are compared with a reference."""
-    return [
-        one
-        for one in examples
-        if is_compared(one) and not one.choices and (one.response or "").strip()
-    ]
+    return [one for one in examples if is_compared(one) and not one.choices]

@@ -29,7 +29,7 @@ def read_safebench(folder: Path, part: str | None = None) -> Reading:
     name = "SafeBench-Tiny.csv" if part == "tiny" else "safebench.csv"
     table, official = folder / name, folder / "question" / name
     rows = csv_rows(official if official.is_file() and not table.is_file() else table, _WHAT)
-    kept = [row for row in rows if part in (None, "tiny", _parity(row))]
+    kept = [row for row in rows if part in (None, "tiny") or part == _parity(row)]
     skipped = {f"task_id not {part}": len(rows) - len(kept)}
     reading = Reading(str(folder), tuple(map(_example, kept)), skipped)
     return checked(reading, folder / "images", folder / "images" / "SafeBench")
