@@ -1199,7 +1199,7 @@ def test_space_of_a_run_is_what_is_there_at_once(
 
     def needed(**fields: Any) -> tuple[int, int]:
         planned = pipeline.plan_run(read_recipe(world.recipe(**fields)), out)
-        return planned.kept, planned.most
+        return planned.to_write, planned.peak
 
     alone = {"prune": sparse, "realign": []}
     assert needed(**alone) == (size, size + spilled)
@@ -1233,8 +1233,8 @@ def test_what_a_backward_pass_keeps_needs_space_too(
     states = 4 * sum(tokens) * len(dense.architecture.layers) * dense.architecture.hidden_size
     planned = pipeline.plan_run(made, world.root / "run")
     size = dense.checkpoint.bytes
-    assert planned.kept == size
-    assert abs(planned.most - size - states) < 10_000 < states
+    assert planned.to_write == size
+    assert abs(planned.peak - size - states) < 10_000 < states
     usage = shutil.disk_usage(world.root)
     for free in (size, size + states - 10_000):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, n=free: usage._replace(free=n))

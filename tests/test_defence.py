@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -309,8 +310,8 @@ def test_the_search_is_recorded(source: Source, data: DataSource, tmp_path: Path
     assert {one.asr.n for one in made.trials} == {one.over_refusal.n for one in made.trials} == {2}
     best = choose(made.trials[1:], made.trials[0], 5)
     assert (made.layer, made.strength) == (best.layer, best.strength)
-    used = made.about["data"]["validation"]
-    assert (used["used"], used["read"] - sum(used["skipped"].values())) == (4, 4)
+    assert made.about["data"]["validation"]["used"] == 4
+    assert made.about["data"]["validation"]["skipped"]["beyond the limit"] == 4
     assert {path.name for path in tmp_path.iterdir()} == {"data", "out"}, "scratch is left"
 
 
@@ -335,6 +336,12 @@ def test_calibration_prompts_are_freed_before_the_search(
 
 
 def test_validation_needs_both_kinds(source: Source, data: DataSource, tmp_path: Path) -> None:
+    lines = data.path.read_text().splitlines()
+    harmful = [line for line in lines if json.loads(line)["harmful"]]
+    file = data.path.with_name("harmful.jsonl")
+    file.write_text("\n".join(harmful))
+    with pytest.raises(RegraftError, match=r"harmful\.jsonl.*not harmless"):
+        _defend(source, data, tmp_path / "out", validation=DataSource(name="jsonl", path=file))
     one_kind = DataSource(name="jsonl", path=data.path, kind="harmful")
     with pytest.raises(RegraftError, match=r"both harmful and harmless .* Leave out #harmful"):
         _defend(source, data, tmp_path / "out", validation=one_kind)

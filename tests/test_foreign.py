@@ -175,6 +175,9 @@ def test_tokens_of_a_wrong_type_are_named_where_a_tokenizer_fails(tmp_path: Path
                 "{{ '{:>999999999}'.format(1) }}",
             )
         ),
+        ("{% for x in ['%0999999999d'] %}{{ x % 1 }}{% endfor %}", "more than 1,000,000"),
+        ("{% set x %}%09999999d{% endset %}{{ x % 1 }}", "more than 1,000,000"),
+        ("{{ '{:>999999999}'['format'](1) }}", "more than 1,000,000"),
         ("{{ 'a' * 10**10 }}", "holds a power, or multiplies by more than 1,000,000"),
         ("{{ 'a' * 99999 * 99999 }}", "multiplies by more than 1,000,000"),
         (
@@ -225,7 +228,7 @@ def test_a_template_that_prints_the_date_is_told(model: Path) -> None:
 def test_digits_in_the_text_of_a_template_are_no_numbers(model: Path) -> None:
     text = (
         "{% set date = '20250131' %}1234567890 {{ date }}"
-        "{% for one in messages %}{% if loop.index0 % 2 == 0 %} {{ one.content }}{% endif %}"
+        "{% for one in messages %}{% if (loop.index0 + 1) % 2 %} {{ one.content }}{% endif %}"
         "{% endfor %}"
     )
     (model / "chat_template.jinja").write_text(text)

@@ -514,6 +514,7 @@ def test_bad_input(refused: Callable[..., str]) -> None:
         ({"criterion": "released"}, ("criterion",), "needs every head scored exactly"),
         ({"top_heads": 2}, ("top_heads",), "top_heads is 2, but of the screened heads only the 1"),
         ({"top_heads": 10_000}, ("top_heads",), "top_heads is 10000; the model has"),
+        ({"heads": "random", "top_heads": 10_000}, ("top_heads",), "top_heads is 10000; the model"),
     ],
 )
 def test_what_no_trial_can_do_is_refused_before_the_first(
@@ -525,7 +526,7 @@ def test_what_no_trial_can_do_is_refused_before_the_first(
 ) -> None:
     screened = HeadSettings(mode="screened", candidates=1)
     with pytest.raises(RegraftError, match=message):
-        tune(method(**given), keep=kept, scoring=screened)
+        tune(method(**given), keep=kept, scoring=HeadSettings() if "heads" in given else screened)
     assert not (tmp_path / "tuned").exists()
 
 

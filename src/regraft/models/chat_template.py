@@ -1,7 +1,7 @@
 """Check a model's chat template: a template can run for ever, or make gigabytes of one word.
 
-Not found is a template that doubles a text in a loop, or puts a number together from parts: it can
-take all memory before its time is up.
+Not found is a template that doubles a text in a loop, or puts a number or a format together from
+parts: it can take all memory before its time is up.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _PROBES = {  # what the user says, and the most characters that a template may m
     "a long prompt": ("Hello " * 4_000, 200_000),
 }
 _MOST_NUMBER = 10**6  # in a template
+_FORMAT = re.compile(r"%[-+ #.\d]*|\{[^{}]*:[^{}]*\}")  # of text, in which a number is a width
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag that transformers adds
 _PATIENCE = 10.0  # seconds for rendering
 
@@ -83,13 +84,13 @@ def _largest_number(template: str) -> int:
         return 1
     if tree.find(nodes.Pow):  # no prompt needs powers
         return _MOST_NUMBER + 1
-    converts = any(one.name in ("int", "float", "format") for one in tree.find_all(nodes.Filter))
-    converts |= any(one.attr in ("format", "format_map") for one in tree.find_all(nodes.Getattr))
-    for one in tree.find_all(nodes.Mod):  # "%09d" % 1; loop.index0 % 2 is a number
-        converts |= getattr(getattr(one.left, "node", None), "name", "") != "loop"
-    values = [one.value for one in tree.find_all(nodes.Const) if converts or type(one.value) is int]
-    values += [one.data for one in tree.find_all(nodes.TemplateData) if converts]
-    numbers = [int(digits) for one in values for digits in re.findall(r"\d{1,18}", str(one))]
+    converts = any(one.name in ("int", "float") for one in tree.find_all(nodes.Filter))
+    values = [one.value for one in tree.find_all(nodes.Const)]
+    texts = [one for one in values if isinstance(one, str)]
+    texts += [one.data for one in tree.find_all(nodes.TemplateData)]
+    formats = [found for one in texts for found in _FORMAT.findall(one)]
+    counted = [str(one) for one in values if type(one) is int] + (texts if converts else formats)
+    numbers = [int(digits) for one in counted for digits in re.findall(r"\d{1,18}", one)]
     product = 1
     for node in tree.find_all(nodes.Mul):
         for side in (node.left, node.right):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -23,6 +23,7 @@ from regraft.recipes.parts import ModelSettings, parse_variant
 from regraft.recipes.recipe import Recipe
 from regraft.report.formatting import rate
 from regraft.restoration.base import METHODS, MethodSettings
+from regraft.restoration.methods.fine_tune import RANDOM
 from regraft.settings.base import Settings, explain
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.defending import DEFENCES, DefenceSettings, defence_type
@@ -42,7 +43,8 @@ def read_recipe(path: Path) -> Recipe:
         recipe = Recipe.model_validate({} if content is None else content)
     except ValidationError as error:
         raise RegraftError(f"{path}:\n{explain(error)}") from error
-    anchored: Recipe = _anchored(recipe, path.absolute().parent)
+    names = {RANDOM, *(one.name for one in recipe.realign)}
+    anchored: Recipe = _anchored(recipe, path.absolute().parent, names)
     return anchored
 
 
@@ -51,25 +53,27 @@ def write_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _anchored(value: Any, folder: Path, field: str = "") -> Any:
+def _anchored(value: Any, folder: Path, names: Set[str], field: str = "") -> Any:
     """Resolve all paths in settings, nested ones too, against a folder.
 
     Paths are recognised by their type; text is one where it names a model that is not on the hub,
-    or a file of positions.
+    or positions that are none of these `names`.
     """
     if isinstance(value, Settings):
-        found = {name: _anchored(one, folder, name) for name, one in value}
+        found = {name: _anchored(one, folder, names, name) for name, one in value}
         # unchanged fields stay unset, so that a sweep still knows which ones the recipe sets
         return value.model_copy(update={k: v for k, v in found.items() if v != getattr(value, k)})
     if isinstance(value, tuple):
-        return tuple(_anchored(one, folder, field) for one in value)
+        return tuple(_anchored(one, folder, names, field) for one in value)
     if isinstance(value, DataSource):
         on_disk = value.path is not None and not is_on_hub(value.path)
-        return value.model_copy(update={"path": _anchored(value.path, folder)} if on_disk else {})
+        return value.model_copy(
+            update={"path": _anchored(value.path, folder, names)} if on_disk else {}
+        )
     if isinstance(value, Path):
         return folder / at_home(value)
-    if field == "positions" and (file := folder / at_home(Path(value))).is_file():
-        return str(file)
+    if field == "positions":
+        return value if value in names else str(folder / at_home(Path(value)))
     return _model(value, folder) if value and field in ("model", "pruned") else value
 
 

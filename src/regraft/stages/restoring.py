@@ -102,8 +102,9 @@ def _rank(
         ranking.check_budget(setup.dense, settings)
         if needs.positions is not None and paths.given.positions is None:
             file = Path(needs.positions)
+            found = load_ranking(file)
             fingerprints(setup.progress, dense=setup.dense)  # takes time, so with progress
-            ranking.require_positions(settings, load_ranking(file), file, setup.dense)
+            ranking.require_positions(settings, found, file, setup.dense)
         if needs.answers:
             setup.check_gradients(f"Realigning by {settings.method}")
             check_split(setup.compute.device, setup.compute.placement)
@@ -124,7 +125,7 @@ def _rank(
         check,
         learns=lambda: setup.count_imitated() if needs.answers else 0,
         passes=needs.passes,
-        loads_model=needs.answers or needs.passes > 0,
+        loads_model=True,
         temporary_bytes=states,
     )
 

@@ -124,15 +124,17 @@ class _Tuning:
     def check(self, space: Space) -> dict[str, Reading]:
         """Check the steps of a trial; returns calibration and validation prompts by role.
 
-        The trial has the lowest value of everything tuned, so what is refused here no trial can do.
+        The trial has the lowest number, or the first name, of everything tuned: what is refused for
+        the given settings no trial can do.
         """
-        lowest = {name: of.low if isinstance(of, Between) else of[0] for name, of in space.items()}
-        setup, method = self._with(lowest)
+        first = {name: of.low if isinstance(of, Between) else of[0] for name, of in space.items()}
+        setup, method = self._with(first)
         needs = needs_of(method)
         if needs.answers:
             setup.check_gradients(f"Tuning {method.method}")
         paths = self._paths(method, setup.scoring.r_max, 0)
-        steps = gathering_steps(setup, [needs], paths)
+        rank, _ = patch_steps(setup, lambda: self.pruned, method, paths)
+        steps = [*gathering_steps(setup, [needs], paths), rank]
         search = Search(setup, self.choice)
         used = plan_steps(setup, steps).prompts | search.check()
         for line in (used | PromptUse(learnt=setup.learnt_from())).warnings():

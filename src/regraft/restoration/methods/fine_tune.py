@@ -19,7 +19,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -236,6 +236,7 @@ class FineTune(Method[FineTuneSettings]):
     """Sparse fine-tuning; see the module."""
 
     name, settings_type = "fine-tune", FineTuneSettings
+    algorithm: ClassVar[int] = 2
 
     def needs(self, settings: FineTuneSettings) -> Needs:
         """The dense model's own answers, and the ranking whose positions are trained."""

@@ -86,7 +86,7 @@ class Gain(Method[GainSettings]):
     """See the module."""
 
     name, settings_type = "gain", GainSettings
-    algorithm: ClassVar[int] = 12
+    algorithm: ClassVar[int] = 13
 
     def needs(self, settings: GainSettings) -> Needs:
         """The dense model's own answers."""
