@@ -1,9 +1,8 @@
 """Parse JSON and YAML that others wrote, into a checked value or a `RegraftError`.
 
 Settings, artifacts and data go through here; tokenizer files and servers' replies are parsed where
-they are read. A value has at most `MOST_DEPTH` levels, integers
-of 64 bits, finite numbers, valid Unicode (no lone surrogates) and no name twice in one object, so
-that it can always be written again.
+they are read. A value has at most `MOST_DEPTH` levels, integers of 64 bits, finite numbers, valid
+Unicode (no lone surrogates) and no name twice in one object, so it can always be written again.
 """
 
 from __future__ import annotations

@@ -124,16 +124,16 @@ def read_inputs(
     if needs.positions is not None:
         file = inputs.positions or Path(needs.positions)
         loaded["positions"] = load_ranking(file)
-        require_positions(settings, loaded["positions"], file, dense)
         require_made_of(loaded["positions"], file, dense, pruned)
+        require_positions(settings, loaded["positions"], file)
         digests["ranking"] = file_digest(file)
     return digests, loaded
 
 
 def require_made_of(ranking: Ranking, path: Path, dense: Source, pruned: Source) -> None:
     """Raise unless the ranking in the file `path` is of these two checkpoints."""
-    _require_source(ranking, path, "dense", dense)
-    _require_source(ranking, path, "pruned", pruned)
+    require_source(ranking, path, "dense", dense)
+    require_source(ranking, path, "pruned", pruned)
     sizes = torch.tensor([math.prod(linear.shape) for linear in dense.architecture.linears])
     inside = ranking.linear < len(sizes)
     most = sizes[ranking.linear.clamp(max=len(sizes) - 1)]
@@ -144,16 +144,14 @@ def require_made_of(ranking: Ranking, path: Path, dense: Source, pruned: Source)
         )
 
 
-def _require_source(ranking: Ranking, path: Path, role: str, source: Source) -> None:
+def require_source(ranking: Ranking, path: Path, role: str, source: Source) -> None:
+    """Raise unless the ranking was made from this checkpoint, "dense" or "pruned"."""
     if ranking.about["inputs"][role] != source.checkpoint.fingerprint:
         raise RegraftError(f"{path} was made from another {role} checkpoint than {source.folder}.")
 
 
-def require_positions(
-    settings: MethodSettings, ranking: Ranking, path: Path, dense: Source
-) -> None:
-    """Raise unless a ranking of this model has the positions that a method takes from it."""
-    _require_source(ranking, path, "dense", dense)
+def require_positions(settings: MethodSettings, ranking: Ranking, path: Path) -> None:
+    """Raise unless a ranking has the positions that a method takes from it."""
     if (ranking.removed != KEPT).any():
         raise RegraftError(
             f"{path} has swaps, which prune a kept weight for each; give a ranking made without "

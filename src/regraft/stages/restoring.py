@@ -104,7 +104,8 @@ def _rank(
             file = Path(needs.positions)
             found = load_ranking(file)
             fingerprints(setup.progress, dense=setup.dense)  # takes time, so with progress
-            ranking.require_positions(settings, found, file, setup.dense)
+            ranking.require_source(found, file, "dense", setup.dense)
+            ranking.require_positions(settings, found, file)
         if needs.answers:
             setup.check_gradients(f"Realigning by {settings.method}")
             check_split(setup.compute.device, setup.compute.placement)

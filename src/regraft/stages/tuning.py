@@ -129,12 +129,9 @@ class _Tuning:
         """
         first = {name: of.low if isinstance(of, Between) else of[0] for name, of in space.items()}
         setup, method = self._with(first)
-        needs = needs_of(method)
-        if needs.answers:
-            setup.check_gradients(f"Tuning {method.method}")
         paths = self._paths(method, setup.scoring.r_max, 0)
         rank, _ = patch_steps(setup, lambda: self.pruned, method, paths)
-        steps = [*gathering_steps(setup, [needs], paths), rank]
+        steps = [*gathering_steps(setup, [needs_of(method)], paths), rank]
         search = Search(setup, self.choice)
         used = plan_steps(setup, steps).prompts | search.check()
         for line in (used | PromptUse(learnt=setup.learnt_from())).warnings():
