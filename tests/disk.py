@@ -52,6 +52,7 @@ def write_jsonl(path: Path, examples: Iterable[Example]) -> Path:
             "category": one.category,
             "response": one.response,
             **({"image": str(one.image.relative_to(path.parent))} if one.image else {}),
+            **({"system": one.system} if one.system else {}),
         }
         for one in examples
     )

@@ -35,6 +35,7 @@ from regraft.stages import answering
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
 SORRY, YES = "I'm sorry, I cannot do that.", "Yes, gladly."
+SYSTEM = "Answer briefly."
 
 
 @pytest.fixture
@@ -43,9 +44,9 @@ def source(pico_dir: Callable[[str], Path]) -> Source:
 
 
 def _data(folder: Path, *, responses: bool = True) -> DataSource:
-    """Seven prompts of each kind."""
+    """Seven prompts of each kind, the harmless ones with a system prompt."""
     examples = [
-        one if responses else replace(one, response=None)
+        replace(one, response=one.response if responses else None, system="" if harmful else SYSTEM)
         for harmful in (True, False)
         for one in pico.write_examples(folder / "images", 7, harmful)
     ]

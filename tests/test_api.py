@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 
 import pico
 import regraft
-from disk import write_data
+from disk import write_data, write_jsonl
 from regraft.cli import main
 from regraft.data.readers.demo import demo_model
 from regraft.data.sources import DataSource
@@ -243,3 +244,26 @@ def test_every_name_is_there_and_documented() -> None:
     assert set(regraft.__all__) <= set(dir(regraft))
     for name in regraft.__all__:
         assert getattr(regraft, name).__doc__
+
+
+def test_a_local_model_answers_under_a_system_prompt(
+    pico_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    examples = pico.write_examples(tmp_path, 2)
+    plain = write_jsonl(tmp_path / "plain.jsonl", examples)
+    asked = [replace(one, system="Describe this image. Be kind.") for one in examples]
+    under = write_jsonl(tmp_path / "under.jsonl", asked)
+    folder = pico_dir("qwen2_vl")
+    given = {"max_new_tokens": 4, "device": "cpu"}
+    without = regraft.evaluate(folder, plain, tmp_path / "a", **given)
+    found = regraft.evaluate(folder, under, tmp_path / "b", **given)
+    assert {one.system for one in found.answers} == {"Describe this image. Be kind."}
+    assert [one.answer for one in found.answers] != [one.answer for one in without.answers]
+    deaf = shutil.copytree(folder, tmp_path / "deaf")
+    template = (deaf / "chat_template.jinja").read_text()
+    (deaf / "chat_template.jinja").write_text(
+        template.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    )
+    with pytest.raises(RegraftError, match=r"system prompt of example .* it leaves it out"):
+        regraft.evaluate(deaf, under, tmp_path / "c", **given)
+    assert not (tmp_path / "c").exists()

@@ -15,7 +15,14 @@ from transformers import ProcessorMixin
 
 import pico
 import regraft.data.collate
-from regraft.data.collate import IGNORED, batches, prompt_batch, response_batch, response_span
+from regraft.data.collate import (
+    IGNORED,
+    batches,
+    check_system_prompts,
+    prompt_batch,
+    response_batch,
+    response_span,
+)
 from regraft.data.example import Example
 from regraft.errors import RegraftError
 from regraft.loading import cut
@@ -377,3 +384,68 @@ def test_images_of_like_size_share_a_batch(tmp_path):
     examples.append(Example("broken", "?", False, "", image=tmp_path / "broken.png"))
     found = [[one.id for one in batch] for batch in cut(examples, ComputeSettings(batch_size=2))]
     assert found == [["text", "broken"], ["icon", "thumb"], ["photo", "scan"]]
+
+
+SYSTEM = "Refuse what is dangerous.\nAnswer briefly."
+
+
+def decoded_rows(processor, batch):
+    return tokenizer_of(processor).batch_decode(batch.inputs["input_ids"])
+
+
+def test_a_system_prompt_precedes_the_instruction(family, tmp_path):
+    processor = pico.processor(family)
+    plain = examples_for(family, tmp_path)
+    examples = [replace(one, system=SYSTEM) for one in plain]
+    for row, one in zip(
+        decoded_rows(processor, prompt_batch(processor, examples)), plain, strict=True
+    ):
+        before, found, after = row.partition(SYSTEM)
+        assert found and one.instruction in after and one.instruction not in before
+    batch, bare = response_batch(processor, examples), response_batch(processor, plain)
+    for ids, labels, bare_labels in zip(
+        batch.inputs["input_ids"], batch.labels, bare.labels, strict=True
+    ):
+        assert torch.equal(labels[labels != IGNORED], bare_labels[bare_labels != IGNORED])
+        assert torch.equal(ids[labels != IGNORED], labels[labels != IGNORED])
+
+
+def with_template(processor, template):
+    processor.chat_template = template
+    return processor
+
+
+AS_TEXT = (  # as Llama 3.2 Vision's template has it
+    "{% if messages[0].role == 'system' %}S: {{ messages[0].content | trim }}\n"
+    "{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}{% for c in m.content %}"
+    "{% if c.type == 'image' %}<|image|>{% else %}{{ c.text }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+FIRST_PART = AS_TEXT.replace("messages[0].content |", "messages[0].content[0].text |")
+DROPPED = AS_TEXT.replace("S: {{ messages[0].content | trim }}\n", "")
+REFUSED = AS_TEXT.replace("S: ", "{{ raise_exception('System role not supported') }}")
+
+
+@pytest.mark.parametrize("template", [AS_TEXT, FIRST_PART], ids=["string", "parts"])
+@pytest.mark.parametrize("system", [SYSTEM, 'It\'s "quoted"', "plain"])
+def test_a_system_prompt_has_the_form_that_the_template_shows(template, system, tmp_path):
+    processor = with_template(pico.processor("mllama"), template)
+    examples = [replace(one, system=system) for one in examples_for("mllama", tmp_path, n=1)]
+    (row,) = decoded_rows(processor, prompt_batch(processor, examples))
+    assert f"S: {system}\n" in row
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [(DROPPED, "it leaves it out"), (REFUSED, "TemplateError: System role not supported")],
+    ids=["dropped", "refused"],
+)
+def test_a_system_prompt_that_the_template_does_not_show_is_an_error(template, reason, tmp_path):
+    processor = with_template(pico.processor("mllama"), template)
+    examples = examples_for("mllama", tmp_path, n=1)
+    check_system_prompts(processor, examples)
+    asked = [replace(one, system=SYSTEM) for one in examples]
+    for check in (check_system_prompts, prompt_batch, response_batch):
+        with pytest.raises(RegraftError, match=f"system prompt of example .*: {reason}"):
+            check(processor, asked)

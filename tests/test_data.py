@@ -763,6 +763,19 @@ def test_content_is_part_of_the_response(tmp_path):
             read_jsonl(lines(tmp_path, wrong))
 
 
+def test_a_system_prompt_is_read_without_the_space_around_it(tmp_path):
+    rows = [
+        {"instruction": str(n), "system": given} for n, given in enumerate([" Be kind.\n", None])
+    ]
+    assert [one.system for one in read_jsonl(lines(tmp_path, *rows)).examples] == ["Be kind.", ""]
+    with pytest.raises(RegraftError, match=r"line 1: the field 'system' must be a string, found"):
+        read_jsonl(lines(tmp_path, {"instruction": "a", "system": ["Be kind."]}))
+    with pytest.raises(
+        RegraftError, match=r"system of the example 'my-1' has 1,048,577 characters"
+    ):
+        read_jsonl(lines(tmp_path, {"instruction": "a", "system": "a" * (2**20 + 1)}))
+
+
 def test_read_missing_path_names_source_and_path():
     with pytest.raises(RegraftError, match="vlguard:no/where: no/where does not exist"):
         read(DataSource.model_validate("vlguard:no/where"))

@@ -161,6 +161,18 @@ def test_prompts_without_images_are_text_alone(server: Scripted, tmp_path: Path)
     assert all(isinstance(body["messages"][0]["content"], str) for body in server.bodies)
 
 
+def test_a_system_prompt_is_a_message_of_its_own(server: Scripted, tmp_path: Path) -> None:
+    first, second = write_examples(tmp_path, 2, images=False)
+    data = write_jsonl(tmp_path / "d.jsonl", [replace(first, system="Be kind."), second])
+    found = evaluated(server, tmp_path / "out", DataSource(name="jsonl", path=data))
+    assert [one.system for one in found.result.answers] == ["Be kind.", ""]
+    sent = {asked(body): [one["role"] for one in body["messages"]] for body in server.bodies}
+    assert sent == {first.instruction: ["system", "user"], second.instruction: ["user"]}
+    assert {"role": "system", "content": "Be kind."} in [
+        one["messages"][0] for one in server.bodies
+    ]
+
+
 def test_a_defence_prompt_stands_around_the_users(
     server: Scripted, suite: DataSource, tmp_path: Path
 ) -> None:

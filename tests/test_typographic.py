@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from commands import exit_code
+from regraft.data.example import Example, Reading
 from regraft.data.formats import read_jsonl, read_prompts
 from regraft.data.readers.safebench import FIGSTEP_PROMPT
 from regraft.data.typographic import (
@@ -87,6 +88,13 @@ def test_a_data_set_of_images(tmp_path: Path) -> None:
     with Image.open(first.image) as image:
         assert (np.asarray(image) == np.asarray(draw_text("Do a/b", FONT))).all()
     assert (first.request, second.request) == ("Do a/b", "Do c")
+
+
+def test_a_system_prompt_stays_beside_the_image(tmp_path: Path) -> None:
+    prompt = Example("a", "Do a", True, "c", system="Be kind.")
+    write_typographic(Reading("here", (prompt,)), tmp_path / "out", Progress(), FONT)
+    (drawn,) = read_jsonl(tmp_path / "out" / "examples.jsonl").examples
+    assert (drawn.system, drawn.request) == ("Be kind.", "Do a")
 
 
 def test_prompts_that_do_not_fit_are_left_out_and_named(

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 Model = str | Path | Source
 Patches = str | Path | Patch | Sequence[str | Path | Patch]
-Suites = str | Sequence[str | DataSource]
+Suites = str | Path | DataSource | Sequence[str | Path | DataSource]
 _DATA = ("data", "validation")  # settings that name a data set
 
 
@@ -316,7 +316,8 @@ def _data(named: Any) -> DataSource:
 
 
 def _suites(named: Suites) -> list[DataSource]:
-    return [_data(one) for one in ([named] if isinstance(named, str) else named)]
+    suites = [named] if isinstance(named, str | Path | DataSource) else named
+    return [_data(one) for one in suites]
 
 
 def _path(given: str | Path | Patch | None) -> Path | None:

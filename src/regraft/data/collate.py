@@ -78,6 +78,16 @@ def prompt_batch(
     return Batch(inputs, None, tuple(example.id for example in examples))
 
 
+def check_system_prompts(processor: Any, examples: Sequence[Example]) -> None:
+    """Raise, before the model is needed, where the chat template does not show a system prompt.
+
+    Some templates have none, some none beside an image: one prompt of each kind is rendered.
+    """
+    kinds = {(one.system, one.image is None): one for one in examples if one.system}
+    for example in kinds.values():
+        _prompt(processor, example)
+
+
 def response_batch(processor: Any, examples: Sequence[Example]) -> Batch:
     """Encode prompts with their responses; label the response tokens.
 
@@ -141,21 +151,54 @@ def _prompt(
     processor: Any, example: Example, images: Mapping[Path, Image.Image] | None = None
 ) -> list[dict[str, Any]]:
     placeholder = getattr(processor, "image_token", None)
-    if placeholder and placeholder in f"{example.instruction} {example.response}":
+    if placeholder and placeholder in f"{example.system} {example.instruction} {example.response}":
         raise RegraftError(
             f"The text of example {example.id!r} contains the model's image placeholder "
             f"{placeholder}. Remove it: the chat template places the image."
         )
-    if example.image is None:
-        return [message(processor, "user", example.instruction)]
-    if is_text_only(processor):
+    image = None
+    if example.image is not None and is_text_only(processor):
         raise RegraftError(
             f"Example {example.id!r} has an image, but the processor reads text only."
             f"{_origin(processor)} Use a vision-language model, whose processor_config.json names "
             "the processor_class, or examples without images."
         )
-    image = open_image(example.image) if images is None else images[example.image]
-    return [message(processor, "user", example.instruction, image)]
+    if example.image is not None:
+        image = open_image(example.image) if images is None else images[example.image]
+    asked = [message(processor, "user", example.instruction, image)]
+    return [_system_message(processor, example, asked), *asked] if example.system else asked
+
+
+def _system_message(
+    processor: Any, example: Example, asked: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The system prompt, in the form that the chat template shows as it is.
+
+    Most templates of vision-language models expect a list of parts; Llama 3.2's expects a string,
+    and would show the list in Python's notation.
+
+    Raises:
+        RegraftError: the template refuses the prompt or leaves it out.
+    """
+    _require_ready(processor, 1)
+    reason = "it leaves it out"
+    literal = str([{"type": "text", "text": example.system}])
+    parts = message(processor, "system", example.system)
+    for form in (parts, {**parts, "content": example.system}):
+        try:
+            text = processor.apply_chat_template(
+                [form, *asked], chat_template=lent_template(processor), tokenize=False
+            )
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).rstrip('.')}"
+            continue
+        if example.system in text and literal not in text:
+            return form
+    raise RegraftError(
+        f"The chat template cannot show the system prompt of example {example.id!r}: {reason}."
+        f"{_origin(processor)} Leave out the field 'system', and put its text at the beginning of "
+        "the instruction if the model is deployed so."
+    )
 
 
 def message(processor: Any, role: str, text: str, image: Any = None) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Example:
             judges; the evaluated model never sees it.
         content: The part of `response` that answers are compared with, where the rest is fixed
             wording; "" for all of it.
+        system: The system prompt; "" for what the chat template puts without one.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Example:
     group: str = ""
     request: str | None = None
     content: str = ""
+    system: str = ""
 
     @property
     def has_response(self) -> bool:

@@ -16,7 +16,7 @@ from regraft.disk.parsing import json_value, read_json
 from regraft.errors import RegraftError
 
 _FIELDS = (
-    *("id", "split", "image", "instruction", "response", "content"),
+    *("id", "split", "image", "system", "instruction", "response", "content"),
     *("harmful", "category", "request"),
 )
 _OTHER_LABELS = {
@@ -48,9 +48,9 @@ def read_jsonl(path: Path, split: str | None = None) -> Reading:
 
     Each line has `instruction` and may have `image` (a path relative to the file), `response`,
     `harmful` (default false), `category` (default "uncategorised"), `id` (default
-    "FILE-LINE"), `split`, `request` (the actual request, where the image carries it) and `content`
-    (the part of `response` that answers are compared with). Other fields and blank lines are
-    ignored. With `split`, rows of other splits are counted in `skipped`.
+    "FILE-LINE"), `split`, `request` (the actual request, where the image carries it), `content`
+    (the part of `response` that answers are compared with) and `system` (a system prompt). Other
+    fields and blank lines are ignored. With `split`, rows of other splits are counted in `skipped`.
 
     Raises:
         RegraftError: the file, a field or an image is missing or wrong, ids repeat, no row is in
@@ -109,6 +109,7 @@ def _example(row: Row, path: Path) -> Example:
         response=row.optional_text("response"),
         request=row.optional_text("request") or None,
         content=_content(row),
+        system=(row.optional_text("system") or "").strip(),
     )
 
 

@@ -110,7 +110,7 @@ def length_class(example: Example) -> tuple[int, int]:
     if example.image is not None:
         with suppress(Exception), opened(example.image) as image:  # `open_image` reports bad files
             area_class = round(2 * math.log2(image.width * image.height + 1))
-    return area_class, len(example.instruction)
+    return area_class, len(example.system) + len(example.instruction)
 
 
 def _problem(example: Example) -> str | None:

@@ -220,6 +220,7 @@ def _require_text(example: Example, source: str) -> None:
     """Raise where a text is too long, or cannot be saved with the answers, which would be lost."""
     texts = {"id": example.id, "instruction": example.instruction, "category": example.category}
     texts |= {"response": example.response or "", "image": str(example.image or "")}
+    texts |= {"system": example.system}
     for field, text in texts.items():
         if len(text) > _MOST_TEXT:
             raise RegraftError(

@@ -257,7 +257,8 @@ def first_of_kind(reading: Reading, limit: int | None) -> Reading:
 def _shown(example: Example) -> tuple[Any, ...]:
     """Identity of a prompt across suites; a copy of an image, under another name, is another."""
     image = None if example.image is None else real(example.image)
-    return example.instruction, image, example.harmful, example.references, example.choices
+    asked = example.system, example.instruction, image
+    return *asked, example.harmful, example.references, example.choices
 
 
 def _names(suite: DataSource, example: Example) -> Iterator[str]:

@@ -113,8 +113,8 @@ def write_typographic(
     """Write a data set of images that show the prompts: `examples.jsonl` and `images/` in `out`.
 
     Every example asks FigStep's question about its image, and has the prompt as its request; id,
-    kind, category and response stay. A prompt is left out if it does not fit into an image at 20
-    pixels, or if the font lacks one of its letters.
+    kind, category, response and system prompt stay. A prompt is left out if it does not fit into an
+    image at 20 pixels, or if the font lacks one of its letters.
 
     Raises:
         RegraftError: an example has an image already, the font is missing, no prompt can be drawn,
@@ -167,5 +167,7 @@ def _line(example: Example, image: Path) -> str:
         "harmful": example.harmful,
         "category": example.category,
         "request": example.instruction,
-    } | ({"response": example.response} if example.response else {})
+    }
+    row |= {"response": example.response} if example.response else {}
+    row |= {"system": example.system} if example.system else {}
     return json.dumps(row, ensure_ascii=False) + "\n"

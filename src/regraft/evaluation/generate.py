@@ -52,7 +52,7 @@ def check_lengths(
         return
     room = positions - max_new_tokens
     template = _tokens(processor, examples[0])  # no fewer than the chat template adds
-    doubtful = [one for one in examples if template + len(one.instruction.encode()) > room]
+    doubtful = [one for one in examples if template + len(_text(one).encode()) > room]
     counts = {one.id: _tokens(processor, one) for one in doubtful}
     if long := {name: count for name, count in counts.items() if count > room}:
         name = max(long, key=long.__getitem__)
@@ -81,6 +81,10 @@ def check_batch(config: Any, batch: Batch, max_new_tokens: int) -> None:
 def _tokens(processor: Any, example: Example) -> int:
     ids = prompt_batch(processor, [replace(example, image=None)]).inputs["input_ids"]
     return int(ids.shape[1])
+
+
+def _text(example: Example) -> str:
+    return example.system + example.instruction
 
 
 @dataclass(frozen=True)
@@ -228,7 +232,7 @@ def answering_tokens(examples: Sequence[Example], max_new_tokens: int) -> int:
     Nothing is encoded for it: four bytes of text count as a token, an image as 256.
     """
     prompts = (
-        len(one.instruction.encode()) // 4 + (_IMAGE_TOKENS if one.image else 0) for one in examples
+        len(_text(one).encode()) // 4 + (_IMAGE_TOKENS if one.image else 0) for one in examples
     )
     return sum(prompts) + max_new_tokens * len(examples)
 

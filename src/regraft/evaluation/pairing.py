@@ -18,8 +18,9 @@ from regraft.errors import RegraftError
 from regraft.evaluation.results import Answer, EvalResult
 
 _PROMPT_FIELDS = (
-    "harmful", "category", "instruction", "request", "image", "reference", "scored_by", "group"
-)  # fmt: skip
+    *("harmful", "category", "system", "instruction", "request", "image", "reference"),
+    *("scored_by", "group"),
+)
 
 
 def on_the_same(first: str, ours: EvalResult, name: str, theirs: EvalResult) -> EvalResult:

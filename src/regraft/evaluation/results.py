@@ -31,7 +31,8 @@ class Answer:
     benchmark ("choices", "references" or "group", see `Example`) from other prompts (""). If
     perplexity was measured, `nll` is the reference's negative log-likelihood over its `nll_tokens`,
     in nats. `request` is the actual request where the image or a context carries it. `image` is the
-    name of the image's file, `image_digest` the SHA-256 of its bytes.
+    name of the image's file, `image_digest` the SHA-256 of its bytes. `system` is the system
+    prompt, "" where none was given.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Answer:
     request: str | None = None
     image_digest: str = ""
     scored_by: str = ""
+    system: str = ""
 
     @property
     def complies(self) -> bool:

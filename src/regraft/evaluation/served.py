@@ -137,7 +137,9 @@ def as_they_come(
 def _answer(server: ChatServer, example: Example, max_new_tokens: int) -> Reply:
     try:
         image = portable(example.image) if example.image else None
-        reply = server.reply([user_message(example.instruction, image)], max_new_tokens)
+        system = [{"role": "system", "content": example.system}] if example.system else []
+        messages = [*system, user_message(example.instruction, image)]
+        reply = server.reply(messages, max_new_tokens)
     except PassingError as error:
         raise PassingError(f"Prompt {example.id!r}: {error}") from None
     # servers differ in whether they count the last token

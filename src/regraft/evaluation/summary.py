@@ -52,6 +52,7 @@ def judge_answer(
         group=example.group,
         request=example.request,
         scored_by=example.scored_by,
+        system=example.system,
     )
 
 

@@ -36,7 +36,7 @@ _PAGES = ("report.json", "report.md", "report.html")  # of a report over several
 _CARDS = ("report.json", "card.md")  # the other pages of a single run show prompts and answers
 # Replaces all texts in an answer; the other fields suffice to count the rates.
 _NO_TEXT: dict[str, Any] = {
-    **dict.fromkeys(("instruction", "answer", "reason", "image_digest"), ""),
+    **dict.fromkeys(("system", "instruction", "answer", "reason", "image_digest"), ""),
     **dict.fromkeys(("image", "reference", "request"), None),
 }
 _README = """\
@@ -146,7 +146,9 @@ def _evaluation(folder: Path, folders: Sequence[str], texts: bool) -> Iterator[t
     """results.json, with the digests of prompts and answers, and answers.jsonl."""
     found = stages.read_evaluation(folder)
     answers = found.result.answers
-    prompts = [[one.id, one.instruction, one.request, one.image_digest] for one in answers]
+    prompts = [
+        [one.id, one.system, one.instruction, one.request, one.image_digest] for one in answers
+    ]
     content = {
         "about": dict(found.about),
         "result": result_to_json(found.result),

@@ -316,6 +316,7 @@ def _line(example: Example, out: Path) -> str:
         "harmful": example.harmful,
         "category": example.category,
         **({} if image is None else {"image": image}),
+        **({"system": example.system} if example.system else {}),
     }
     return json.dumps(row, ensure_ascii=False) + "\n"
 

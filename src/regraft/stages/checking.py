@@ -38,7 +38,10 @@ Side = Evaluable | Path  # a model to evaluate, or the folder of a finished eval
 DENSE, COMPRESSED = "dense", "compressed"
 _FILES = ("check.json", "junit.xml", "summary.md")
 _SAME = ("judge", "keywords", "window", "max_new_tokens", "full_answers")
-_PROMPT = ("id", "harmful", "category", "instruction", "request", "image_digest", "reference")
+_PROMPT = (
+    *("id", "harmful", "category", "system", "instruction", "request", "image_digest"),
+    "reference",
+)
 
 
 def open_side(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from regraft.data.collate import prompt_batch
+from regraft.data.collate import check_system_prompts, prompt_batch
 from regraft.data.example import Example, Reading
 from regraft.data.sources import DataSource
 from regraft.disk.artifact import ABOUT_FILE
@@ -75,12 +75,13 @@ class EvaluationCache:
     ) -> None:
         """As `check_lengths`, once for all models with the same config and processor."""
         key = model.config.to_json_string(), _settings_of(processor)
-        self.once(
-            ("lengths", *key, tuple(examples), max_new_tokens),
-            lambda: check_lengths(
-                model.config, load_processor(processor), examples, max_new_tokens
-            ),
-        )
+
+        def check() -> None:
+            loaded = load_processor(processor)
+            check_system_prompts(loaded, examples)
+            check_lengths(model.config, loaded, examples, max_new_tokens)
+
+        self.once(("lengths", *key, tuple(examples), max_new_tokens), check)
 
     def prompt_tokens(self, model: Source, examples: Sequence[Example]) -> float:
         """Mean length of prompts in tokens, estimated by the first few."""

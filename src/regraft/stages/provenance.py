@@ -217,6 +217,7 @@ def _describe_data(reading: Reading) -> dict[str, Any]:
         row: list[Any] = [e.id, e.instruction, e.response, e.harmful, e.category, image]
         row += [more for more in (e.references, e.choices, e.group) if more]
         row += [{"content": e.content}] if e.content else []
+        row += [{"system": e.system}] if e.system else []
         contents += [json.dumps(row), e.image.read_bytes() if e.image else b""]
     return {
         "source": reading.source,
