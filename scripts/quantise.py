@@ -1,4 +1,4 @@
-"""Round a checkpoint's weights to a few bits and write them as floats (for docs/methods.md).
+"""Round a checkpoint's weights to a few bits and write them as floats (for docs/quantisation.md).
 
 Weights are rounded to nearest in groups, without calibration: the min-max grid that weight-only
 quantisers start from. It is a script and not a pruner of regraft, since it has no `sparsity`, `n_m`

@@ -1,4 +1,4 @@
-"""Refuse by a threshold: a baseline that changes no weight (for docs/methods.md).
+"""Refuse by a threshold: a baseline that changes no weight (for docs/alternatives.md).
 
 A pruned model that answers harmful prompts may still find a refusal likelier there than elsewhere.
 Here a prompt is refused where the log-probability that the model gives to the start of a refusal
