@@ -43,7 +43,10 @@ def _flag(name: str, settings: dict[str, type[PruneSettings]]) -> Any:
         text = f"{text} For {', '.join(fields)} only."
     if all(one.default == first.default for one in others):
         return first.annotation, Field(first.default, description=text)
-    defaults = ", ".join(f"{one.default} for {by}" for by, one in fields.items())
+    pruners: dict[Any, list[str]] = {}
+    for by, one in fields.items():
+        pruners.setdefault(one.default, []).append(by)
+    defaults = "; ".join(f"{value} for {', '.join(by)}" for value, by in pruners.items())
     return Any, Field(None, description=f"{text} Default: {defaults}.")
 
 
