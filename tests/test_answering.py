@@ -31,6 +31,7 @@ from regraft.recipes.recipe import Recipe
 from regraft.runs import pipeline
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
+from regraft.settings.searching import SearchSettings
 from regraft.stages import answering
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
@@ -403,6 +404,32 @@ def test_respond_writes_a_data_set(
     with pytest.raises(RegraftError, match=r"'harmful-0-0' is not below .*elsewhere"):
         answering.write_responses(source, data, tmp_path / "elsewhere" / "c.jsonl", 16, COMPUTE)
     assert out.read_text() == "mine"
+
+
+def test_system_prompts_that_cannot_be_shown_are_found_before_the_model_answers(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if only harmless prompts have one, which are answered last."""
+    deaf = shutil.copytree(source.folder, tmp_path / "deaf")
+    template = deaf / "chat_template.jinja"
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('No!') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    data = _data(tmp_path / "data")
+    monkeypatch.setattr(answering, "generate", says := Says({}, SORRY))
+    setup = stages.Setup(open_source(deaf), CalibrationSettings(data=data), COMPUTE)
+    chosen = SearchSettings(validation=[data])
+    out = tmp_path / "data" / "calibration.jsonl"
+    for attempt in (
+        lambda: answering.write_responses(setup.dense, data, out, 16, COMPUTE),
+        lambda: setup.drawn("utility"),
+        lambda: setup.ordered("utility"),
+        setup.imitated,
+        lambda: setup.validation(chosen),
+    ):
+        with pytest.raises(RegraftError, match=r"system prompt of example 'harmless.*: No!\."):
+            attempt()
+    assert not says.asked
+    assert setup.drawn("safety").examples
 
 
 def test_respond_by_command(

@@ -31,8 +31,9 @@ from regraft.progress import SILENT, Progress, Task, expect
 from regraft.restoration.teacher import TOKEN_WEIGHTS
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
+from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.provenance import describe, fingerprints, is_done, working
-from regraft.stages.reading import order_calibration, responses_are_given, warn_of_bundled
+from regraft.stages.reading import responses_are_given, warn_of_bundled
 from regraft.stages.setup import Setup
 from regraft.stages.steps import PromptUse, Step
 
@@ -72,7 +73,7 @@ def calibration_data(setup: Setup, folder: Path, kind: str) -> Reading:
         warn_of_bundled(dense, calibration.source, setup.progress.note)
     if responses_are_given(calibration, kind):
         return setup.drawn(kind)
-    prompts = order_calibration(dense, calibration, kind)
+    prompts = setup.ordered(kind)
     request = _Request(
         prompts,
         calibration.samples,
@@ -288,12 +289,14 @@ def write_responses(
     calibration = CalibrationSettings(
         data=data, responses="self", max_response_tokens=max_response_tokens
     )
+    cache = EvaluationCache()
+    cache.check_system_prompts_once(dense, prompts.examples, answered=True)
     for kind in KINDS:
         count = len(prompts.of_kind(harmful=kind == "safety").examples)
         if not count:
             continue
         settings = calibration.model_copy(update={"samples": count})
-        setup = Setup(dense, settings, compute, progress)
+        setup = Setup(dense, settings, compute, progress, cache)
         reading = calibration_data(setup, responses_folder(out), kind)
         answered |= {one.id: one for one in reading.examples}
         left = reading.skipped.items()
