@@ -768,6 +768,8 @@ def test_a_system_prompt_is_read_without_the_space_around_it(tmp_path):
         {"instruction": str(n), "system": given} for n, given in enumerate([" Be kind.\n", None])
     ]
     assert [one.system for one in read_jsonl(lines(tmp_path, *rows)).examples] == ["Be kind.", ""]
+    with pytest.raises(RegraftError, match=r"line 1: .*the field 'system'; rename 'system_prompt'"):
+        read_jsonl(lines(tmp_path, {"instruction": "a", "system_prompt": "Be kind."}))
     with pytest.raises(RegraftError, match=r"line 1: the field 'system' must be a string, found"):
         read_jsonl(lines(tmp_path, {"instruction": "a", "system": ["Be kind."]}))
     with pytest.raises(

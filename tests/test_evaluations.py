@@ -276,8 +276,8 @@ def test_other_judges_and_prompts_are_refused(tmp_path: Path, asked: list[Exampl
     for other, message in (
         (evaluation(tmp_path / "j", asked, 3, 1, REGRAFT_2), r"judged by regraft-keywords-2, the"),
         (evaluation(tmp_path / "p", asked[1:], 3, 1), r"prompt 'h0' \(1 in all\) was answered by"),
-        (evaluation(tmp_path / "i", changed, 3, 1), r"'h0' has another instruction in each, 'Oth"),
-        (evaluation(tmp_path / "s", under, 3, 1), r"'h0' has another system in each, 'Be kind"),
+        (evaluation(tmp_path / "i", changed, 3, 1), r"'h0' has another instruction in each, .Oth"),
+        (evaluation(tmp_path / "s", under, 3, 1), r"'h0' has another system in each, .Be kind"),
         (evaluation(tmp_path / "b", examples(tmp_path / "blue"), 3, 1), "image i.png of the promp"),
         (first, "is named twice"),
     ):

@@ -19,6 +19,7 @@ _FIELDS = (
     *("id", "split", "image", "system", "instruction", "response", "content"),
     *("harmful", "category", "request"),
 )
+_OTHER_SYSTEM = {"system_prompt", "system_message"}
 _OTHER_LABELS = {
     *("unsafe", "safe", "is_safe", "is_unsafe", "safety", "toxic", "label"),
     *("harm", "is_harm", "is_harmful", "malicious", "is_malicious"),
@@ -54,7 +55,8 @@ def read_jsonl(path: Path, split: str | None = None) -> Reading:
 
     Raises:
         RegraftError: the file, a field or an image is missing or wrong, ids repeat, no row is in
-            the split, or only a field other than `harmful` says which prompts are harmful.
+            the split, or only a field other than `harmful` says which prompts are harmful, or one
+            other than `system` has a system prompt.
     """
     rows = list(_rows(path))
     splits = {row.optional_text("split") for row in rows}
@@ -99,6 +101,10 @@ def _rows(path: Path) -> Iterator[Row]:
 
 def _example(row: Row, path: Path) -> Example:
     row.refuse_misspelt(_FIELDS)
+    if "system" not in row.values and (other := _OTHER_SYSTEM & row.values.keys()):
+        raise RegraftError(
+            f"{row.where}: a system prompt is read from the field 'system'; rename {min(other)!r}."
+        )
     image = row.optional_text("image")
     return Example(
         id=f"{path.stem}-{row.key}" if row.values.get("id") in (None, "") else row.name("id"),
