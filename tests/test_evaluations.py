@@ -23,7 +23,7 @@ from regraft.report.page import render_html
 from regraft.report.pooling import study_of
 from regraft.report.run import Run
 from regraft.report.study import Row
-from regraft.report.summary import summary
+from regraft.report.summary import notes, summary
 from regraft.runs import comparing
 from truth import mcnemar
 
@@ -242,6 +242,17 @@ def test_what_was_done_otherwise_is_noted(tmp_path: Path, asked: list[Example]) 
     ]
     (note,) = comparing.run_of_evaluations(folders).notes
     assert note == "b was evaluated differently from a: max_new_tokens 9 instead of 64."
+
+
+def test_system_prompts_are_noted(tmp_path: Path, asked: list[Example]) -> None:
+    def noted(name: str, examples: list[Example]) -> str:
+        run = comparing.run_of_evaluations([evaluation(tmp_path / name, examples, 3, 1)])
+        return " ".join(one for one in notes(study_of([run])) if "system prompt" in one)
+
+    under = [replace(asked[0], system="Be kind."), replace(asked[1], system="Be brief.")]
+    found = noted("a", [*under, *asked[2:]])
+    assert f'2 of the {len(asked)} test prompts have a system prompt ("Be kind." and 1' in found
+    assert not noted("b", asked)
 
 
 def test_images_that_changed_since_are_not_shown(tmp_path: Path, asked: list[Example]) -> None:
