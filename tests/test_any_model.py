@@ -234,7 +234,7 @@ def test_a_default_system_prompt_counts_where_only_others_have_their_own(tmp_pat
     length = prompt_batch(processor, [bare]).inputs["input_ids"].shape[1]
     config = T.LlamaConfig(max_position_embeddings=length + 4)
     for examples in ([own, bare], [bare, own]):
-        with pytest.raises(RegraftError, match="1 of 2 prompts are too long.*'bare'"):
+        with pytest.raises(RegraftError, match=r"1 of 2 prompts are too long.*'bare'"):
             check_lengths(config, processor, examples, 5)
 
 
