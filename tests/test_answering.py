@@ -45,9 +45,14 @@ def source(pico_dir: Callable[[str], Path]) -> Source:
 
 
 def _data(folder: Path, *, responses: bool = True) -> DataSource:
-    """Seven prompts of each kind, the harmless ones with a system prompt."""
+    """Seven prompts of each kind: harmful ones with a request, harmless with a system prompt."""
     examples = [
-        replace(one, response=one.response if responses else None, system="" if harmful else SYSTEM)
+        replace(
+            one,
+            response=one.response if responses else None,
+            system="" if harmful else SYSTEM,
+            request="What the image asks." if harmful else None,
+        )
         for harmful in (True, False)
         for one in pico.write_examples(folder / "images", 7, harmful)
     ]

@@ -6,6 +6,7 @@ table. `read_prompts`: AdvBench, HarmBench, JailbreakBench, StrongREJECT, or you
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -69,6 +70,23 @@ def read_jsonl(path: Path, split: str | None = None) -> Reading:
     if reading.examples:
         _require_harmful(rows, path)
     return checked(reading, path.parent)
+
+
+def jsonl_line(example: Example, image: str | None) -> str:
+    """The line that `read_jsonl` reads as this prompt, with an image relative to the file.
+
+    Not kept are `content` and what benchmarks score by.
+    """
+    more = {"image": image, "system": example.system, "request": example.request}
+    row = {
+        "id": example.id,
+        "instruction": example.instruction,
+        **({"response": example.response} if example.response else {}),
+        "harmful": example.harmful,
+        "category": example.category,
+        **{name: text for name, text in more.items() if text},
+    }
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _require_harmful(rows: Sequence[Row], path: Path) -> None:

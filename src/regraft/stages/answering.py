@@ -16,6 +16,7 @@ from torch import nn
 from regraft import distributed
 from regraft.data.collate import batches
 from regraft.data.example import KINDS, Example, Reading
+from regraft.data.formats import jsonl_line
 from regraft.data.sources import DataSource, read
 from regraft.disk.descriptions import described
 from regraft.disk.files import write_text
@@ -269,8 +270,7 @@ def write_responses(
 
     As in `calibration_data`, refusals of harmful prompts are kept, and answers to harmless ones
     that do not refuse. All answers are in the folder `OUT.responses`, where finished ones survive a
-    kill. A line has `id`, `instruction`, `response`, `harmful`, `category` and, if there is one,
-    `image`, relative to the file; lines are in the order of the data.
+    kill. Lines are those of `jsonl_line`, in the order of the data.
 
     Returns:
         The prompts with their kept answers, and counts of all others.
@@ -303,25 +303,11 @@ def write_responses(
         skipped.update({why: n for why, n in left if why.startswith("answered and not kept")})
     kept = tuple(answered[one.id] for one in prompts.examples if one.id in answered)
     if distributed.first():
-        text = "".join(_line(example, out) for example in kept)
+        text = "".join(jsonl_line(example, _image(example, out)) for example in kept)
         if out.exists() and read_text(out) != text:
             raise _other(out)
         write_text(out, text)
     return Reading(f"{prompts.source}, answered by {dense.folder}", kept, skipped)
-
-
-def _line(example: Example, out: Path) -> str:
-    image = _image(example, out)
-    row = {
-        "id": example.id,
-        "instruction": example.instruction,
-        "response": example.response,
-        "harmful": example.harmful,
-        "category": example.category,
-        **({} if image is None else {"image": image}),
-        **({"system": example.system} if example.system else {}),
-    }
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _image(example: Example, out: Path) -> str | None:
