@@ -415,10 +415,7 @@ def test_system_prompts_that_cannot_be_shown_are_found_before_the_model_answers(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if only harmless prompts have one, which are answered last."""
-    deaf = shutil.copytree(source.folder, tmp_path / "deaf")
-    template = deaf / "chat_template.jinja"
-    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('No!') }}{% endif %}"
-    template.write_text(refusal + template.read_text())
+    deaf = _refusing(source, tmp_path / "deaf", "messages[0].role == 'system'")
     data = _data(tmp_path / "data")
     monkeypatch.setattr(answering, "generate", says := Says({}, SORRY))
     setup = stages.Setup(open_source(deaf), CalibrationSettings(data=data), COMPUTE)
@@ -435,6 +432,32 @@ def test_system_prompts_that_cannot_be_shown_are_found_before_the_model_answers(
             attempt()
     assert not says.asked
     assert setup.drawn("safety").examples
+
+
+def test_system_prompts_that_cannot_be_shown_before_an_answer_are_found_before_it_is_written(
+    source: Source, tmp_path: Path
+) -> None:
+    deaf = _refusing(source, tmp_path / "deaf", "messages[0].role == 'system' and messages[2:]")
+    data = _data(tmp_path / "data")
+    setup = stages.Setup(open_source(deaf), CalibrationSettings(data=data), COMPUTE)
+    out = tmp_path / "data" / "calibration.jsonl"
+    for attempt in (
+        lambda: answering.write_responses(setup.dense, data, out, 16, COMPUTE),
+        lambda: setup.ordered("utility"),
+        setup.imitated,
+    ):
+        with pytest.raises(RegraftError, match=r"system prompt of example 'harmless.*: No!\."):
+            attempt()
+    assert setup.drawn("utility").examples, "which some methods use without the responses"
+
+
+def _refusing(source: Source, folder: Path, condition: str) -> Path:
+    """A copy of a model whose chat template refuses some conversations."""
+    copy = shutil.copytree(source.folder, folder)
+    template = copy / "chat_template.jinja"
+    refusal = f"{{% if {condition} %}}{{{{ raise_exception('No!') }}}}{{% endif %}}"
+    template.write_text(refusal + template.read_text())
+    return copy
 
 
 def test_respond_by_command(
