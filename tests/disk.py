@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import pico
 from regraft.data.example import Example
+from regraft.data.formats import jsonl_line
 from regraft.disk.files import file_digest
 from regraft.models.checkpoint import Checkpoint
 
@@ -44,19 +44,11 @@ def shards(folder: Path) -> dict[str, str]:
 
 def write_jsonl(path: Path, examples: Iterable[Example]) -> Path:
     """Write examples as a JSONL data set; images must be beside or below the file."""
-    rows = (
-        {
-            "id": one.id,
-            "instruction": one.instruction,
-            "harmful": one.harmful,
-            "category": one.category,
-            "response": one.response,
-            **({"image": str(one.image.relative_to(path.parent))} if one.image else {}),
-            **({"system": one.system} if one.system else {}),
-        }
+    lines = (
+        jsonl_line(one, one.image and one.image.relative_to(path.parent).as_posix())
         for one in examples
     )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 

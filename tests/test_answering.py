@@ -31,6 +31,7 @@ from regraft.recipes.recipe import Recipe
 from regraft.runs import pipeline
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
+from regraft.settings.searching import SearchSettings
 from regraft.stages import answering
 
 COMPUTE = ComputeSettings(device="cpu", batch_size=2)
@@ -44,9 +45,14 @@ def source(pico_dir: Callable[[str], Path]) -> Source:
 
 
 def _data(folder: Path, *, responses: bool = True) -> DataSource:
-    """Seven prompts of each kind, the harmless ones with a system prompt."""
+    """Seven prompts of each kind: harmful ones with a request, harmless with a system prompt."""
     examples = [
-        replace(one, response=one.response if responses else None, system="" if harmful else SYSTEM)
+        replace(
+            one,
+            response=one.response if responses else None,
+            system="" if harmful else SYSTEM,
+            request="What the image asks." if harmful else None,
+        )
         for harmful in (True, False)
         for one in pico.write_examples(folder / "images", 7, harmful)
     ]
@@ -403,6 +409,55 @@ def test_respond_writes_a_data_set(
     with pytest.raises(RegraftError, match=r"'harmful-0-0' is not below .*elsewhere"):
         answering.write_responses(source, data, tmp_path / "elsewhere" / "c.jsonl", 16, COMPUTE)
     assert out.read_text() == "mine"
+
+
+def test_system_prompts_that_cannot_be_shown_are_found_before_the_model_answers(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if only harmless prompts have one, which are answered last."""
+    deaf = _refusing(source, tmp_path / "deaf", "messages[0].role == 'system'")
+    data = _data(tmp_path / "data")
+    monkeypatch.setattr(answering, "generate", says := Says({}, SORRY))
+    setup = stages.Setup(open_source(deaf), CalibrationSettings(data=data), COMPUTE)
+    chosen = SearchSettings(validation=[data])
+    out = tmp_path / "data" / "calibration.jsonl"
+    for attempt in (
+        lambda: answering.write_responses(setup.dense, data, out, 16, COMPUTE),
+        lambda: setup.drawn("utility"),
+        lambda: setup.ordered("utility"),
+        setup.imitated,
+        lambda: setup.validation(chosen),
+    ):
+        with pytest.raises(RegraftError, match=r"system prompt of example 'harmless.*: No!\."):
+            attempt()
+    assert not says.asked
+    assert setup.drawn("safety").examples
+
+
+def test_system_prompts_that_cannot_be_shown_before_an_answer_are_found_before_it_is_written(
+    source: Source, tmp_path: Path
+) -> None:
+    deaf = _refusing(source, tmp_path / "deaf", "messages[0].role == 'system' and messages[2:]")
+    data = _data(tmp_path / "data")
+    setup = stages.Setup(open_source(deaf), CalibrationSettings(data=data), COMPUTE)
+    out = tmp_path / "data" / "calibration.jsonl"
+    for attempt in (
+        lambda: answering.write_responses(setup.dense, data, out, 16, COMPUTE),
+        lambda: setup.ordered("utility"),
+        setup.imitated,
+    ):
+        with pytest.raises(RegraftError, match=r"system prompt of example 'harmless.*: No!\."):
+            attempt()
+    assert setup.drawn("utility").examples, "which some methods use without the responses"
+
+
+def _refusing(source: Source, folder: Path, condition: str) -> Path:
+    """A copy of a model whose chat template refuses some conversations."""
+    copy = shutil.copytree(source.folder, folder)
+    template = copy / "chat_template.jinja"
+    refusal = f"{{% if {condition} %}}{{{{ raise_exception('No!') }}}}{{% endif %}}"
+    template.write_text(refusal + template.read_text())
+    return copy
 
 
 def test_respond_by_command(

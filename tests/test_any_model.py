@@ -225,6 +225,19 @@ def test_the_last_prompt_that_fits(tmp_path: Path, room: int) -> None:
         check_batch(config, batch, 5)
 
 
+def test_a_default_system_prompt_counts_where_only_others_have_their_own(tmp_path: Path) -> None:
+    processor = pico.processor("llama")
+    default = "{% if messages[0].role != 'system' %}" + "Be kind. " * 50 + "{% endif %}"
+    processor.chat_template = default + processor.chat_template
+    (own,) = pico.write_examples(tmp_path, 1, images=False)
+    own, bare = replace(own, system="Be kind."), replace(own, id="bare", instruction="no")
+    length = prompt_batch(processor, [bare]).inputs["input_ids"].shape[1]
+    config = T.LlamaConfig(max_position_embeddings=length + 4)
+    for examples in ([own, bare], [bare, own]):
+        with pytest.raises(RegraftError, match=r"1 of 2 prompts are too long.*'bare'"):
+            check_lengths(config, processor, examples, 5)
+
+
 # Batches and memory
 
 

@@ -115,6 +115,9 @@ def test_bad_settings_are_named(root: Path, tmp_path: Path) -> None:
         regraft.realign(dense, dense, tmp_path / "x", method="gian")
     with pytest.raises(RegraftError, match="no setting 'top_heads' here"):
         regraft.realign(dense, dense, tmp_path / "x", top_heads=3)
+    for named in (Path("prompts#harmful"), "prompts.md"):
+        with pytest.raises(RegraftError, match=r"prompts.* names no data set"):
+            regraft.evaluate(dense, named, tmp_path / "x")
     with pytest.raises(AttributeError, match="no attribute 'graft'"):
         regraft.graft  # noqa: B018
     assert not [*tmp_path.iterdir()]

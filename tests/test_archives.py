@@ -224,13 +224,19 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert located(Path("~/x")) == Path.home() / "x"
 
 
-def test_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [LocalEntryNotFoundError("offline"), RuntimeError("lost"), TimeoutError()],
+    ids=["no network", "as hf_xet's", "without a word"],
+)
+def test_the_hub_without_a_network(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*_: Any, **__: Any) -> str:
-        raise LocalEntryNotFoundError("offline")
+        raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    reason = str(error) or "TimeoutError"
     with pytest.raises(
-        RegraftError, match=r"could not be downloaded from the hub: offline.*a copy on"
+        RegraftError, match=rf"could not be downloaded from the hub: {reason}\..*a copy on"
     ):
         located(Path("hf:org/x/test.json"))
     with pytest.raises(RegraftError, match="names no data set on the hub"):

@@ -424,6 +424,10 @@ AS_TEXT = (  # as Llama 3.2 Vision's template has it
 )
 FIRST_PART = AS_TEXT.replace("messages[0].content |", "messages[0].content[0].text |")
 DROPPED = AS_TEXT.replace("S: {{ messages[0].content | trim }}\n", "")
+UNANSWERED = AS_TEXT.replace("system' %}", "system' and messages[-1].role == 'user' %}").replace(
+    "for m in messages", "for m in messages if m.role != 'system'"
+)  # as Mistral's and Pixtral's
+SWITCH = AS_TEXT.replace("trim", "replace('/no_think', '') | trim")  # as SmolLM3's
 REFUSED = AS_TEXT.replace("S: ", "{{ raise_exception('System role not supported') }}")
 
 
@@ -445,7 +449,29 @@ def test_a_system_prompt_that_the_template_does_not_show_is_an_error(template, r
     processor = with_template(pico.processor("mllama"), template)
     examples = examples_for("mllama", tmp_path, n=1)
     check_system_prompts(processor, examples)
-    asked = [replace(one, system=SYSTEM) for one in examples]
+    asked = [replace(one, system=SYSTEM, instruction=f"What? {SYSTEM}") for one in examples]
     for check in (check_system_prompts, prompt_batch, response_batch):
         with pytest.raises(RegraftError, match=f"system prompt of example .*: {reason}"):
             check(processor, asked)
+
+
+def test_a_system_prompt_may_hold_words_that_the_template_acts_on(tmp_path):
+    processor = with_template(pico.processor("mllama"), SWITCH)
+    examples = examples_for("mllama", tmp_path, n=1)
+    asked = [replace(one, system="Be kind. /no_think") for one in examples]
+    (row,) = decoded_rows(processor, prompt_batch(processor, asked))
+    assert "S: Be kind.\n" in row
+
+
+def test_a_system_prompt_is_also_shown_before_an_answer(tmp_path):
+    """Otherwise the prompt would be counted as a part of the response."""
+    processor = with_template(pico.processor("mllama"), UNANSWERED)
+    examples = [replace(one, system=SYSTEM) for one in examples_for("mllama", tmp_path, n=1)]
+    check_system_prompts(processor, examples)
+    (row,) = decoded_rows(processor, prompt_batch(processor, examples))
+    assert f"S: {SYSTEM}\n" in row
+    reason = "it leaves it out where an answer follows"
+    with pytest.raises(RegraftError, match=reason):
+        response_batch(processor, examples)
+    with pytest.raises(RegraftError, match=reason):
+        check_system_prompts(processor, examples, answered=True)

@@ -28,7 +28,15 @@ from regraft.data.readers import demo
 from regraft.data.readers.demo import demo_model, read_demo
 from regraft.data.readers.safebench import FIGSTEP_PROMPT, read_safebench
 from regraft.data.readers.vlguard import parse_vlguard, read_vlguard
-from regraft.data.sources import DataSource, join_suites, of_split, read, seen_before, split_off
+from regraft.data.sources import (
+    DataSource,
+    distinct,
+    join_suites,
+    of_split,
+    read,
+    seen_before,
+    split_off,
+)
 from regraft.errors import PassingError, RegraftError
 from regraft.settings.data import CalibrationSettings, _data_sources
 from regraft.settings.searching import SearchSettings, suites_of
@@ -768,12 +776,20 @@ def test_a_system_prompt_is_read_without_the_space_around_it(tmp_path):
         {"instruction": str(n), "system": given} for n, given in enumerate([" Be kind.\n", None])
     ]
     assert [one.system for one in read_jsonl(lines(tmp_path, *rows)).examples] == ["Be kind.", ""]
+    with pytest.raises(RegraftError, match=r"line 1: .*the field 'system'; rename 'system_prompt'"):
+        read_jsonl(lines(tmp_path, {"instruction": "a", "system_prompt": "Be kind."}))
     with pytest.raises(RegraftError, match=r"line 1: the field 'system' must be a string, found"):
         read_jsonl(lines(tmp_path, {"instruction": "a", "system": ["Be kind."]}))
     with pytest.raises(
         RegraftError, match=r"system of the example 'my-1' has 1,048,577 characters"
     ):
         read_jsonl(lines(tmp_path, {"instruction": "a", "system": "a" * (2**20 + 1)}))
+
+
+def test_prompts_under_other_system_prompts_are_different():
+    one = Example("a", "Do", True, "c")
+    under = replace(one, id="b", system="Be kind.")
+    assert distinct(Reading("here", (one, under, replace(under, id="c")))) == 2
 
 
 def test_read_missing_path_names_source_and_path():

@@ -23,7 +23,7 @@ from regraft.report.page import render_html
 from regraft.report.pooling import study_of
 from regraft.report.run import Run
 from regraft.report.study import Row
-from regraft.report.summary import summary
+from regraft.report.summary import notes, summary
 from regraft.runs import comparing
 from truth import mcnemar
 
@@ -244,6 +244,17 @@ def test_what_was_done_otherwise_is_noted(tmp_path: Path, asked: list[Example]) 
     assert note == "b was evaluated differently from a: max_new_tokens 9 instead of 64."
 
 
+def test_system_prompts_are_noted(tmp_path: Path, asked: list[Example]) -> None:
+    def noted(name: str, examples: list[Example]) -> str:
+        run = comparing.run_of_evaluations([evaluation(tmp_path / name, examples, 3, 1)])
+        return " ".join(one for one in notes(study_of([run])) if "system prompt" in one)
+
+    under = [replace(asked[0], system="Be kind."), replace(asked[1], system="Be brief.")]
+    found = noted("a", [*under, *asked[2:]])
+    assert f'2 of the {len(asked)} test prompts have a system prompt ("Be kind." and 1' in found
+    assert not noted("b", asked)
+
+
 def test_images_that_changed_since_are_not_shown(tmp_path: Path, asked: list[Example]) -> None:
     folder = evaluation(tmp_path / "a", asked, 3, 1)
     assert "data:image/" in _page([folder])
@@ -276,8 +287,8 @@ def test_other_judges_and_prompts_are_refused(tmp_path: Path, asked: list[Exampl
     for other, message in (
         (evaluation(tmp_path / "j", asked, 3, 1, REGRAFT_2), r"judged by regraft-keywords-2, the"),
         (evaluation(tmp_path / "p", asked[1:], 3, 1), r"prompt 'h0' \(1 in all\) was answered by"),
-        (evaluation(tmp_path / "i", changed, 3, 1), r"'h0' has another instruction in each, 'Oth"),
-        (evaluation(tmp_path / "s", under, 3, 1), r"'h0' has another system in each, 'Be kind"),
+        (evaluation(tmp_path / "i", changed, 3, 1), r"'h0' has another instruction in each, .Oth"),
+        (evaluation(tmp_path / "s", under, 3, 1), r"'h0' has another system in each, .Be kind"),
         (evaluation(tmp_path / "b", examples(tmp_path / "blue"), 3, 1), "image i.png of the promp"),
         (first, "is named twice"),
     ):

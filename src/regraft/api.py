@@ -307,9 +307,9 @@ def _settings(given: Mapping[str, Any], *blocks: type[Settings]) -> list[Any]:
 
 
 def _data(named: Any) -> DataSource:
-    if isinstance(named, Path):
-        return DataSource(name="jsonl", path=named)
     try:
+        if isinstance(named, Path):
+            return DataSource(name="jsonl", path=named)
         return DataSource.model_validate(named)
     except ValidationError as error:
         raise RegraftError(f"{named!r} names no data set:\n{explain(error)}") from error

@@ -19,6 +19,7 @@ T = TypeVar("T")
 IGNORED = -100  # torch's cross-entropy skips labels of this value
 _MIXED = "Keep examples with and without an image apart, or use batch size 1."
 _ONE_BY_ONE = "It encodes each of them alone: use batch size 1."
+_WORD = "regraftsystemprompt"  # in no template
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,22 @@ def prompt_batch(
     `processor` is a transformers processor, or a tokenizer for text-only models. `images` is the
     result of `decoded`, if the caller has decoded them already.
     """
-    prompts = [_prompt(processor, example, images) for example in examples]
+    prompts = [_conversation(processor, example, images) for example in examples]
     inputs = _encode(processor, examples, prompts, prompt=True)
     return Batch(inputs, None, tuple(example.id for example in examples))
 
 
-def check_system_prompts(processor: Any, examples: Sequence[Example]) -> None:
+def check_system_prompts(
+    processor: Any, examples: Sequence[Example], *, answered: bool = False
+) -> None:
     """Raise, before the model is needed, where the chat template does not show a system prompt.
 
-    Some templates have none, some none beside an image: one prompt of each kind is rendered.
+    Some templates have none, some none beside an image or (checked if `answered`) before an answer:
+    one prompt of each kind is rendered.
     """
-    kinds = {(one.system, one.image is None): one for one in examples if one.system}
+    kinds = {one.image is None: one for one in reversed(examples) if one.system}
     for example in kinds.values():
-        _prompt(processor, example)
+        _conversation(processor, example, answered=answered)
 
 
 def response_batch(processor: Any, examples: Sequence[Example]) -> Batch:
@@ -100,11 +104,8 @@ def response_batch(processor: Any, examples: Sequence[Example]) -> Batch:
     for example in examples:
         if not example.has_response:
             raise RegraftError(f"Example {example.id!r} has no response to learn from.")
-    prompts = [_prompt(processor, example) for example in examples]
-    conversations = [
-        [*prompt, message(processor, "assistant", example.response or "")]
-        for prompt, example in zip(prompts, examples, strict=True)
-    ]
+    conversations = [_conversation(processor, example, answered=True) for example in examples]
+    prompts = [conversation[:-1] for conversation in conversations]
     prompt_rows = _rows(_encode(processor, examples, prompts, prompt=True))
     inputs = _encode(processor, examples, conversations, prompt=False)
     labels = torch.full_like(inputs["input_ids"], IGNORED)  # [B, S]
@@ -147,9 +148,14 @@ def is_text_only(processor: Any) -> bool:
     return tokenizer_of(processor) is processor
 
 
-def _prompt(
-    processor: Any, example: Example, images: Mapping[Path, Image.Image] | None = None
+def _conversation(
+    processor: Any,
+    example: Example,
+    images: Mapping[Path, Image.Image] | None = None,
+    *,
+    answered: bool = False,
 ) -> list[dict[str, Any]]:
+    """The messages of a prompt and, if `answered`, its response."""
     placeholder = getattr(processor, "image_token", None)
     if placeholder and placeholder in f"{example.system} {example.instruction} {example.response}":
         raise RegraftError(
@@ -165,35 +171,37 @@ def _prompt(
         )
     if example.image is not None:
         image = open_image(example.image) if images is None else images[example.image]
-    asked = [message(processor, "user", example.instruction, image)]
-    return [_system_message(processor, example, asked), *asked] if example.system else asked
+    said = [message(processor, "user", example.instruction, image)]
+    if answered:
+        said.append(message(processor, "assistant", example.response or ""))
+    return [_system_message(processor, example, said), *said] if example.system else said
 
 
-def _system_message(
-    processor: Any, example: Example, asked: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The system prompt, in the form that the chat template shows as it is.
+def _system_message(processor: Any, example: Example, said: list[dict[str, Any]]) -> dict[str, Any]:
+    """The system prompt before what is `said`, in the form that the chat template shows as it is.
 
     Most templates of vision-language models expect a list of parts; Llama 3.2's expects a string,
-    and would show the list in Python's notation.
+    and would show the list in Python's notation. A word in place of the prompt tells, since the
+    rest of a conversation may repeat a prompt, and templates may act on words in it ("/no_think").
 
     Raises:
-        RegraftError: the template refuses the prompt or leaves it out.
+        RegraftError: the template refuses the prompt or leaves it out, as Mistral's does before an
+            answer.
     """
     _require_ready(processor, 1)
-    reason = "it leaves it out"
-    literal = str([{"type": "text", "text": example.system}])
-    parts = message(processor, "system", example.system)
-    for form in (parts, {**parts, "content": example.system}):
+    reason = "it leaves it out" + (" where an answer follows" if len(said) > 1 else "")
+    for form in (message, _plain):
         try:
             text = processor.apply_chat_template(
-                [form, *asked], chat_template=lent_template(processor), tokenize=False
+                [form(processor, "system", _WORD), *said],
+                chat_template=lent_template(processor),
+                tokenize=False,
             )
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).rstrip('.')}"
             continue
-        if example.system in text and literal not in text:
-            return form
+        if _WORD in text and str(_parts(_WORD)) not in text:
+            return form(processor, "system", example.system)
     raise RegraftError(
         f"The chat template cannot show the system prompt of example {example.id!r}: {reason}."
         f"{_origin(processor)} Leave out the field 'system', and put its text at the beginning of "
@@ -204,9 +212,17 @@ def _system_message(
 def message(processor: Any, role: str, text: str, image: Any = None) -> dict[str, Any]:
     """One message of a chat, in the form that the processor's chat template expects."""
     if is_text_only(processor):  # templates of text-only models concatenate strings
-        return {"role": role, "content": text}
+        return _plain(processor, role, text)
     images = [] if image is None else [{"type": "image", "image": image}]
-    return {"role": role, "content": [*images, {"type": "text", "text": text}]}
+    return {"role": role, "content": [*images, *_parts(text)]}
+
+
+def _plain(_processor: Any, role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": text}
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _encode(

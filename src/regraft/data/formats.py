@@ -6,6 +6,7 @@ table. `read_prompts`: AdvBench, HarmBench, JailbreakBench, StrongREJECT, or you
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ _FIELDS = (
     *("id", "split", "image", "system", "instruction", "response", "content"),
     *("harmful", "category", "request"),
 )
+_OTHER_SYSTEM = {"system_prompt", "system_message"}
 _OTHER_LABELS = {
     *("unsafe", "safe", "is_safe", "is_unsafe", "safety", "toxic", "label"),
     *("harm", "is_harm", "is_harmful", "malicious", "is_malicious"),
@@ -54,7 +56,8 @@ def read_jsonl(path: Path, split: str | None = None) -> Reading:
 
     Raises:
         RegraftError: the file, a field or an image is missing or wrong, ids repeat, no row is in
-            the split, or only a field other than `harmful` says which prompts are harmful.
+            the split, or only a field other than `harmful` says which prompts are harmful, or one
+            other than `system` has a system prompt.
     """
     rows = list(_rows(path))
     splits = {row.optional_text("split") for row in rows}
@@ -67,6 +70,23 @@ def read_jsonl(path: Path, split: str | None = None) -> Reading:
     if reading.examples:
         _require_harmful(rows, path)
     return checked(reading, path.parent)
+
+
+def jsonl_line(example: Example, image: str | None) -> str:
+    """The line that `read_jsonl` reads as this prompt, with an image relative to the file.
+
+    Not kept are `content` and what benchmarks score by.
+    """
+    more = {"image": image, "system": example.system, "request": example.request}
+    row = {
+        "id": example.id,
+        "instruction": example.instruction,
+        **({"response": example.response} if example.response else {}),
+        "harmful": example.harmful,
+        "category": example.category,
+        **{name: text for name, text in more.items() if text},
+    }
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _require_harmful(rows: Sequence[Row], path: Path) -> None:
@@ -99,6 +119,10 @@ def _rows(path: Path) -> Iterator[Row]:
 
 def _example(row: Row, path: Path) -> Example:
     row.refuse_misspelt(_FIELDS)
+    if "system" not in row.values and (other := _OTHER_SYSTEM & row.values.keys()):
+        raise RegraftError(
+            f"{row.where}: a system prompt is read from the field 'system'; rename {min(other)!r}."
+        )
     image = row.optional_text("image")
     return Example(
         id=f"{path.stem}-{row.key}" if row.values.get("id") in (None, "") else row.name("id"),

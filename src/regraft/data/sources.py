@@ -291,8 +291,11 @@ def seen_before(
 
 
 def distinct(reading: Reading) -> int:
-    """Count the different prompts, images included: copies do not raise the rank of statistics."""
-    return len(set(map(_content, reading.examples)))
+    """Count the different prompts, with their images and system prompts.
+
+    Copies do not raise the rank of statistics.
+    """
+    return len({(one.system, _content(one)) for one in reading.examples})
 
 
 def _content(example: Example) -> tuple[str, str | None]:

@@ -89,9 +89,9 @@ def from_hub(
             f"There is neither a folder nor a {repo_type} {name} on the hub, or it is private: "
             "`hf auth login`."
         ) from error
-    except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
-        # also where an entry of the hub's own cache is missing
-        reason = str(error).splitlines()[0].removeprefix("Got: ").rstrip(".")
+    except Exception as error:  # may be of the hub's HTTP library, which differs by version
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason.removeprefix("Got: ").rstrip(".")
         raise RegraftError(
             f"{name} is not a folder here and could not be downloaded from the hub: {reason}. "
             "Without a network give the path of a copy on disk."

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from regraft import distributed
-from regraft.data.example import Example, Reading
+from regraft.data.example import Reading
+from regraft.data.formats import jsonl_line
 from regraft.data.readers.safebench import FIGSTEP_PROMPT
 from regraft.disk.files import atomic_folder, slug
 from regraft.errors import RegraftError
@@ -146,7 +146,8 @@ def write_typographic(
                 continue
             image = Path("images", f"{slug(example.id)}.png")
             drawn.save(folder / image, optimize=True)
-            lines.append(_line(example, image))
+            shown = replace(example, instruction=FIGSTEP_PROMPT, request=example.instruction)
+            lines.append(jsonl_line(shown, image.as_posix()))
             images.append(out / image)
         if not images:
             raise RegraftError(
@@ -157,17 +158,3 @@ def write_typographic(
             )
         (folder / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
     return distributed.gathered(Drawn(tuple(images), tuple(left_out), tuple(unwritten)))[0]
-
-
-def _line(example: Example, image: Path) -> str:
-    row = {
-        "id": example.id,
-        "image": image.as_posix(),
-        "instruction": FIGSTEP_PROMPT,
-        "harmful": example.harmful,
-        "category": example.category,
-        "request": example.instruction,
-    }
-    row |= {"response": example.response} if example.response else {}
-    row |= {"system": example.system} if example.system else {}
-    return json.dumps(row, ensure_ascii=False) + "\n"

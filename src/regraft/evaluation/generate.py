@@ -51,7 +51,8 @@ def check_lengths(
     if positions is None or not examples:
         return
     room = positions - max_new_tokens
-    template = _tokens(processor, examples[0])  # no fewer than the chat template adds
+    kinds = {bool(one.system): one for one in examples}  # a template may have a default prompt
+    template = max(_tokens(processor, one) for one in kinds.values())  # no fewer than it adds
     doubtful = [one for one in examples if template + len(_text(one).encode()) > room]
     counts = {one.id: _tokens(processor, one) for one in doubtful}
     if long := {name: count for name, count in counts.items() if count > room}:

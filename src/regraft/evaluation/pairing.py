@@ -14,6 +14,7 @@ import numpy as np
 from numpy.polynomial.polynomial import polypow
 from numpy.typing import ArrayLike, NDArray
 
+from regraft.disk.parsing import shown
 from regraft.errors import RegraftError
 from regraft.evaluation.results import Answer, EvalResult
 
@@ -49,7 +50,7 @@ def on_the_same(first: str, ours: EvalResult, name: str, theirs: EvalResult) -> 
             if our_value != their_value:
                 raise RegraftError(
                     f"{cannot}: the prompt {answer.id!r} has another {field} in each, "
-                    f"{their_value!r} and {our_value!r}. Evaluate both on the same data."
+                    f"{shown(their_value)} and {shown(our_value)}. Evaluate both on the same data."
                 )
         known = {by_id[answer.id].image_digest, answer.image_digest} - {""}
         if len(known) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from regraft.disk.parsing import shown
 from regraft.evaluation.results import Estimate
 from regraft.report.formatting import (
     DASH,
@@ -192,6 +193,7 @@ def notes(study: Study) -> tuple[str, ...]:
         "and wrong answers, Agresti and Min's for differences of rates, MOVER's for means over "
         "suites, bootstrap intervals for other means. n is the number of prompts, however many "
         "answers each has.",
+        *_system_notes(study),
         *_tests_notes(study),
     ]
     if any(row.mean_asr is not None for row in rows):
@@ -225,6 +227,18 @@ def notes(study: Study) -> tuple[str, ...]:
         found.append("(xR): the mean over R draws of a random control.")
     own = dict.fromkeys(note for run in study.runs for note in run.notes)  # seeds share some
     return (*found, *_published_notes(study), *own)
+
+
+def _system_notes(study: Study) -> Iterator[str]:
+    answers = study.runs[0].dense.result.answers
+    systems = [one.system for one in answers if one.system]
+    if systems:
+        different = len(set(systems))
+        others = f" and {different - 1:,} others" if different > 1 else ""
+        yield (
+            f"{len(systems):,} of the {len(answers):,} test prompts have a system prompt "
+            f"({shown(systems[0])}{others}); without it, or under another, rates may differ."
+        )
 
 
 def _tests_notes(study: Study) -> Iterator[str]:

@@ -16,6 +16,7 @@ from torch import nn
 from regraft import distributed
 from regraft.data.collate import batches
 from regraft.data.example import KINDS, Example, Reading
+from regraft.data.formats import jsonl_line
 from regraft.data.sources import DataSource, read
 from regraft.disk.descriptions import described
 from regraft.disk.files import write_text
@@ -31,8 +32,9 @@ from regraft.progress import SILENT, Progress, Task, expect
 from regraft.restoration.teacher import TOKEN_WEIGHTS
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
+from regraft.stages.evaluation_cache import EvaluationCache
 from regraft.stages.provenance import describe, fingerprints, is_done, working
-from regraft.stages.reading import order_calibration, responses_are_given, warn_of_bundled
+from regraft.stages.reading import responses_are_given, warn_of_bundled
 from regraft.stages.setup import Setup
 from regraft.stages.steps import PromptUse, Step
 
@@ -72,7 +74,7 @@ def calibration_data(setup: Setup, folder: Path, kind: str) -> Reading:
         warn_of_bundled(dense, calibration.source, setup.progress.note)
     if responses_are_given(calibration, kind):
         return setup.drawn(kind)
-    prompts = order_calibration(dense, calibration, kind)
+    prompts = setup.ordered(kind)
     request = _Request(
         prompts,
         calibration.samples,
@@ -268,8 +270,7 @@ def write_responses(
 
     As in `calibration_data`, refusals of harmful prompts are kept, and answers to harmless ones
     that do not refuse. All answers are in the folder `OUT.responses`, where finished ones survive a
-    kill. A line has `id`, `instruction`, `response`, `harmful`, `category` and, if there is one,
-    `image`, relative to the file; lines are in the order of the data.
+    kill. Lines are those of `jsonl_line`, in the order of the data.
 
     Returns:
         The prompts with their kept answers, and counts of all others.
@@ -288,37 +289,25 @@ def write_responses(
     calibration = CalibrationSettings(
         data=data, responses="self", max_response_tokens=max_response_tokens
     )
+    cache = EvaluationCache()
+    cache.check_system_prompts_once(dense, prompts.examples, answered=True)
     for kind in KINDS:
         count = len(prompts.of_kind(harmful=kind == "safety").examples)
         if not count:
             continue
         settings = calibration.model_copy(update={"samples": count})
-        setup = Setup(dense, settings, compute, progress)
+        setup = Setup(dense, settings, compute, progress, cache)
         reading = calibration_data(setup, responses_folder(out), kind)
         answered |= {one.id: one for one in reading.examples}
         left = reading.skipped.items()
         skipped.update({why: n for why, n in left if why.startswith("answered and not kept")})
     kept = tuple(answered[one.id] for one in prompts.examples if one.id in answered)
     if distributed.first():
-        text = "".join(_line(example, out) for example in kept)
+        text = "".join(jsonl_line(example, _image(example, out)) for example in kept)
         if out.exists() and read_text(out) != text:
             raise _other(out)
         write_text(out, text)
     return Reading(f"{prompts.source}, answered by {dense.folder}", kept, skipped)
-
-
-def _line(example: Example, out: Path) -> str:
-    image = _image(example, out)
-    row = {
-        "id": example.id,
-        "instruction": example.instruction,
-        "response": example.response,
-        "harmful": example.harmful,
-        "category": example.category,
-        **({} if image is None else {"image": image}),
-        **({"system": example.system} if example.system else {}),
-    }
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _image(example: Example, out: Path) -> str | None:

@@ -73,15 +73,27 @@ class EvaluationCache:
     def check_lengths_once(
         self, model: Source, processor: Source, examples: Sequence[Example], max_new_tokens: int
     ) -> None:
-        """As `check_lengths`, once for all models with the same config and processor."""
+        """As `check_lengths` and `check_system_prompts`, once for all models that they fit."""
         key = model.config.to_json_string(), _settings_of(processor)
+        self.check_system_prompts_once(processor, examples)
+        self.once(
+            ("lengths", *key, tuple(examples), max_new_tokens),
+            lambda: check_lengths(
+                model.config, load_processor(processor), examples, max_new_tokens
+            ),
+        )
 
-        def check() -> None:
-            loaded = load_processor(processor)
-            check_system_prompts(loaded, examples)
-            check_lengths(model.config, loaded, examples, max_new_tokens)
-
-        self.once(("lengths", *key, tuple(examples), max_new_tokens), check)
+    def check_system_prompts_once(
+        self, processor: Source, examples: Sequence[Example], *, answered: bool = False
+    ) -> None:
+        """As `check_system_prompts`, once for all models with the same processor."""
+        if any(one.system for one in examples):
+            self.once(
+                ("system prompts", _settings_of(processor), tuple(examples), answered),
+                lambda: check_system_prompts(
+                    load_processor(processor), examples, answered=answered
+                ),
+            )
 
     def prompt_tokens(self, model: Source, examples: Sequence[Example]) -> float:
         """Mean length of prompts in tokens, estimated by the first few."""

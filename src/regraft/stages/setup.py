@@ -134,7 +134,9 @@ class Setup:
 
     def validation(self, settings: SearchSettings | RefusalDirectionSettings) -> Reading:
         """The prompts that are chosen on, at most `validation_limit` of each kind."""
-        return self.cache.reading(self.dense, suites_of(settings), settings.validation_limit)
+        prompts = self.cache.reading(self.dense, suites_of(settings), settings.validation_limit)
+        self.cache.check_system_prompts_once(self.dense, prompts.examples)
+        return prompts
 
     def drawn(self, kind: str) -> Reading:
         """As `draw_calibration`; raises RegraftError if there are fewer batches than processes."""
@@ -165,14 +167,25 @@ class Setup:
             if responses_are_given(self.calibration, kind):
                 learnt[role] = drawn
             else:
-                learnt[f"{role} (self)"] = self._once(order_calibration, kind)
+                learnt[f"{role} (self)"] = self.ordered(kind)
         return learnt
 
+    def ordered(self, kind: str) -> Reading:
+        """As `order_calibration`: the prompts that the dense model answers to calibrate on."""
+        return self._once(order_calibration, kind)
+
     def _once(self, read: Callable[..., Reading], kind: str) -> Reading:
-        """Call a function of reading.py on the calibration data, only once for the same data."""
+        """Call a function of reading.py on the calibration data, only once for the same data.
+
+        Raises:
+            RegraftError: see there; the chat template does not show the system prompts.
+        """
         named = "data" in self.calibration.model_fields_set  # else only the bundled model has some
         key = read, self.calibration, kind, self.dense.has_vision, named or self.dense.folder
-        return self.cache.once(key, lambda: read(self.dense, self.calibration, kind))
+        reading = self.cache.once(key, lambda: read(self.dense, self.calibration, kind))
+        answered = read is not draw_calibration  # which methods may use without the responses
+        self.cache.check_system_prompts_once(self.dense, reading.examples, answered=answered)
+        return reading
 
     def check_gradients(self, what: str) -> None:
         """Raise if the model will be loaded in a dtype in which gradients vanish."""
