@@ -231,7 +231,7 @@ def _row(
     return Row(
         **vars(models),
         sparsity=float(np.mean([variant.sparsity for variant in models.all])),
-        weights=_spread([variant.restored or None for variant in models.all]),
+        weights=_spread([variant.restored for variant in models.all]),
         restored=_spread([variant.per_ten_thousand for variant in models.all]),
         violated=_spread([v.violated_groups for v in models.all if v.n_m]),
         passes=_spread([variant.passes for variant in models.all], none_is_zero=False),
