@@ -19,6 +19,7 @@ from regraft.report.page import apply_command, render
 from regraft.report.run import Run, Variant
 from regraft.report.study import Study
 from regraft.report.summary import controls, summary
+from regraft.restoration.methods.fine_tune import TRAINED_VALUES, is_trained
 
 
 def render_card(study: Study) -> str:
@@ -143,6 +144,7 @@ def render_patch_card(
         repository=repository,
         patch=patch,
         changed=is_changed(patch),
+        trained=TRAINED_VALUES if is_trained(patch) else "",
         dense=dense or "the dense model",
         pruned=pruned,
         versions=patch.about.get("versions", {}),
