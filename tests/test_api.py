@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
 from regraft.restoration.ranking import load_ranking
+from regraft.runs import comparing
 from regraft.settings.data import CalibrationSettings
 from regraft.settings.searching import SearchSettings, with_held_out
 from truth import pruned_at_random
@@ -121,6 +123,51 @@ def test_bad_settings_are_named(root: Path, tmp_path: Path) -> None:
     with pytest.raises(AttributeError, match="no attribute 'graft'"):
         regraft.graft  # noqa: B018
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda model, out: regraft.open_source(None), "A model is named by .* not by NoneType"),
+        (lambda model, out: regraft.prune(3, out), "A model is named by .* not by int"),
+        (lambda model, out: regraft.prune(model, None), "A path is a string .* not NoneType"),
+        (lambda model, out: regraft.prune(model, out, data=3), "expected NAME:PATH .* not int"),
+        (lambda model, out: regraft.prune(model, out, data=None), "NAME:PATH .* not NoneType"),
+        (lambda model, out: regraft.prune(model, out, ignore="*.q"), r"a list, such as \['\*.q'\]"),
+        (
+            lambda model, out: regraft.realign(model, model, out, search=True),
+            "Settings are a mapping, not bool",
+        ),
+        (lambda model, out: regraft.apply(model, None, out), "A path is .* not NoneType"),
+        (
+            lambda model, out: regraft.export(model, "patch", out, to="onnx"),
+            "no tool 'onnx' to export for; expected peft or vllm",
+        ),
+        (lambda model, out: regraft.evaluate(model, [], out), "No suite is named"),
+        (
+            lambda model, out: regraft.evaluate(model, model, out),
+            "expected NAME:PATH .* not Source",
+        ),
+        (lambda model, out: regraft.check(model, {}, out), "A model is named by .* not by dict"),
+        (lambda model, out: regraft.compare(None, out), "A path is .* not NoneType"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused(
+    root: Path, tmp_path: Path, act: Callable[[Any, Path], object], message: str
+) -> None:
+    with pytest.raises(RegraftError, match=message):
+        act(open_source(root / "dense"), tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_one_method_to_compare_with_need_not_be_a_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    monkeypatch.setattr(comparing, "compare_runs", lambda *arguments: given.append(arguments))
+    regraft.compare("run", tmp_path, against="hsr")
+    regraft.compare(["run"], str(tmp_path), against=("hsr",))
+    assert given == [([Path("run")], tmp_path, ["hsr"])] * 2
 
 
 ENDPOINT = "endpoint:http://localhost:1/v1#m"

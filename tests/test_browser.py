@@ -7,12 +7,13 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
 import yaml
 
+from regraft.evaluation.results import Answer
 from regraft.report.cards import card_variant, render_card
 from regraft.report.examples import answer_data
 from regraft.report.page import render_html, render_markdown
@@ -239,7 +240,7 @@ def test_the_card_has_metadata_that_the_hub_reads() -> None:
         "utility": 85.0,
     }
     assert "| 3. realigned, the realigned model | 5 | 25.0 % [14.2, 40.2], 10 of 40 |" in text
-    assert metadata["pipeline_tag"] == "image-text-to-text"
+    assert metadata["pipeline_tag"] == result["task"]["type"] == "image-text-to-text"
     assert "regraft apply pruned 'patches/the realigned.safetensors' --out MODEL" in text
     assert "# A title &amp; more" in text or "# A title & more" in text
 
@@ -250,9 +251,22 @@ def test_the_card_of_models_that_nothing_was_restored_in() -> None:
     assert "## Use" not in card
     assert "| 2. pruned, the pruned model | 62.5 % [" in card
     *both, realigned = REPORT.variants[:3]
-    defended = replace(realigned, restored=0, inference_time=True)
+    defended = replace(realigned, restored=None, inference_time=True)
     with_defence = replace(REPORT, variants=(*both, defended))
     assert card_variant(with_defence) == both[1], "the weights are the pruned model's"
+
+
+def test_the_card_of_a_model_without_images_says_so() -> None:
+    texts = [
+        replace(one, result=replace(one.result, answers=without_images(one.result.answers)))
+        for one in REPORT.variants
+    ]
+    front = render_card(study_of([replace(REPORT, variants=tuple(texts))])).split("---\n", 2)[1]
+    assert yaml.safe_load(front)["pipeline_tag"] == "text-generation"
+
+
+def without_images(answers: Iterable[Answer]) -> tuple[Answer, ...]:
+    return tuple(replace(one, image=None) for one in answers)
 
 
 @pytest.mark.parametrize(

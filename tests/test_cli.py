@@ -49,7 +49,7 @@ from regraft.runs import pipeline
 from regraft.runs.run_dir import RunDir
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
-from regraft.stages import steps
+from regraft.stages import evaluation_cache, steps
 from regraft.stages.gathering import check_heads
 from regraft.stages.pruning import spilled_bytes
 from regraft.stages.reading import _made_from_demo
@@ -1046,6 +1046,26 @@ def test_a_full_disk_is_told_before_any_step(
 def test_a_method_is_named_first(refused: Refused) -> None:
     has(refused("realign", "model", "pruned"), "'model' is no method", "fine-tune, gain, hsr")
     has(refused("tune", "model", "pruned"), "'model' is no method", "hsr")
+    has(refused("tune", "gain", "model", "pruned"), "'gain' is no method of `regraft tune`", "hsr")
+
+
+def test_small_mistakes_of_analyses_and_reports(
+    world: World, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heads = ["analyse", "heads", world.model, "--data", world.data, "--out", "heads"]
+    has(refused(*heads, "--show", -3), "--show", ">= 0")
+    has(refused("report", "gone", "--out", "page"), "gone does not exist.")
+    assert exit_code("report", "--help") == 0
+    assert "by default report in" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_given_file_that_is_missing_is_told_before_all_weights_are_read(
+    world: World, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_cache, "survey", lambda *_: pytest.fail("read all weights"))
+    words = _realign(world, world.model, world.pruned)
+    has(refused(*words, "--heads-file", "gone"), "gone does not exist. It should hold head scores")
+    has(refused(*words, "--statistics-file", "gone"), "It should hold importance statistics")
 
 
 def test_an_unknown_command_imports_no_other(refused: Refused) -> None:

@@ -106,7 +106,7 @@ def run(seed: int, methods: Shares = SHARES, prompts: int = PROMPTS) -> Run:
     made = []
     for place, (name, (asr, over)) in enumerate(methods.items()):
         base = {"dense": None, "pruned": "dense"}.get(name, "pruned")
-        restored = 0 if base != "pruned" else 10 ** (place % 5) * (10 + seed)
+        restored = None if base != "pruned" else 10 ** (place % 5) * (10 + seed)
         asr += 0.01 * seed * (place == 2)  # so that seeds can be told apart
         fields = {"base": base, "pruned": 100_000, "restored": restored}
         made.append(variant(name, drawn(place, asr, 0), drawn(place, over, 1), **fields))

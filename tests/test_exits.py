@@ -66,6 +66,19 @@ def test_streams_that_cannot_be_written(command: str, code: int, message: str) -
     assert bool(done.stderr) == bool(message)
 
 
+def test_an_interrupted_command_says_that_it_continues(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("regraft.cli.running.read_recipe", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "recipe.yaml", "--out", "run"])
+    assert stopped.value.code == INTERRUPTED
+    assert "The same command continues" in capsys.readouterr().err
+
+
 def test_a_closed_stream_is_not_the_next_file(tmp_path: Path) -> None:
     """Whatever prints would write into the first file that is opened: here it goes nowhere."""
     file = tmp_path / "file"

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from commands import exit_code
 from disk import tree
 from regraft.errors import RegraftError
-from regraft.patch.format import Patch, TensorPatch, save_patch
+from regraft.patch.format import Patch, TensorPatch, load_patch, save_patch
 from regraft.runs import publishing
 from regraft.stages.patching import patch_file
 from test_evaluations import evaluation, examples
@@ -250,6 +250,16 @@ def test_a_dry_run_writes_what_would_be_uploaded(
     assert metadata == {"library_name": "regraft", "tags": ["regraft", "pruning", "safety"]}
     with pytest.raises(RegraftError, match="is not empty"):
         publishing.write(patch, card, folder)
+
+
+def test_the_card_of_trained_values_does_not_call_them_dense(patch: Path) -> None:
+    assert "The values are exact dense values" in publishing.render(patch, NAME)
+    trained = patch.with_name("trained.safetensors")
+    save_patch(trained, Patch(load_patch(patch).tensors, {**ABOUT, "values": "trained"}))
+    card = publishing.render(trained, NAME)
+    assert "trained values of 3 pruned weights" in card
+    assert "the values are trained, not the dense model's" in card
+    assert "dense values" not in card
 
 
 def test_rates_of_evaluations_are_in_the_card(patch: Path, tmp_path: Path) -> None:

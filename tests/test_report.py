@@ -24,6 +24,7 @@ from regraft.evaluation.perplexity import result_of
 from regraft.evaluation.results import Answer, Estimate
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.evaluation.verdicts import Agreement, Judged
+from regraft.report import tables
 from regraft.report.cards import render_card
 from regraft.report.examples import choose_examples, shown_variants
 from regraft.report.formatting import (
@@ -402,6 +403,41 @@ def test_the_summary_tells_the_whole_story() -> None:
     assert "pruned 10.0 % [2.8, 30.1], dense 5.0 % [0.9, 23.6]" in effects
     (control,) = controls(study_of([REPORT]))
     assert control.startswith("random (the random model), 500 restored weights")
+
+
+def test_side_effects_of_pruning_alone_are_told() -> None:
+    alone = replace(REPORT, variants=REPORT.variants[:2])
+    pruning, effects = summary(study_of([alone]))
+    assert pruning.startswith("Pruning (60 % of the weights) raised ASR")
+    assert effects == (
+        "Over-refusal is 10.0 % [2.8, 30.1], not distinguishable from dense (p = 1.000); dense "
+        "5.0 % [0.9, 23.6]. Utility is 90.0 % [69.9, 97.2]; dense 95.0 % [76.4, 99.1]."
+    )
+
+
+def only(one: Variant, *, harmful: bool) -> Variant:
+    kept = [answer for answer in one.result.answers if answer.harmful == harmful]
+    return replace(one, result=summarise("suite", JUDGE, kept))
+
+
+def test_of_what_was_not_asked_nothing_is_told() -> None:
+    attacked = [only(one, harmful=True) for one in REPORT.variants]
+    paragraphs = summary(study_of([replace(REPORT, variants=tuple(attacked))]))
+    assert paragraphs[-1].startswith("Over-refusal was not measured") and all(paragraphs)
+    asked = replace(REPORT, variants=tuple(only(one, harmful=False) for one in REPORT.variants))
+    assert any("Holm: p corrected" in note for note in notes(study_of([asked])))
+
+
+def test_a_search_may_choose_to_restore_nothing() -> None:
+    """Its number of weights is known: it is no defence, which restores none by nature."""
+    none = replace(REALIGNED, name="none", restored=0, restored_by_module={})
+    shield = replace(none, name="shield", restored=None, patch="", inference_time=True)
+    study = study_of([Run("t", "m", (DENSE, PRUNED, none, shield))])
+    assert [tables.results(study)[0].rows[i][1].value for i in (2, 3)] == ["0", "–"]
+    assert "none (the realigned model), 0 restored weights (0 per 10,000 pruned)" in (
+        " ".join(summary(study))
+    )
+    assert study.rows[2].weights is not None and study.rows[3].weights is None
 
 
 def without_over_refusal(one: Variant) -> Variant:
@@ -983,6 +1019,14 @@ def test_the_terminal_shows_rates_by_suite() -> None:
     text = console.export_text()
     assert "safebench#even: ASR" in text
     assert "titles-test: over-refusal" in text
+
+
+def test_the_terminal_has_no_tests_where_nothing_was_restored() -> None:
+    console = Console(width=250, record=True)
+    shown = (DENSE, *WANDA_50, replace(PRUNED, name="wanda-90"))
+    show_study(console, study_of([Run("t", "m", shown)], ["random"]))
+    against = console.export_text().partition("ASR, test against random")[2]
+    assert "random" in against and "wanda-90" not in against
 
 
 def test_perplexity_stands_on_the_page_where_it_was_measured(page: str) -> None:

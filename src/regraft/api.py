@@ -17,7 +17,7 @@ refused. Bad input raises `RegraftError`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,8 +87,8 @@ def prune(
     own, data, compute = _settings({"method": method, **settings}, *blocks)
     check_pruning(own, data)
     setup = stages.Setup(compute.opened(model), data, compute, progress)
-    plan_steps(setup, [prune_step(setup, own, Path(out))]).carry_out()
-    return open_source(Path(out), trust_remote_code=setup.dense.trust_remote_code)
+    plan_steps(setup, [prune_step(setup, own, _file(out))]).carry_out()
+    return open_source(_file(out), trust_remote_code=setup.dense.trust_remote_code)
 
 
 def score_heads(
@@ -103,8 +103,8 @@ def score_heads(
     """
     own, data, compute = _settings(settings, HeadSettings, CalibrationSettings, ComputeSettings)
     setup = stages.Setup(compute.opened(model), data, compute, progress, scoring=own)
-    plan_steps(setup, [heads_step(setup, Path(out))]).carry_out()
-    return load_heads(Path(out), setup.dense.architecture)
+    plan_steps(setup, [heads_step(setup, _file(out))]).carry_out()
+    return load_heads(_file(out), setup.dense.architecture)
 
 
 def realign(
@@ -153,9 +153,9 @@ def realign(
         scoring=scoring,
         evaluation=answers,
     )
-    paths = stages.ArtifactPaths.beside(Path(out), given)
+    paths = stages.ArtifactPaths.beside(_file(out), given)
     plan_restoration(setup, compute.opened(pruned), own, paths, choice).carry_out()
-    return load_patch(Path(out))
+    return load_patch(_file(out))
 
 
 def apply(pruned: Model, patches: Patches, out: str | Path) -> Path:
@@ -164,7 +164,7 @@ def apply(pruned: Model, patches: Patches, out: str | Path) -> Path:
     Raises:
         RegraftError: a patch is for another checkpoint, or patches disagree.
     """
-    return stages.patch_checkpoint("apply", _folder(pruned), _files(patches), Path(out))
+    return stages.patch_checkpoint("apply", _folder(pruned), _files(patches), _file(out))
 
 
 def revert(realigned: Model, patches: Patches, out: str | Path) -> Path:
@@ -173,7 +173,7 @@ def revert(realigned: Model, patches: Patches, out: str | Path) -> Path:
     Raises:
         RegraftError: a patch is for another checkpoint, or patches disagree.
     """
-    return stages.patch_checkpoint("revert", _folder(realigned), _files(patches), Path(out))
+    return stages.patch_checkpoint("revert", _folder(realigned), _files(patches), _file(out))
 
 
 def export(pruned: Model, patches: Patches, out: str | Path, *, to: Tool) -> Path:
@@ -189,7 +189,7 @@ def export(pruned: Model, patches: Patches, out: str | Path, *, to: Tool) -> Pat
         RegraftError: a patch is for another checkpoint, patches disagree, or the tool cannot change
             these weights.
     """
-    return export_patches(_folder(pruned), _files(patches), Path(out), to)
+    return export_patches(_folder(pruned), _files(patches), _file(out), to)
 
 
 def evaluate(
@@ -221,10 +221,10 @@ def evaluate(
     check_endpoint([model], compute, endpoint)
     if dense is not None and text is None:
         raise RegraftError("--dense is for measuring KL on a text: name the text with --text.")
-    on_text = None if text is None else stages.OnText(Path(text), _path(dense))
+    on_text = None if text is None else stages.OnText(_file(text), _path(dense))
     put_on = _path(patch), _path(defence)
     target = open_target(model, compute, endpoint, progress, *put_on, on_text)
-    return stages.evaluate_target(target, Path(out), _suites(suites), own).result
+    return stages.evaluate_target(target, _file(out), _suites(suites), own).result
 
 
 def check(
@@ -255,18 +255,21 @@ def check(
     )
     check_endpoint([dense, compressed], compute, endpoint)
     named = _suites(suites)
-    clear_check(Path(out))
+    clear_check(_file(out))
     sides = (
         open_side(dense, compute, endpoint, progress=progress),
         open_side(compressed, compute, endpoint, _path(patch), progress),
     )
     if all(isinstance(one, Path) or one.compute is None for one in sides):
         refuse_compute(compute, "Neither of the two models is run here")
-    return check_compressed(*sides, Path(out), named, own, margins)
+    return check_compressed(*sides, _file(out), named, own, margins)
 
 
 def compare(
-    runs: str | Path | Sequence[str | Path], out: str | Path, *, against: Sequence[str] = ()
+    runs: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    against: str | Sequence[str] = (),
 ) -> Study:
     """Compare the methods of finished runs of `regraft run`; write a report to the folder `out`.
 
@@ -281,7 +284,7 @@ def compare(
     """
     from regraft.runs.comparing import compare_runs
 
-    return compare_runs(_paths(runs), Path(out), tuple(against))
+    return compare_runs(_files(runs), _file(out), _listed(against))
 
 
 def _settings(given: Mapping[str, Any], *blocks: type[Settings]) -> list[Any]:
@@ -290,7 +293,10 @@ def _settings(given: Mapping[str, Any], *blocks: type[Settings]) -> list[Any]:
     Raises:
         RegraftError: a setting is invalid, or belongs to no block.
     """
-    remaining = dict(given)
+    try:
+        remaining = dict(given)
+    except TypeError as error:
+        raise RegraftError(f"Settings are a mapping, not {type(given).__name__}.") from error
     for name in _DATA:
         if remaining.get(name) is not None:
             remaining[name] = _data(remaining[name])
@@ -312,12 +318,11 @@ def _data(named: Any) -> DataSource:
             return DataSource(name="jsonl", path=named)
         return DataSource.model_validate(named)
     except ValidationError as error:
-        raise RegraftError(f"{named!r} names no data set:\n{explain(error)}") from error
+        raise RegraftError(f"Invalid data set:\n{explain(error)}") from error
 
 
 def _suites(named: Suites) -> list[DataSource]:
-    suites = [named] if isinstance(named, str | Path | DataSource) else named
-    return [_data(one) for one in suites]
+    return [_data(one) for one in _listed(named)]
 
 
 def _path(given: str | Path | Patch | None) -> Path | None:
@@ -329,17 +334,20 @@ def _folder(model: Model) -> Path:
 
 
 def _files(given: Patches) -> list[Path]:
-    named = [given] if isinstance(given, str | Path | Patch) else given
-    return [_file(one) for one in named]
+    return [_file(one) for one in _listed(given)]
 
 
 def _file(given: str | Path | Patch) -> Path:
     if not isinstance(given, Patch):
+        if not isinstance(given, str | Path):
+            raise RegraftError(f"A path is a string or a pathlib.Path, not {type(given).__name__}.")
         return Path(given)
     if given.file is None:
         raise RegraftError("A patch in memory has no file. Name the file that `realign` wrote.")
     return given.file
 
 
-def _paths(given: str | Path | Sequence[str | Path]) -> list[Path]:
-    return [Path(given)] if isinstance(given, str | Path) else [Path(one) for one in given]
+def _listed(given: Any) -> list[Any]:
+    """One item or several as a list."""
+    several = isinstance(given, Iterable) and not isinstance(given, str | DataSource)
+    return list(given) if several else [given]

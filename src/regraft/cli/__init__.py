@@ -101,6 +101,7 @@ def application(*, listed: bool) -> App:
     built = App(
         name="regraft",
         version=regraft.__version__,
+        suppress_keyboard_interrupt=False,  # cyclopts would end the program without our message
         default_parameter=Parameter(negative=(), show_default=shown_default),
         help=(
             "Check whether compression removed a vision-language model's refusals, and restore "

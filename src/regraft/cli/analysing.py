@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 
 from regraft.cli.describing import describe
@@ -55,7 +56,7 @@ def heads(
     settings: Annotated[HeadSettings, Flat] = HeadSettings(),
     calibration: Calibration = CalibrationSettings(),
     compute: Compute = ComputeSettings(),
-    show: int = 10,
+    show: Annotated[int, Parameter(validator=Number(gte=0))] = 10,
     dry_run: DryRun = False,
 ) -> None:
     """Score every head for safety on harmful prompts, by ablation: Ships and KL.

@@ -159,7 +159,8 @@ def _without_method(group: App) -> Callable[..., None]:
         if words:
             methods = [one for one in group if not one.startswith("-")]
             raise RegraftError(
-                f"{words[0]!r} is no method. Name one after {name}: {', '.join(methods)}."
+                f"{words[0]!r} is no method of `regraft {name}`. Name one of these first: "
+                f"{', '.join(methods)}."
             )
         from regraft.cli import application
 

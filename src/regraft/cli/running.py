@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from regraft.cli.options import MaybeOutFolder, OutFolder, live_progress
+from regraft.cli.options import OutFolder, live_progress
 from regraft.console import ConsoleProgress, show_preview, show_study
 from regraft.errors import RegraftError
 from regraft.recipes.file import read_recipe
@@ -24,6 +24,13 @@ Against = Annotated[
 ]
 RunFolder = Annotated[
     Path, Parameter(name=["--out", "-o"], help="Folder of the run: new, or to be continued.")
+]
+PageFolder = Annotated[
+    Path | None,
+    Parameter(
+        name=["--out", "-o"],
+        help="New folder for a report on evaluations; by default `report` in that of a single one.",
+    ),
 ]
 Bundled = Annotated[
     Path | None, Parameter(help="New .zip file for the run's results, to send to others.")
@@ -89,7 +96,7 @@ def show_page(progress: ConsoleProgress, study: Study, out: Path) -> None:
 
 def report(
     *folder: Path,
-    out: MaybeOutFolder = None,
+    out: PageFolder = None,
     dense: Path | None = None,
     pruned: Path | None = None,
     bundle: Bundled = None,
@@ -109,8 +116,6 @@ def report(
         checked and whose rates are counted again.
     texts
         Include the texts of prompts and answers in the bundle.
-    out
-        New folder for a report on evaluations; by default `report` in the folder of a single one.
     dense
         Folder of the dense model's evaluation; with --pruned, all others are compared with the
         pruned model, and their RSR is reported.
@@ -124,6 +129,8 @@ def report(
         raise RegraftError("Name the folder of a run, or folders of evaluations.")
     if texts and bundle is None:
         raise RegraftError("--texts is for a bundle: name its file with --bundle.")
+    if missing := [one for one in folder if not one.exists()]:
+        raise RegraftError(f"{missing[0]} does not exist.")
     progress = live_progress()
     if folder and folder[0].suffix == ".zip":
         _check_bundles(progress, folder)

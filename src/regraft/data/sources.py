@@ -55,6 +55,9 @@ class DataSource(BaseModel):
             return _parse(value)
         if isinstance(value, list | tuple):
             return _parse(":".join(str(word) for word in value))
+        if not isinstance(value, Mapping | DataSource):
+            kind = type(value).__name__
+            raise ValueError(f"expected NAME:PATH or the path of a .jsonl file, not {kind}")
         return value
 
     @model_validator(mode="after")

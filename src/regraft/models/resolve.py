@@ -24,8 +24,11 @@ _NOT_FROM_HUB = ["original/*", "consolidated*"]
 _HUB_FILES = [f"*{suffix}" for suffix in (".safetensors", *SETTINGS_FILES)]
 
 
-def resolve(model: str | Path) -> Path:
+def resolve(model: object) -> Path:
     """A model's folder, by its path, ORG/NAME[@REVISION] (downloaded once) or the word "demo"."""
+    if not isinstance(model, str | Path):
+        kind = type(model).__name__
+        raise RegraftError(f"A model is named by its folder, a hub id or 'demo', not by {kind}.")
     folder = Path(model)
     if model == "demo":
         # a data set's module, which importing a method must not load

@@ -19,6 +19,7 @@ from regraft.report.page import apply_command, render
 from regraft.report.run import Run, Variant
 from regraft.report.study import Study
 from regraft.report.summary import controls, summary
+from regraft.restoration.methods.fine_tune import TRAINED_VALUES, is_trained
 
 
 def render_card(study: Study) -> str:
@@ -28,12 +29,16 @@ def render_card(study: Study) -> str:
     """
     run = study.runs[0]
     chosen = card_variant(run)
+    seen = any(answer.image for answer in run.dense.result.answers)
+    task = "image-text-to-text" if seen else "text-generation"
     metadata = {
         "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text",
+        "pipeline_tag": task,
         **({"base_model": base} if (base := _hub_id(run.model)) else {}),
         "tags": ["regraft", "safety", *(() if chosen.changed else ("pruning", "sparse"))],
-        "model-index": [{"name": run.title, "results": _card_results(chosen, _suites(study))}],
+        "model-index": [
+            {"name": run.title, "results": _card_results(chosen, _suites(study), task)}
+        ],
     }
     return _rendered(
         "card.md.j2",
@@ -93,7 +98,7 @@ def _hub_id(model: str) -> str | None:
     return found[1] if found and not Path(model).exists() else None
 
 
-def _card_results(chosen: Variant, suites: str) -> list[dict[str, Any]]:
+def _card_results(chosen: Variant, suites: str, task: str) -> list[dict[str, Any]]:
     """The results of a model in the form of the hub's metadata."""
     named = (
         ("asr", "attack success rate", chosen.result.asr),
@@ -106,7 +111,7 @@ def _card_results(chosen: Variant, suites: str) -> list[dict[str, Any]]:
         if estimate is not None
     ]
     dataset = {"name": suites, "type": "safety"}
-    return [{"task": {"type": "image-text-to-text"}, "dataset": dataset, "metrics": metrics}]
+    return [{"task": {"type": task}, "dataset": dataset, "metrics": metrics}]
 
 
 def render_patch_card(
@@ -139,6 +144,7 @@ def render_patch_card(
         repository=repository,
         patch=patch,
         changed=is_changed(patch),
+        trained=TRAINED_VALUES if is_trained(patch) else "",
         dense=dense or "the dense model",
         pruned=pruned,
         versions=patch.about.get("versions", {}),

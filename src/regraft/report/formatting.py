@@ -187,16 +187,15 @@ def on_text(result: TextResult) -> str:
 
 
 def degenerate(result: EvalResult) -> str:
-    """Number of degenerate answers: "3 of 250 to harmful prompts, 1 of 200 to harmless ones".
+    """Number of degenerate answers: "3 of 250 to harmful prompts, 1 of 200 to harmless prompts".
 
     If there are any, degenerate refusals follow: "(refusals that are degenerate too: 2 of 90 to
     harmful prompts)".
     """
-    kinds = (("harmful", "to harmful prompts"), ("harmless", "to harmless ones"))
     counted, refusals = (
         ", ".join(
-            f"{count:,} of {_total(result, kind, refused=bool(suffix)):,} {words}"
-            for kind, words in kinds
+            f"{count:,} of {_total(result, kind, refused=bool(suffix)):,} to {kind} prompts"
+            for kind in ("harmful", "harmless")
             if (count := result.degenerate.get(kind + suffix, 0))
         )
         for suffix in ("", " refusals")

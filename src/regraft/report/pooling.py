@@ -142,36 +142,30 @@ def _table(runs: Sequence[Run], models: Sequence[RowModels], against: Sequence[s
     )
 
 
-def _table_tests(
-    answers: Sequence[RowAnswers], against: Sequence[str]
-) -> tuple[Tests, Tests, Tests]:
+def _table_tests(answers: Sequence[RowAnswers], against: Sequence[str]) -> list[Tests]:
     """Tests of attacks, of refusals and of degenerate answers, corrected separately.
 
     The test of pruned against dense is not corrected. A method is tested against the pruned model
     and, for attacks only, against the methods in `against`.
     """
     attacks = {one.models.name: one.attacks for one in answers}
-    refusals = {one.models.name: one.refusals for one in answers}
-    silences = {one.models.name: one.silent for one in answers}
+    events = [
+        attacks,
+        {one.models.name: one.refusals for one in answers},
+        {one.models.name: one.silent for one in answers},
+    ]
     first, *others = attacks
     methods = [one.models.name for one in answers if one.models.role == "method"]
     against = [name for name in against if name in methods]
     if not any(one.models.role == "pruned" for one in answers):
         every = [(name, first) for name in others]
-        return (
-            _tests([every], attacks, {}),
-            _tests([every], refusals, {}),
-            _tests([every], silences, {}),
-        )
+        return [_tests([every], one, {}) for one in events]
     pruning, titles = others[0], {first: "dense", others[0]: "pruned"}
     damage = [(pruning, first)]
     restored = [(name, pruning) for name in methods]
     named = [(name, base) for base in against for name in methods if name != base]
-    return (
-        _tests([damage, [*restored, *named]], attacks, titles),
-        _tests([damage, restored], refusals, titles),
-        _tests([damage, restored], silences, titles),
-    )
+    families = [restored + named, restored, restored]
+    return [_tests([damage, of], one, titles) for of, one in zip(families, events, strict=True)]
 
 
 def _tests(
@@ -231,7 +225,7 @@ def _row(
     return Row(
         **vars(models),
         sparsity=float(np.mean([variant.sparsity for variant in models.all])),
-        weights=_spread([variant.restored or None for variant in models.all]),
+        weights=_spread([variant.restored for variant in models.all]),
         restored=_spread([variant.per_ten_thousand for variant in models.all]),
         violated=_spread([v.violated_groups for v in models.all if v.n_m]),
         passes=_spread([variant.passes for variant in models.all], none_is_zero=False),

@@ -25,7 +25,7 @@ class Variant:
         base: Name of the model that it was made from and is compared with: the dense model for a
             pruned one, the pruned model for a realigned one; None for the dense model.
         sparsity: Fraction of zeros among the prunable weights.
-        restored: Number of restored weights, with trained values if `trained`; 0 also if unknown.
+        restored: Number of restored weights, with trained values if `trained`; None if unknown.
         pruned: Number of weights that pruning set to 0 or, if `changed`, that compression changed;
             0 also if unknown.
         restored_by_module: Kind of module, such as "self_attn.q_proj" -> restored weights by layer.
@@ -44,7 +44,7 @@ class Variant:
     method: str = ""
     base: str | None = None
     sparsity: float = 0.0
-    restored: int = 0
+    restored: int | None = None
     trained: bool = False
     pruned: int = 0
     changed: bool = False
@@ -72,8 +72,9 @@ class Variant:
     @property
     def per_ten_thousand(self) -> float | None:
         """Restored weights per 10,000 pruned or changed ones; None if either is unknown."""
-        known = self.restored and self.pruned
-        return 10_000 * self.restored / self.pruned if known else None
+        if self.restored is None or not self.pruned:
+            return None
+        return 10_000 * self.restored / self.pruned
 
 
 def labelled(name: str, method: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from regraft.disk.parsing import shown
 from regraft.evaluation.results import Estimate
@@ -77,14 +77,15 @@ def _sentences(table: Table) -> Iterator[str]:
         for row in others:
             yield f"{_alone(row)} {_compared(row)}{_caveats(dense, row)}"
         return
-    pruned = others[0]
+    pruned, bases = others[0], [dense]
+    shown = pruned
     yield _pruning(dense, pruned)
     if table.methods:
-        first = table.methods[0]
-        yield _method(first) + _caveats(pruned, first)
-        if first.regained:
-            yield _regained(first.regained, first.added)
-        yield _side_effects(dense, pruned, first)
+        shown, bases = table.methods[0], [pruned, dense]
+        yield _method(shown) + _caveats(pruned, shown)
+        if shown.regained:
+            yield _regained(shown.regained, shown.added)
+    yield from filter(None, [_side_effects(shown, bases)])
 
 
 def _alone(row: Row) -> str:
@@ -147,18 +148,16 @@ def _regained(lost: Estimate, others: Estimate | None) -> str:
     return f"{text}."
 
 
-def _side_effects(dense: Row, pruned: Row, row: Row) -> str:
+def _side_effects(row: Row, bases: Sequence[Row]) -> str:
+    """Over-refusal and utility of a row, and of the models that it was made from."""
     parts = []
     if row.over_refusal:
-        parts.append(
-            f"Over-refusal is {rate(row.over_refusal)}, {tested(row.refusals)}; pruned "
-            f"{rate(pruned.over_refusal)}, dense {rate(dense.over_refusal)}."
-        )
+        others = ", ".join(f"{one.role} {rate(one.over_refusal)}" for one in bases)
+        own = f"Over-refusal is {rate(row.over_refusal)}, {tested(row.refusals)}"
+        parts.append(f"{own}; {others}.")
     if row.utility:
-        parts.append(
-            f"Utility is {rate(row.utility)}; pruned {rate(pruned.utility)}, dense "
-            f"{rate(dense.utility)}."
-        )
+        others = ", ".join(f"{one.role} {rate(one.utility)}" for one in bases)
+        parts.append(f"Utility is {rate(row.utility)}; {others}.")
     return " ".join(parts)
 
 
@@ -251,7 +250,7 @@ def _tests_notes(study: Study) -> Iterator[str]:
             "prompts that the dense model refuses and the pruned one does not. Refusals added: the "
             "share refused of those that neither refuses."
         )
-    if all(row.attacks is None for row in rows):
+    if all(row.attacks is None and row.refusals is None for row in rows):
         return
     if study.runs[0].unrelated:
         which, holm = "each model with the first", "all tests of the same rate in a table"

@@ -66,7 +66,7 @@ def suites(study: Study, *, brief: bool = False) -> tuple[Grid, ...]:
 
 
 def _grids(study: Study, columns: Iterable[Column]) -> tuple[Grid, ...]:
-    """One table per pruning; columns without any value are left out."""
+    """One table per pruning; columns and tables without any value are left out."""
     shown = [one for one in columns if any(not one.cell(row).blank for row in study.rows)]
     return tuple(
         Grid.of(
@@ -78,7 +78,7 @@ def _grids(study: Study, columns: Iterable[Column]) -> tuple[Grid, ...]:
             ),
         )
         for table in study.tables
-        if shown
+        if any(not one.cell(row).blank for one in shown for row in table.rows)
     )
 
 

@@ -30,9 +30,10 @@ def check_report_folder(folder: Path) -> None:
 def write_report(study: Study, folder: Path) -> None:
     """Write `report.json`, `.md` and `.html` and figures into `folder`, replacing older ones.
 
-    Nothing is replaced unless all could be written. A run of one seed and model also gets
-    `card.md`. The JSON holds every number of the page. The page of a single run has example answers
-    and a filter over all answers. Of several processes the first one writes.
+    Nothing is replaced unless all could be written. A run of one seed and model, which is not made
+    of evaluations, also gets `card.md`. The JSON holds every number of the page. The page of a
+    single run has example answers and a filter over all answers. Of several processes the first one
+    writes.
 
     Raises:
         RegraftError: a file cannot be written.
@@ -46,7 +47,7 @@ def write_report(study: Study, folder: Path) -> None:
         "report.html": render_html(study, drawn),
         **{f"{one.name}.svg": standalone(one.svg) for one in drawn if one.name and one.svg},
     }
-    if study.run is not None and not study.run.unrelated:
+    if study.run is not None and study.run.model:
         texts["card.md"] = render_card(study)
     write_texts({folder / name: text for name, text in texts.items()})
     for one in drawn:

@@ -113,7 +113,7 @@ def _variants(
             results[name],
             base=None if name == first else first if name == pruned else pruned,
             sparsity=one.about.get("zeros", 0) / one.about.get("prunable", 1),
-            restored=one.about.get("restored", 0) * related,
+            restored=one.about.get("restored") if related else None,
             pruned=0 if name == first else changed or zeroed,
             changed=name != first and bool(changed),
             inference_time=related and "defence" in one.about["inputs"],

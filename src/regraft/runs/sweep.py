@@ -122,7 +122,8 @@ def _read(run: Run, setting: str, values: Sequence[float]) -> Sweep:
 
 def _point(variant: Variant, value: float) -> SweepPoint:
     result = variant.result
-    return SweepPoint(value, variant.restored, result.asr, result.over_refusal, result.utility)
+    rates = result.asr, result.over_refusal, result.utility
+    return SweepPoint(value, variant.restored or 0, *rates)
 
 
 def _name(setting: str, value: float) -> str:

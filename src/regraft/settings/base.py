@@ -152,7 +152,7 @@ def explain(error: ValidationError, *, flags: bool = False) -> str:
             names = _names_in(error.title, nested=len(problem["loc"]) > 1)
             message, given = _unknown(str(problem["loc"][-1]), names), ""
         elif kind == "tuple_type":
-            message = "expected a list, such as [0, 1]"
+            message, given = f"expected a list, such as [{problem['input']!r}]", ""
         elif kind in ("model_type", "dict_type"):
             message = _NO_BLOCK
         elif kind in ("less_than", "less_than_equal") and _is_percent(problem):

@@ -56,7 +56,7 @@ def open_side(
     Raises:
         RegraftError: see `open_target`; a finished evaluation is given a patch.
     """
-    if not isinstance(named, Source):
+    if isinstance(named, str | Path):
         folder = Path(named)
         # a model's folder may hold a results.json of another program
         if folder.is_dir() and not (folder / "config.json").exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -223,8 +223,10 @@ def export_patches(
 
     Raises:
         RegraftError: a patch is for another base, patches disagree, nothing is left to change, the
-            tool cannot take these weights, or `out` is not empty.
+            tool is unknown or cannot take these weights, or `out` is not empty.
     """
+    if to not in get_args(Tool):
+        raise RegraftError(f"There is no tool {to!r} to export for; expected peft or vllm.")
     job = PatchJob.read("apply", open_checkpoint(resolve(pruned)), patch_files)
     about = describe("export", job.inputs()) | {"to": to}
     done = is_done(out, about, marker=ABOUT_FILE)

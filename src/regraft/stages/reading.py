@@ -127,10 +127,11 @@ def read_suites(source: Source | None, suites: Sequence[DataSource], limit: int 
     Raises:
         RegraftError: as `draw_calibration`; there is nothing to evaluate.
     """
-    joined = join_suites(suites, limit)
-    if not joined.examples:
-        raise RegraftError(f"{joined.source}: there are no examples to evaluate.")
-    return _readable(source, joined)
+    if not suites:
+        raise RegraftError(
+            "No suite is named. Name prompts to evaluate, such as demo:test or a .jsonl file."
+        )
+    return _readable(source, join_suites(suites, limit))
 
 
 def _readable(source: Source | None, reading: Reading) -> Reading:

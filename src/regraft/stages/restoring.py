@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from regraft.disk.paths import require_file
 from regraft.evaluation.tradeoff import read_curve
 from regraft.models.load import Source, check_split
 from regraft.patch.pair import check_pair
@@ -153,6 +154,9 @@ def plan_restoration(
         *patch_steps(setup, lambda: pruned, settings, paths, choice),
     ]
     check_pair(dense, pruned)
+    for what, file in ("head scores", given.heads), ("importance statistics", given.statistics):
+        if file is not None:  # before all weights are read
+            require_file(file, f"It should hold {what}.")
     ranking.check_restorable(settings, setup.cache.surveyed(dense, pruned, progress))
     supplied = replace(
         needs,
