@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
@@ -317,6 +317,8 @@ def test_clustered_rate_of_answers_that_agree_is_wilsons() -> None:
     assert clustered_rate([0, 1, 1, 0, 1], 1) == wilson(3, 5)
     assert clustered_rate([0, 4, 4, 0, 4], 4) == wilson(3, 5)
     assert clustered_rate([0, 0, 0], 5) == wilson(0, 3)
+    unequal = clustered_rate([2, 0], [2, 1])  # an answer counts as one, however many a prompt has
+    assert (unequal.value, unequal.n, unequal.count) == (pytest.approx(2 / 3), 2, None)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=300))
@@ -361,6 +363,8 @@ def test_clustered_rate_rejects_impossible_counts(
 
 
 @given(*(st.integers(0, 40) for _ in range(4)))
+@example(0, 1, 0, 0)  # an interval that would end beyond 1
+@example(0, 0, 1, 0)
 def test_paired_difference_is_agresti_and_mins(both: int, a: int, b: int, neither: int) -> None:
     """By the table of outcomes, as they write it."""
     if not both + a + b + neither:
