@@ -19,12 +19,14 @@ from regraft.evaluation.metrics import (
     clustered_difference,
     clustered_mean,
     clustered_rate,
+    macro_average,
     paired_difference,
     rsr,
     rsr_interval,
     wilson,
 )
 from regraft.evaluation.pairing import holm, paired_exact
+from regraft.evaluation.results import Estimate
 from regraft.evaluation.similarity import anls, levenshtein
 from truth import mcnemar, paired_rsr
 
@@ -221,6 +223,18 @@ def test_clustered_means_of_similarities_are_resampled_by_prompt() -> None:
     assert clustered_mean(a) == bootstrap_mean(a.mean(axis=0))
     difference = a.mean(axis=0) - b[:2].mean(axis=0)
     assert clustered_difference(a, b[:2]) == bootstrap_mean(difference)
+    right = np.round(b)  # one of the two right or wrong, the other in between
+    difference = a.mean(axis=0) - right.mean(axis=0)
+    assert clustered_difference(a, right) == bootstrap_mean(difference)
+    assert clustered_difference(right, a) == bootstrap_mean(-difference)
+
+
+def test_a_macro_average_adds_up_the_distances_to_the_limits_in_squares() -> None:
+    one, other = Estimate(0.5, 100, 0.2, 0.6), Estimate(0.7, 10, 0.3, 0.94)
+    found = macro_average([one, other])
+    assert (found.value, found.n) == (pytest.approx(0.6), 110)
+    assert (found.low, found.high) == pytest.approx((0.6 - 0.5 / 2, 0.6 + 0.26 / 2))
+    assert macro_average([one]) is one
 
 
 def test_the_interval_of_rsr_covers_a_truth_just_below_0() -> None:
