@@ -300,15 +300,23 @@ def test_the_interval_of_rsr_is_fiellers_where_the_rise_is_small(
         (1, 1, 1): 10, (0, 0, 0): 100 - 10 - gained - lost - more,
     }  # fmt: skip
     rows = [outcomes for outcomes, count in counts.items() for _ in range(count)]
-    added = [*itertools.product((0, 1), repeat=3)]
-    weights = np.array([*([1.0] * len(rows)), *([0.25] * len(added))])
-    dense, pruned, back = np.array([*rows, *added]).T
-    parts, wholes = pruned - back, pruned - dense
-    (a, shared), (_, b) = np.cov(parts, wholes, aweights=weights, ddof=0) / weights.sum()
-    part, whole = (np.average(one, weights=weights) for one in (parts, wholes))
-    z2 = 1.959964**2
-    wanted = np.roots([whole**2 - z2 * b, 2 * (z2 * shared - part * whole), part**2 - z2 * a])
-    assert rsr_interval([rows]) == pytest.approx(sorted(wanted), rel=1e-6)
+    assert rsr_interval([rows]) == pytest.approx(interval_by_roots([rows]), rel=1e-6)
+    strata = [rows, rows[::2]]
+    assert rsr_interval(strata) == pytest.approx(interval_by_roots(strata), rel=1e-6)
+
+
+def interval_by_roots(strata: list[list[tuple[int, ...]]]) -> list[float]:
+    """Of the mean over data sets, which share the prompts that are added."""
+    added, count = [*itertools.product((0, 1), repeat=3)], len(strata)
+    means, moments = np.zeros(2), np.zeros((2, 2))
+    for rows in strata:
+        weights = np.array([*([1.0] * len(rows)), *([0.25 / count] * len(added))])
+        dense, pruned, back = np.array([*rows, *added]).T
+        changes = np.array([pruned - back, pruned - dense])
+        means += np.average(changes, axis=1, weights=weights) / count
+        moments += np.cov(changes, aweights=weights, ddof=0) / weights.sum() / count**2
+    (part, whole), ((a, shared), (_, b)), z2 = means, moments, 1.959964**2
+    return sorted(np.roots([whole**2 - z2 * b, 2 * (z2 * shared - part * whole), part**2 - z2 * a]))
 
 
 def test_rsr_interval_of_several_runs_keeps_the_answers_to_a_prompt_together() -> None:
