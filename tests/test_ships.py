@@ -282,6 +282,13 @@ def test_recall_counts_the_best_heads_that_an_estimate_finds():
     assert recall(torch.tensor([[9.0, 1.0], [math.nan, 5.0]]), exact, 10) == 1
 
 
+def test_an_ablation_counts_as_half_a_pass_and_no_head_is_ablated_twice():
+    screened = HeadSettings(mode="screened", candidates=16)
+    assert HeadSettings().passes(600) == 300
+    assert screened.passes(600) == 600 / 12 + 16 / 2
+    assert screened.passes(6) == 6 / 12 + 6 / 2
+
+
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "many"])
 def test_benchmarks_count_from_one(text):
     assert whole("1") == 1
