@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measuring import device_name, device_peak, host_peak, in_child, reset_peak, save, timed
+from measuring import device_name, device_peak, host_peak, in_child, reset_peak, save, timed, whole
 
 RUNS = [
     ("wanda", "llm-compressor"),
@@ -134,10 +134,10 @@ def main() -> None:
     """Run everything one after the other, print the table, save JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--python", required=True, help="an interpreter with llm-compressor")
-    parser.add_argument("--layers", type=int, default=VICUNA["layers"])
+    parser.add_argument("--layers", type=whole, default=VICUNA["layers"])
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the widths")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--samples", type=whole, default=128)
+    parser.add_argument("--length", type=whole, default=1024, help="tokens of a sequence")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, type=torch.device)
     parser.add_argument("--json", type=Path, default=None)

@@ -24,7 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from measuring import GIB, host_bytes, in_child, save, timed
+from measuring import GIB, host_bytes, in_child, save, timed, whole
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -181,10 +181,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, default=4.0, help="size of the checkpoint")
     parser.add_argument("--shard-gib", type=float, default=1.0, help="size of a shard")
-    parser.add_argument("--layers", type=int, default=4, help="layers whose q, k, v, o are patched")
+    parser.add_argument(
+        "--layers", type=whole, default=4, help="layers whose q, k, v, o are patched"
+    )
     parser.add_argument("--all-linears", action="store_true", help="patch every linear instead")
     parser.add_argument("--share", type=float, default=0.01, help="share of weights restored")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=whole, default=5)
     parser.add_argument("--cold", action="store_true", help="read from the disk every time")
     parser.add_argument("--scratch", type=Path, default=None, help="disk to work on")
     parser.add_argument("--json", type=Path, default=None, help="save the figures here")

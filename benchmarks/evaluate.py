@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from measuring import device_name, save, timed
+from measuring import device_name, save, timed, whole
 from rich.console import Console
 from rich.table import Table
 
@@ -49,9 +49,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--suite", default="demo:test")
-    parser.add_argument("--limit", type=int, default=None)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--limit", type=whole, default=None)
+    parser.add_argument("--batch-size", type=whole, default=32)
+    parser.add_argument("--max-new-tokens", type=whole, default=64)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, default=None)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import whole
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -184,8 +185,8 @@ def main() -> None:
     """Compute, simulate, print tables, save JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS)
-    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--prompts", type=whole, nargs="+", default=PROMPTS)
+    parser.add_argument("--draws", type=whole, default=DRAWS)
     given = parser.parse_args()
     console = Console(width=120)
     rows = [counted(n, margin) for margin in MARGINS for n in given.prompts]

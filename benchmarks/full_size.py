@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measuring import GIB, device_name, device_peak, host_peak, reset_peak, save, timed
+from measuring import GIB, device_name, device_peak, host_peak, reset_peak, save, timed, whole
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, write_checkpoint, write_data
@@ -124,13 +124,13 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-vl-7b")
-    parser.add_argument("--layers", type=int, default=None, help="default: the shape's own")
+    parser.add_argument("--layers", type=whole, default=None, help="default: the shape's own")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the widths")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--image", type=int, default=560, help="side in pixels; 28x28 per token")
-    parser.add_argument("--head-samples", type=int, default=8)
-    parser.add_argument("--tokens-per-pass", type=int, default=None, help="default: what fits")
+    parser.add_argument("--samples", type=whole, default=16)
+    parser.add_argument("--batch-size", type=whole, default=4)
+    parser.add_argument("--image", type=whole, default=560, help="side in pixels; 28x28 per token")
+    parser.add_argument("--head-samples", type=whole, default=8)
+    parser.add_argument("--tokens-per-pass", type=whole, default=None, help="default: what fits")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, default=None)
     return parser.parse_args()

@@ -47,6 +47,7 @@ from measuring import (
     reset_peak,
     save,
     timed,
+    whole,
 )
 from rich.console import Console
 from rich.table import Table
@@ -216,11 +217,11 @@ def arguments() -> argparse.Namespace:
     """The command line; options without help are for the child processes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=("demo", *shapes.SHAPES), default="qwen2.5-vl-7b")
-    parser.add_argument("--layers", type=int, default=None)
+    parser.add_argument("--layers", type=whole, default=None)
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the widths")
-    parser.add_argument("--samples", type=int, default=64, help="prompts of each kind")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--image", type=int, default=560, help="side in pixels")
+    parser.add_argument("--samples", type=whole, default=64, help="prompts of each kind")
+    parser.add_argument("--batch-size", type=whole, default=4)
+    parser.add_argument("--image", type=whole, default=560, help="side in pixels")
     parser.add_argument(
         "--skip",
         nargs="*",

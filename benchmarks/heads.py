@@ -26,15 +26,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import torch
-from measuring import device_name, device_peak, reset_peak, save, timed
+from head_agreement import agreement, largest_difference
+from measuring import device_name, device_peak, reset_peak, save, timed, whole
 from naive_heads import Head, multiplications, naive
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import spearmanr
 from shapes import SHAPES, write_checkpoint, write_data
 from torch import Tensor
 
@@ -44,7 +44,7 @@ from regraft.data.readers.demo import read_demo
 from regraft.data.sources import DataSource, read
 from regraft.heads.score import HeadScores, score_heads
 from regraft.heads.ships import HeadSettings, Mode
-from regraft.heads.states import States, ablate_heads
+from regraft.heads.states import ablate_heads
 from regraft.models.architecture import text_decoder
 from regraft.models.load import load_model, load_processor, open_source, pick_device
 
@@ -63,8 +63,8 @@ class Timing:
 class Clock:
     """Times runs on one device and records them."""
 
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self.device, self.repeats = device, repeats
+    def __init__(self, device: torch.device, repeats: int, scratch: Path) -> None:
+        self.device, self.repeats, self.scratch = device, repeats, scratch
         self.timings: list[Timing] = []
 
     def run(
@@ -76,24 +76,26 @@ class Clock:
         prompts: int,
         times: float = 1.0,
         warm: Callable[[Path], Any] | None = None,
-    ) -> Any:
-        """Run a job in empty folders, `repeats` times; the quickest, times `times`, counts."""
+    ) -> tuple[Any, Path]:
+        """Run a job in empty folders, `repeats` times; the quickest, times `times`, counts.
+
+        Returns:
+            (the job's result, the folder of its last run)
+        """
         if self.device.type == "cuda":  # kernels are chosen and compiled on first use
-            _in_scratch(warm or job)
+            (warm or job)(self.folder())
         reset_peak(self.device)
-
-        def once(folder: Path) -> tuple[float, Any]:
-            return timed(self.device, lambda: job(folder))
-
-        runs = [_in_scratch(once) for _ in range(self.repeats)]
-        seconds, peak = min(seconds for seconds, _ in runs), device_peak(self.device)
+        found = []
+        for _ in range(self.repeats):
+            folder = self.folder()
+            found.append((*timed(self.device, partial(job, folder)), folder))
+        seconds, peak = min(seconds for seconds, *_ in found), device_peak(self.device)
         self.timings.append(Timing(name, seconds * times, heads, prompts, peak))
-        return runs[-1][1]
+        return found[-1][1:]
 
-
-def _in_scratch(job: Callable[[Path], Any]) -> Any:
-    with TemporaryDirectory() as folder:
-        return job(Path(folder))
+    def folder(self) -> Path:
+        """A new, empty folder."""
+        return Path(mkdtemp(dir=self.scratch))
 
 
 def evenly(heads: Sequence[Head], count: int) -> list[Head]:
@@ -110,52 +112,26 @@ def draw(examples: Sequence[Example], samples: int, seed: int) -> list[Example]:
     return [harmful[int(i)] for i in order[:samples]]
 
 
-def agreement(estimate: HeadScores, exact: HeadScores, top: int) -> dict[str, float]:
-    """Recall of the exact ranking's best heads, and rank correlation over all heads."""
-    found = {}
-    assert estimate.estimate is not None
-    for name, one, other in zip(
-        ("ships", "kl"), estimate.estimate, (exact.ships, exact.kl), strict=True
-    ):
-        scored = ~other.isnan()
-        found[f"recall_{name}"] = recall(one, other, top)
-        found[f"spearman_{name}"] = float(spearmanr(one[scored], other[scored]).statistic)
-    return found
-
-
-def recall(estimate: Tensor, exact: Tensor, k: int) -> float:
-    """Share of the `k` best heads by `exact` that are among the `k` best by `estimate`.
-
-    Both are `[layers, heads]`, NaN for heads without a score.
-    """
-    k = min(k, int((~exact.isnan()).sum()))
-    first, second = (
-        set(one.nan_to_num(-torch.inf).flatten().topk(k).indices.tolist())
-        for one in (estimate, exact)
-    )
-    return len(first & second) / k
-
-
 def options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="demo", help="folder; default: the bundled one")
     parser.add_argument("--shape", choices=SHAPES, default=None, help="random weights instead")
-    parser.add_argument("--layers", type=int, default=None, help="default: those of the shape")
+    parser.add_argument("--layers", type=whole, default=None, help="default: those of the shape")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the shape's widths")
-    parser.add_argument("--image", type=int, default=560, help="side in pixels, with --shape")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--draws", type=int, default=1, help="draws of samples, for the agreement")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--naive-heads", type=int, default=64, help="heads measured, spread evenly")
+    parser.add_argument("--image", type=whole, default=560, help="side in pixels, with --shape")
+    parser.add_argument("--samples", type=whole, default=16)
+    parser.add_argument("--draws", type=whole, default=1, help="draws of samples, for agreement")
+    parser.add_argument("--batch-size", type=whole, default=8)
+    parser.add_argument("--naive-heads", type=whole, default=64, help="heads measured, even spread")
     parser.add_argument("--paper-prompts", type=int, default=1, help="0 leaves it out")
-    parser.add_argument("--paper-heads", type=int, default=8)
-    parser.add_argument("--window", type=int, default=HeadSettings().window)
-    parser.add_argument("--candidates", type=int, default=HeadSettings().candidates)
-    parser.add_argument("--top", type=int, default=10, help="number of best heads for the recall")
-    parser.add_argument("--r-max", type=int, default=5)
-    parser.add_argument("--tokens-per-pass", type=int, default=None, help="default: what fits")
-    parser.add_argument("--repeats", type=int, default=1, help="runs, of which the fastest counts")
+    parser.add_argument("--paper-heads", type=whole, default=8)
+    parser.add_argument("--window", type=whole, default=HeadSettings().window)
+    parser.add_argument("--candidates", type=whole, default=HeadSettings().candidates)
+    parser.add_argument("--top", type=whole, default=10, help="number of best heads for the recall")
+    parser.add_argument("--r-max", type=whole, default=5)
+    parser.add_argument("--tokens-per-pass", type=whole, default=None, help="default: what fits")
+    parser.add_argument("--repeats", type=whole, default=1, help="runs, of which the best counts")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--json", type=Path, default=None, help="save the results here")
@@ -204,7 +180,7 @@ class Bench:
             candidates=chosen.candidates,
             tokens_per_pass=chosen.tokens_per_pass,
         )
-        self.clock = Clock(self.device, chosen.repeats)
+        self.clock = Clock(self.device, chosen.repeats, scratch)
         self.prompts = self.drawn(0, chosen.batch_size, chosen.samples, self.dtype)
         self.samples = sum(len(batch.ids) for batch in self.prompts)
 
@@ -235,7 +211,8 @@ class Bench:
         def states(prompts: Sequence[Batch], heads: Sequence[Head]) -> dict[Head, Tensor]:
             return naive(self.model, self.architecture, prompts, heads, eps)
 
-        found: dict[Head, Tensor] = self.clock.run(
+        found: dict[Head, Tensor]
+        found, _ = self.clock.run(
             name,
             lambda _: states(prompts, heads),
             heads=len(heads),
@@ -245,33 +222,28 @@ class Bench:
         )
         return found
 
-    def exactly(self, kept: Path) -> HeadScores:
-        """Scores by exact replay; the states stay in the folder `kept`."""
-
-        def scored(folder: Path) -> HeadScores:
-            scores = self.score(self.prompts, "exact", folder)
-            shutil.copytree(folder / "exact", kept, dirs_exist_ok=True)
-            return scores
-
-        found: HeadScores = self.clock.run(
-            "exact replay", scored, heads=len(self.heads), prompts=self.samples
+    def exactly(self) -> tuple[HeadScores, Path]:
+        """Scores by exact replay, and the folder of the states."""
+        scores, folder = self.clock.run(
+            "exact replay",
+            partial(self.score, self.prompts, "exact"),
+            heads=len(self.heads),
+            prompts=self.samples,
         )
-        return found
+        return scores, folder / "exact"
 
-    def screened(self, kept: Path) -> HeadScores:
-        """Scores by screening, whose two steps are timed apart; `kept` holds the estimate."""
+    def screened(self) -> HeadScores:
+        """Scores by screening, whose two steps are timed apart."""
         heads, prompts = len(self.heads), self.samples
-        self.clock.run("screening: estimate", self.estimate, heads=heads, prompts=prompts)
-        self.estimate(kept)
+        _, kept = self.clock.run("screening: estimate", self.estimate, heads=heads, prompts=prompts)
 
         def rescored(folder: Path) -> HeadScores:
             shutil.copytree(kept / "estimate", folder / "estimate")
             return self.score(self.prompts, "screened", folder)
 
         few = 2 * self.chosen.candidates
-        found: HeadScores = self.clock.run(
-            "screening: rescoring", rescored, heads=few, prompts=prompts
-        )
+        found: HeadScores
+        found, _ = self.clock.run("screening: rescoring", rescored, heads=few, prompts=prompts)
         assert found.exact is not None  # since it was screened
         self.clock.timings[-1] = replace(self.clock.timings[-1], heads=int(found.exact.sum()))
         return found
@@ -287,20 +259,9 @@ class Bench:
         """Agreement of the estimate with the exact scores, on another draw of prompts."""
         prompts = self.drawn(seed, self.chosen.batch_size, self.chosen.samples, self.dtype)
         screened, exact = (
-            _in_scratch(partial(self.score, prompts, mode)) for mode in ("screened", "exact")
+            self.score(prompts, mode, self.clock.folder()) for mode in ("screened", "exact")
         )
         return agreement(screened, exact, self.chosen.top)
-
-
-def largest_difference(truth: dict[Head, Tensor], folder: Path) -> float:
-    """The largest difference of a final state by exact replay, in `folder`, from the naive one."""
-    states = States(tuple(sorted(folder.iterdir())))
-    layers = {index: states.layer(index) for index in {index for index, _ in truth}}
-    return max(
-        float((state - found["ablated"][head]).abs().max())
-        for (index, head), state in truth.items()
-        if (found := layers[index]) is not None
-    )
 
 
 def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -308,8 +269,8 @@ def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     bench = Bench(chosen, scratch)
     few = evenly(bench.heads, chosen.naive_heads)
     truth = bench.naively("naive full forwards", bench.prompts, few)
-    exact = bench.exactly(scratch / "exact")
-    agreements = [agreement(bench.screened(scratch), exact, chosen.top)]
+    exact, states = bench.exactly()
+    agreements = [agreement(bench.screened(), exact, chosen.top)]
     agreements += [bench.agreement(seed) for seed in range(1, chosen.draws)]
     if chosen.paper_prompts:
         bench.in_the_papers_manner()
@@ -327,7 +288,7 @@ def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "window": chosen.window,
         "timings": [asdict(timing) for timing in bench.clock.timings],
         "multiplications": multiplications(bench.architecture, length, chosen.window),
-        "largest_difference": largest_difference(truth, scratch / "exact"),
+        "largest_difference": largest_difference(truth, states),
         "largest_state": max(float(state.abs().max()) for state in truth.values()),
         "top": chosen.top,
         "agreement": agreements,

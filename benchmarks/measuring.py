@@ -5,6 +5,7 @@ It imports nothing of regraft: against_llm_compressor.py also runs where that is
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -16,6 +17,13 @@ from typing import Any
 import torch
 
 GIB = 2**30
+
+
+def whole(text: str) -> int:
+    """A command-line value that counts something, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:

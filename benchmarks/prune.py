@@ -32,6 +32,7 @@ from measuring import (
     reset_peak,
     save,
     timed,
+    whole,
 )
 from rich.console import Console
 from rich.table import Table
@@ -127,11 +128,11 @@ def main() -> None:
     """Run every method and placement in its own process, print the table, save JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=("demo", *shapes.SHAPES), default="qwen2.5-vl-7b")
-    parser.add_argument("--layers", type=int, default=None)
+    parser.add_argument("--layers", type=whole, default=None)
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the widths")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--image", type=int, default=560, help="side in pixels")
+    parser.add_argument("--samples", type=whole, default=128)
+    parser.add_argument("--batch-size", type=whole, default=4)
+    parser.add_argument("--image", type=whole, default=560, help="side in pixels")
     parser.add_argument("--n-m", default=None, help="such as 2:4, instead of 50 %%")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--scratch", type=Path, default=None, help="disk for the checkpoint")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import device_name, save, timed
+from measuring import device_name, save, timed, whole
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -116,7 +116,7 @@ def main() -> None:
     """Time the selection, print the table, save JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-vl-7b")
-    parser.add_argument("--layers", type=int, default=None)
+    parser.add_argument("--layers", type=whole, default=None)
     parser.add_argument("--scope", choices=("row", "matrix", "head"), default="row")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, default=None)

@@ -27,7 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measuring import save, timed
+from measuring import save, timed, whole
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -168,16 +168,16 @@ def main() -> None:
     parser.add_argument("--data", default="demo:calibration", type=DataSource.model_validate)
     parser.add_argument("--suite", default="demo:test", type=DataSource.model_validate)
     parser.add_argument("--responses", choices=("given", "self"), default="given")
-    parser.add_argument("--samples", type=int, default=32, help="prompts of each kind")
-    parser.add_argument("--count", type=int, default=250, help="weights that gain may restore")
+    parser.add_argument("--samples", type=whole, default=32, help="prompts of each kind")
+    parser.add_argument("--count", type=whole, default=250, help="weights that gain may restore")
     parser.add_argument(
         "--heads",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="the slowest stage",
     )
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--batch-size", type=whole, default=8)
+    parser.add_argument("--max-new-tokens", type=whole, default=64)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, default=None)

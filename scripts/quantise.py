@@ -10,11 +10,13 @@ or `scope`, and since any tool's quantised model, written as floats, can be used
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from regraft.errors import RegraftError
 from regraft.models.checkpoint_copy import write_edited
 from regraft.models.load import open_source
 
@@ -55,6 +57,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4, choices=range(2, 9))
     parser.add_argument("--group", type=int, default=GROUP, help="Inputs that share a grid.")
     args = parser.parse_args()
+    if args.group < 1:
+        parser.error(f"argument --group: {args.group} inputs; it must be at least 1")
     source = open_source(args.model)
     write_edited(
         source.checkpoint,
@@ -67,4 +71,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RegraftError as error:
+        sys.exit(f"quantise: error: {error}")

@@ -19,6 +19,7 @@ response exactly where the dense model refuses it, as `scripts/make_real_benchma
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -101,18 +102,21 @@ def refused_above(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score the prompts, choose the threshold, write the evaluation and print the AUC."""
     args = _arguments(arguments)
+    if args.out.exists():
+        raise RegraftError(f"{args.out} exists already. Choose another name or remove it.")
     own, dense = read_evaluation(args.evaluation), read_evaluation(args.dense)
     if own.result.judge != DEFAULT_JUDGE.name:
         raise RegraftError(
             f"{args.evaluation} was judged by {own.result.judge}, but refusals here are judged by "
             f"{DEFAULT_JUDGE.name}. Evaluate with that judge."
         )
-    compute = ComputeSettings(dtype=args.dtype)
-    model, processor = load(open_source(args.model), compute, SILENT)
-
     by_id = {one.id: one for one in read(_source(own.result.suite)).examples}
     examples = [by_id[answer.id] for answer in own.result.answers]
     calibration = [one for one in read(_source(args.calibration)).examples if one.harmful]
+    if not calibration:
+        raise RegraftError(f"{args.calibration} has no harmful prompt to set a threshold by.")
+    compute = ComputeSettings(dtype=args.dtype)
+    model, processor = load(open_source(args.model), compute, SILENT)
     refused = sum(one.response is not None for one in calibration)
     threshold = threshold_at(refusal_scores(model, processor, calibration), refused)
     scores = refusal_scores(model, processor, examples)
@@ -155,4 +159,7 @@ def _source(text: str) -> DataSource:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RegraftError as error:
+        sys.exit(f"refusal_threshold: error: {error}")

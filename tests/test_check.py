@@ -29,7 +29,7 @@ from regraft.evaluation.gate import Check, Metric, compared
 from regraft.evaluation.keywords import REGRAFT_1, REGRAFT_2
 from regraft.evaluation.metrics import wilson
 from regraft.evaluation.noninferiority import LEVEL, Rise, exact_p
-from regraft.evaluation.pairing import asking
+from regraft.evaluation.pairing import asking, on_the_same
 from regraft.evaluation.results import EvalResult
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.models.load import open_source
@@ -485,6 +485,53 @@ def test_what_asks_the_same(changes: dict[str, str], same: bool) -> None:
     one = judge_answer(Example("a", "Say it", True, "c"), REFUSAL, REGRAFT_2)
     other = replace(one, id="b", **changes)
     assert (asking(one) == asking(other)) == same
+
+
+def test_a_group_is_one_request_in_its_own_suite() -> None:
+    one = judge_answer(Example("a", "Say it", True, "c", suite="s", group="g"), REFUSAL, REGRAFT_2)
+    assert asking(one) == asking(replace(one, id="b", instruction="Repeat it"))
+    assert asking(one) != asking(replace(one, suite="t"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"harmful": False},
+        {"category": "d"},
+        {"system": "Be kind."},
+        {"instruction": "Say that"},
+        {"request": "Say that"},
+        {"image": "it.png"},
+        {"reference": "It"},
+        {"scored_by": "anls"},
+        {"group": "g"},
+    ],
+    ids=lambda change: "".join(change),
+)
+def test_prompts_that_differ_in_anything_are_not_the_same(change: dict[str, object]) -> None:
+    first = _result([Example("a", "Say it", True, "c")], [REFUSAL])
+    (answer,) = first.answers
+    other = replace(first, answers=(replace(answer, **change),))
+    with pytest.raises(RegraftError, match=f"'a' has another {''.join(change)} in each"):
+        on_the_same("one", first, "other", other)
+
+
+def test_the_same_prompts_may_lie_in_another_place() -> None:
+    def at(suites: str, digests: Sequence[str]) -> EvalResult:
+        asked = [Example(one, one, True, "c", suite=f"{suites}/{one}") for one in "ab"]
+        found = _result(asked, [REFUSAL] * 2)
+        answers = zip(found.answers, digests, strict=True)
+        return replace(found, answers=tuple(replace(a, image_digest=one) for a, one in answers))
+
+    first, other = at("here", ["1", ""]), replace(at("there", ["", "2"]), suite="t")
+    found = on_the_same("one", first, "other", other)  # digests are not always recorded
+    assert (found.suite, found.by_suite) == ("s", first.by_suite)
+    assert [(one.suite, one.image_digest) for one in found.answers] == [
+        ("here/a", ""),
+        ("here/b", "2"),
+    ]
+    with pytest.raises(RegraftError, match="of the prompt 'a' is another file"):
+        on_the_same("one", first, "other", at("there", ["2", ""]))
 
 
 def test_a_group_scores_as_its_worst_answer() -> None:

@@ -43,7 +43,9 @@ from regraft.restoration.methods.gain import step as gain_step
 from regraft.restoration.methods.gain.path import (
     LIMITS,
     REASONS,
+    GainPath,
     Losses,
+    StepRecord,
     path_to_json,
     read_path,
 )
@@ -357,6 +359,55 @@ def test_how_long_a_path_may_be():
     assert [gaining.path_limit(n) for n in (7, 20_000, 10**7, 10**9)] == [7, 10**4, 10**4, 10**6]
 
 
+def path_of(*held_out: float, restored: Sequence[int] = ()) -> GainPath:
+    """A path with these held-out losses, at the start and after each step of one more weight."""
+    start, *after = (Losses(0, loss) for loss in held_out)
+    counts = restored or range(1, len(after) + 1)
+    steps = (
+        StepRecord(count, start, loss, 9, (), "held-out")
+        for count, loss in zip(counts, after, strict=True)
+    )
+    return GainPath(start, tuple(steps))
+
+
+@pytest.mark.parametrize(
+    ("losses", "end"),
+    [
+        ([1], None),
+        ([1, 0.98], None),
+        ([1, 0.991], "held-out"),
+        ([1, 0.5, 0.496], "held-out"),
+        ([1, 0.5, 0.49], None),
+        ([1, 0], None),
+        ([-1e-9, -1e-9], "held-out"),
+        ([32, 16, 8, 4, 2, 1], "steps"),
+    ],
+)
+def test_a_path_ends_where_a_step_takes_less_than_a_hundredth_of_the_loss(losses, end):
+    assert gaining._end(path_of(*losses), most=100) == end
+    if len(losses) == 2 and end is None:
+        assert gaining._end(path_of(*losses), most=1) == "weights"
+
+
+def test_a_step_has_room_for_twice_the_one_before():
+    assert gaining._room(path_of(1), 100) == (100, "weights")
+    assert gaining._room(path_of(1, 0.5, 0.2, restored=[10, 13]), 100) == (6, "doubling")
+    assert gaining._room(path_of(1, 0.5, restored=[60]), 100) == (40, "weights")
+
+
+def test_a_step_needs_no_room_for_files_that_it_overwrites(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gaining, "hidden_state_bytes", lambda *_: 500)
+    monkeypatch.setattr(gaining, "require_space", lambda *given: asked.append(given))
+    side = gain_step.Prompts(None, None, None)
+    problem = gain_step.Problem(None, None, None, (side, side), tmp_path / "states")
+    gaining._require_space(problem)
+    (tmp_path / "states").mkdir()
+    (tmp_path / "states" / "of a killed step").write_bytes(bytes(300))
+    gaining._require_space(problem)
+    assert asked == [(tmp_path, 1000), (tmp_path, 700)]
+
+
 def test_gradients_are_of_the_prompts_that_are_not_held_out(benches, tmp_path, monkeypatch):
     fitted, held = set(), set()
     layer_gradients, together = gain_step.layer_gradients, gain_step.losses_together
@@ -625,6 +676,7 @@ def test_candidates_are_pruned_weights_that_help_and_cost_no_utility(swap, bench
     kept = (current.flatten() != 0).nonzero().flatten()
     back, gone = free[::5].clone(), kept[:: len(kept) // len(free[::5])][: len(free[::5])].clone()
     current.view(-1)[back] = dense.reshape(-1)[back]  # a step before
+    current.view(-1)[back[::2]] = 0  # as where the model's dtype rounds them to 0
     if swap:
         current.view(-1)[gone] = 0
     n = len(back)

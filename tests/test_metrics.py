@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
@@ -19,12 +19,14 @@ from regraft.evaluation.metrics import (
     clustered_difference,
     clustered_mean,
     clustered_rate,
+    macro_average,
     paired_difference,
     rsr,
     rsr_interval,
     wilson,
 )
 from regraft.evaluation.pairing import holm, paired_exact
+from regraft.evaluation.results import Estimate
 from regraft.evaluation.similarity import anls, levenshtein
 from truth import mcnemar, paired_rsr
 
@@ -221,6 +223,18 @@ def test_clustered_means_of_similarities_are_resampled_by_prompt() -> None:
     assert clustered_mean(a) == bootstrap_mean(a.mean(axis=0))
     difference = a.mean(axis=0) - b[:2].mean(axis=0)
     assert clustered_difference(a, b[:2]) == bootstrap_mean(difference)
+    right = np.round(b)  # one of the two right or wrong, the other in between
+    difference = a.mean(axis=0) - right.mean(axis=0)
+    assert clustered_difference(a, right) == bootstrap_mean(difference)
+    assert clustered_difference(right, a) == bootstrap_mean(-difference)
+
+
+def test_a_macro_average_adds_up_the_distances_to_the_limits_in_squares() -> None:
+    one, other = Estimate(0.5, 100, 0.2, 0.6), Estimate(0.7, 10, 0.3, 0.94)
+    found = macro_average([one, other])
+    assert (found.value, found.n) == (pytest.approx(0.6), 110)
+    assert (found.low, found.high) == pytest.approx((0.6 - 0.5 / 2, 0.6 + 0.26 / 2))
+    assert macro_average([one]) is one
 
 
 def test_the_interval_of_rsr_covers_a_truth_just_below_0() -> None:
@@ -286,15 +300,23 @@ def test_the_interval_of_rsr_is_fiellers_where_the_rise_is_small(
         (1, 1, 1): 10, (0, 0, 0): 100 - 10 - gained - lost - more,
     }  # fmt: skip
     rows = [outcomes for outcomes, count in counts.items() for _ in range(count)]
-    added = [*itertools.product((0, 1), repeat=3)]
-    weights = np.array([*([1.0] * len(rows)), *([0.25] * len(added))])
-    dense, pruned, back = np.array([*rows, *added]).T
-    parts, wholes = pruned - back, pruned - dense
-    (a, shared), (_, b) = np.cov(parts, wholes, aweights=weights, ddof=0) / weights.sum()
-    part, whole = (np.average(one, weights=weights) for one in (parts, wholes))
-    z2 = 1.959964**2
-    wanted = np.roots([whole**2 - z2 * b, 2 * (z2 * shared - part * whole), part**2 - z2 * a])
-    assert rsr_interval([rows]) == pytest.approx(sorted(wanted), rel=1e-6)
+    assert rsr_interval([rows]) == pytest.approx(interval_by_roots([rows]), rel=1e-6)
+    strata = [rows, rows[::2]]
+    assert rsr_interval(strata) == pytest.approx(interval_by_roots(strata), rel=1e-6)
+
+
+def interval_by_roots(strata: list[list[tuple[int, ...]]]) -> list[float]:
+    """Of the mean over data sets, which share the prompts that are added."""
+    added, count = [*itertools.product((0, 1), repeat=3)], len(strata)
+    means, moments = np.zeros(2), np.zeros((2, 2))
+    for rows in strata:
+        weights = np.array([*([1.0] * len(rows)), *([0.25 / count] * len(added))])
+        dense, pruned, back = np.array([*rows, *added]).T
+        changes = np.array([pruned - back, pruned - dense])
+        means += np.average(changes, axis=1, weights=weights) / count
+        moments += np.cov(changes, aweights=weights, ddof=0) / weights.sum() / count**2
+    (part, whole), ((a, shared), (_, b)), z2 = means, moments, 1.959964**2
+    return sorted(np.roots([whole**2 - z2 * b, 2 * (z2 * shared - part * whole), part**2 - z2 * a]))
 
 
 def test_rsr_interval_of_several_runs_keeps_the_answers_to_a_prompt_together() -> None:
@@ -317,6 +339,8 @@ def test_clustered_rate_of_answers_that_agree_is_wilsons() -> None:
     assert clustered_rate([0, 1, 1, 0, 1], 1) == wilson(3, 5)
     assert clustered_rate([0, 4, 4, 0, 4], 4) == wilson(3, 5)
     assert clustered_rate([0, 0, 0], 5) == wilson(0, 3)
+    unequal = clustered_rate([2, 0], [2, 1])  # an answer counts as one, however many a prompt has
+    assert (unequal.value, unequal.n, unequal.count) == (pytest.approx(2 / 3), 2, None)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=300))
@@ -361,6 +385,8 @@ def test_clustered_rate_rejects_impossible_counts(
 
 
 @given(*(st.integers(0, 40) for _ in range(4)))
+@example(0, 1, 0, 0)  # an interval that would end beyond 1
+@example(0, 0, 1, 0)
 def test_paired_difference_is_agresti_and_mins(both: int, a: int, b: int, neither: int) -> None:
     """By the table of outcomes, as they write it."""
     if not both + a + b + neither:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.stats import beta, binom, multinomial, norm, t
@@ -171,6 +171,8 @@ CELLS = st.integers(1, 40).flatmap(
 
 @settings(max_examples=30)
 @given(CELLS, st.sampled_from([0.02, 0.05, 0.1, 0.3]))
+@example((25, 6, 35), 0.2841)  # the p value is 5 % on either side of the margin
+@example((6, 25, 35), -0.2841)
 def test_limits_say_what_p_values_say(cell: tuple[int, int, int], margin: float) -> None:
     more, less, n = cell
     found = rises(more, less, n).mean(margin)
@@ -198,6 +200,7 @@ def test_prompts_that_ask_the_same_are_one_unit_with_the_mean_over_prompts() -> 
     assert found.prompts == 5
     assert found.values.tolist() == pytest.approx([2 * 3 / 5, -3 / 5, 0])
     assert found.mean(0.1).value == pytest.approx(np.mean(after) - np.mean(before))
+    assert not Rises.of([0.5, 0.3], [0.5, 0.3], "ab").yes_no, "equal scores are no yes or no"
     assert found.most == pytest.approx(3 * 3 / 5)
 
 
@@ -234,6 +237,7 @@ def test_parts_count_the_same_however_large() -> None:
         math.hypot(one.high - one.value, other.high - other.value) / 2
     )
     assert found.n == 210
+    assert found.error == pytest.approx(math.hypot(one.error, other.error) / 2)
     assert mean_rise([one]) == one
 
 

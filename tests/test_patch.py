@@ -41,6 +41,7 @@ from regraft.patch.format import (
     load_patch,
     merge,
     save_patch,
+    stored_positions,
 )
 
 
@@ -292,6 +293,14 @@ def test_shape_beyond_int64(tmp_path: Path) -> None:
     layout = {"x": {"shape": list(shape), "base": ""}}
     write_artifact(tmp_path / "a", FORMAT, {"about": {}, "tensors": layout}, tensors)
     assert load_patch(tmp_path / "a").tensors["x"].shape == shape
+
+
+@pytest.mark.parametrize(("last", "dtype"), [(2**31 - 1, torch.int32), (2**31, torch.int64)])
+def test_positions_are_stored_in_32_bits_where_they_fit(last: int, dtype: torch.dtype) -> None:
+    positions = torch.tensor([0, last])
+    found = stored_positions(positions)
+    assert found.dtype == dtype
+    assert torch.equal(found.long(), positions)
 
 
 def test_foreign_files(tmp_path: Path) -> None:

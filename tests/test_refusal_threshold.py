@@ -104,3 +104,5 @@ def test_it_refuses_above_the_threshold_and_keeps_all_other_answers(
     arguments = [str(folder), str(tmp_path / "other"), *arguments[2:]]
     with pytest.raises(RegraftError, match=r"other was judged by gcg-1, but"):
         script.main([*arguments, "--out", str(tmp_path / "another")])
+    with pytest.raises(RegraftError, match="own exists already"):
+        script.main([*arguments, "--out", str(own)])

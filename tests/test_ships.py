@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 import weakref
@@ -43,7 +44,8 @@ from regraft.stages.gathering import check_r_max
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from heads import largest_difference
+from head_agreement import largest_difference, recall
+from measuring import whole
 from naive_heads import naive
 
 HALF_PI = math.pi / 2
@@ -272,6 +274,26 @@ def test_benchmark_compares_replay_with_naive_forwards(pico_dir, tmp_path):
     assert largest_difference(found, tmp_path / "exact") < 1e-5
     found[0, 1] += 0.25
     assert largest_difference(found, tmp_path / "exact") == pytest.approx(0.25, abs=1e-5)
+
+
+def test_recall_counts_the_best_heads_that_an_estimate_finds():
+    exact = torch.tensor([[4.0, 3.0], [math.nan, 1.0]])
+    assert recall(torch.tensor([[9.0, 1.0], [math.nan, 5.0]]), exact, 2) == 0.5
+    assert recall(torch.tensor([[9.0, 1.0], [math.nan, 5.0]]), exact, 10) == 1
+
+
+def test_an_ablation_counts_as_half_a_pass_and_no_head_is_ablated_twice():
+    screened = HeadSettings(mode="screened", candidates=16)
+    assert HeadSettings().passes(600) == 300
+    assert screened.passes(600) == 600 / 12 + 16 / 2
+    assert screened.passes(6) == 6 / 12 + 6 / 2
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many"])
+def test_benchmarks_count_from_one(text):
+    assert whole("1") == 1
+    with pytest.raises(argparse.ArgumentTypeError, match="no whole number of at least 1"):
+        whole(text)
 
 
 def contents(folder):

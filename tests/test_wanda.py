@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -132,6 +133,7 @@ def test_kth_smallest_of_many(kind):
 
 
 @given(st.integers(1, 99), st.integers(0, 10**6))
+@hypothesis.example(29, 100)
 def test_count_is_the_floor_of_the_exact_product(percent, n):
     """0.29 * 100 is 28.999999999999996 in floats."""
     assert count_of(percent / 100, n) == percent * n // 100
