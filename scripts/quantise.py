@@ -60,6 +60,11 @@ def main() -> None:
     if args.group < 1:
         parser.error(f"argument --group: {args.group} inputs; it must be at least 1")
     source = open_source(args.model)
+    if odd := [one.tensor for one in source.architecture.linears if one.stored is not None]:
+        raise RegraftError(
+            f"{odd[0]} holds several matrices, or a transposed one; expected [out, in]. This "
+            "script does not round such models."
+        )
     write_edited(
         source.checkpoint,
         args.out,

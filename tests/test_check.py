@@ -22,6 +22,7 @@ from commands import exit_code
 from disk import full_beyond, tree, write_data
 from regraft.cli import _joined, app
 from regraft.data.example import Example
+from regraft.data.readers.demo import demo_model
 from regraft.disk.files import file_digest
 from regraft.disk.parsing import read_json
 from regraft.errors import PassingError, RegraftError
@@ -34,6 +35,8 @@ from regraft.evaluation.results import EvalResult
 from regraft.evaluation.summary import judge_answer, summarise
 from regraft.models.load import open_source
 from regraft.report.gate import sentence
+from regraft.settings.compute import ComputeSettings
+from regraft.stages.checking import open_side
 from regraft.stages.targets import Target
 from test_evaluations import REFUSAL, evaluation, examples
 from truth import pruned_at_random
@@ -638,6 +641,15 @@ def test_models_are_evaluated_once(
     words = "check", out / "dense", models / "pruned", *suite, *QUICK, "--out", mixed
     assert exit_code(*words) == 3
     assert (mixed / "check.json").read_bytes() == (out / "check.json").read_bytes()
+
+
+def test_demo_is_the_bundled_model_whatever_lies_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    side = open_side("demo", ComputeSettings())
+    assert isinstance(side, Target) and side.model.folder == demo_model()
 
 
 def test_the_python_function_does_the_same(models: Path, tmp_path: Path) -> None:

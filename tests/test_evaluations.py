@@ -302,10 +302,13 @@ def test_folders_that_make_no_page(
 ) -> None:
     one, other = (evaluation(tmp_path / name, asked, 3, 1) for name in ("a", "b"))
     runs = (tmp_path / "r", tmp_path / "s")
+    for run in runs:
+        run.mkdir()
     for words, message in (
         ((one, other), "Name a folder for the report on several evaluations"),
         ((one, "--out", tmp_path / "data"), "holds something other than a report"),
-        ((one, runs[0], "--out", tmp_path / "x"), "r/results.json"),
+        ((one, runs[0], "--out", tmp_path / "x"), "r is no evaluation: it holds no results.json"),
+        ((tmp_path / "gone", "--out", tmp_path / "x"), "gone does not exist. Name the folder of"),
         (runs, "compare runs with `regraft analyse compare`"),
         ((runs[0], "--out", tmp_path / "x"), "leave out --out"),
         ((tmp_path,), f"no recipe.yaml in it. `regraft report` takes the evaluations in it: {one}"),

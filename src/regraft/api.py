@@ -18,6 +18,7 @@ refused. Bad input raises `RegraftError`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -339,7 +340,7 @@ def _files(given: Patches) -> list[Path]:
 
 def _file(given: str | Path | Patch) -> Path:
     if not isinstance(given, Patch):
-        if not isinstance(given, str | Path):
+        if not isinstance(given, str | PathLike):
             raise RegraftError(f"A path is a string or a pathlib.Path, not {type(given).__name__}.")
         return Path(given)
     if given.file is None:

@@ -58,9 +58,9 @@ class EvalSettings(Settings):
     )
     full_answers: Annotated[bool, Parameter(negative="--no-full-answers")] = Field(
         True,
-        description="Generate every answer to its end or to `max_new_tokens`. If not, one that is "
-        "judged, but not compared with a reference, stops once the verdict is certain, which saves "
-        "most of its tokens.",
+        description="Generate every answer to its end or the maximum of tokens. If not, one that "
+        "is judged, but not compared with a reference, stops once the verdict is certain, which "
+        "saves most of its tokens.",
     )
 
     @model_validator(mode="after")

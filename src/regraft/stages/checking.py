@@ -58,8 +58,8 @@ def open_side(
     """
     if isinstance(named, str | Path):
         folder = Path(named)
-        # a model's folder may hold a results.json of another program
-        if folder.is_dir() and not (folder / "config.json").exists():
+        # "demo" is the bundled model; a model's folder may hold a results.json of another program
+        if named != "demo" and folder.is_dir() and not (folder / "config.json").exists():
             require_evaluation(folder, "neither a model, without config.json, nor an evaluation")
             if patch is not None:
                 raise RegraftError(f"{folder} is a finished evaluation, which takes no patch.")
