@@ -440,7 +440,7 @@ def test_a_run_with_defences(source: Source, data: DataSource, tmp_path: Path) -
     assert roles == ["dense", "pruned", "method", "method", "method"]
     for variant in report.variants[3:]:
         assert variant.inference_time
-        assert (variant.restored, variant.base) == (0, "pruned")
+        assert (variant.restored, variant.base) == (None, "pruned")
         assert variant.label.endswith("at inference)")
         assert variant.sparsity == report.variants[1].sparsity
     assert not any(variant.inference_time for variant in report.variants[:3])

@@ -130,7 +130,7 @@ def test_a_refusal_in_a_loop_is_a_refusal_and_told() -> None:
     assert result.degenerate == {"harmful": 1, "harmful refusals": 1, "harmless refusals": 1}
     assert degenerate(result) == (
         "1 of 4 to harmful prompts (refusals that are degenerate too: 1 of 2 to harmful prompts, "
-        "1 of 1 to harmless ones)"
+        "1 of 1 to harmless prompts)"
     )
     only = summarise("suite", REGRAFT_2, answers[:2])
     assert degenerate(only) == "none (refusals that are degenerate too: 1 of 2 to harmful prompts)"

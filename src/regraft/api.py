@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 
 Model = str | Path | Source
 Patches = str | Path | Patch | Sequence[str | Path | Patch]
+Runs = str | Path | Sequence[str | Path]
 Suites = str | Path | DataSource | Sequence[str | Path | DataSource]
 _DATA = ("data", "validation")  # settings that name a data set
 
@@ -266,12 +267,7 @@ def check(
     return check_compressed(*sides, _file(out), named, own, margins)
 
 
-def compare(
-    runs: str | Path | Sequence[str | Path],
-    out: str | Path,
-    *,
-    against: str | Sequence[str] = (),
-) -> Study:
+def compare(runs: Runs, out: str | Path, *, against: str | Sequence[str] = ()) -> Study:
     """Compare the methods of finished runs of `regraft run`; write a report to the folder `out`.
 
     Args:
@@ -294,10 +290,9 @@ def _settings(given: Mapping[str, Any], *blocks: type[Settings]) -> list[Any]:
     Raises:
         RegraftError: a setting is invalid, or belongs to no block.
     """
-    try:
-        remaining = dict(given)
-    except TypeError as error:
-        raise RegraftError(f"Settings are a mapping, not {type(given).__name__}.") from error
+    if not isinstance(given, Mapping):
+        raise RegraftError(f"Settings are a mapping, not {type(given).__name__}.")
+    remaining = dict(given)
     for name in _DATA:
         if remaining.get(name) is not None:
             remaining[name] = _data(remaining[name])

@@ -25,7 +25,8 @@ class Variant:
         base: Name of the model that it was made from and is compared with: the dense model for a
             pruned one, the pruned model for a realigned one; None for the dense model.
         sparsity: Fraction of zeros among the prunable weights.
-        restored: Number of restored weights, with trained values if `trained`; None if unknown.
+        restored: Number of restored weights, with trained values if `trained`; None if unknown, and
+            for models and defences without a patch.
         pruned: Number of weights that pruning set to 0 or, if `changed`, that compression changed;
             0 also if unknown.
         restored_by_module: Kind of module, such as "self_attn.q_proj" -> restored weights by layer.
