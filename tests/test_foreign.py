@@ -193,6 +193,11 @@ def test_tokens_of_a_wrong_type_are_named_where_a_tokenizer_fails(tmp_path: Path
             "{% for a in messages[0].content %}{{ messages[0].content[:99] }}{% endfor %}",
             "makes 2,376,000 characters of a long prompt",
         ),
+        (
+            "{% if messages[0].role == 'system' %}{% for a in range(30000) %}x{% endfor %}"
+            "{% endif %}{{ messages[-1].content }}",
+            "makes 30,005 characters of a system prompt",
+        ),
         ("Answer the question.", "leaves out the user.s message"),
         ("{{ messages[0].content[:3] }}", "leaves out the user.s message"),
     ],

@@ -17,9 +17,10 @@ from jinja2 import nodes
 from regraft.data.collate import lent_template, message
 from regraft.errors import RegraftError
 
-_PROBES = {  # what the user says, and the most characters that a template may make of it
-    "one word": ("Hello", 20_000),
-    "a long prompt": ("Hello " * 4_000, 200_000),
+_PROBES = {  # texts by role, and the most characters that a template may make of them
+    "one word": ({"user": "Hello"}, 20_000),
+    "a long prompt": ({"user": "Hello " * 4_000}, 200_000),
+    "a system prompt": ({"system": "Hello", "user": "Hello"}, 20_000),  # which it may refuse
 }
 _MOST_NUMBER = 10**6  # in a template
 _FORMAT = re.compile(r"%[-+ #.\d]*|\{[^{}]*:[^{}]*\}")  # of text, in which a number is a width
@@ -28,7 +29,7 @@ _PATIENCE = 10.0  # seconds for rendering
 
 
 def check_template(folder: Path, processor: Any) -> None:
-    """Render a short and a long prompt as a test of the template, for a few seconds at most.
+    """Render a few prompts as a test of the template, for a few seconds at most.
 
     Other faults of a template are reported when a prompt is rendered.
 
@@ -44,7 +45,7 @@ def check_template(folder: Path, processor: Any) -> None:
 
     def render() -> None:
         for name, (given, _) in _PROBES.items():
-            chat = [message(processor, "user", given)]
+            chat = [message(processor, role, text) for role, text in given.items()]
             try:
                 lent = lent_template(processor)
                 text = processor.apply_chat_template(chat, chat_template=lent, tokenize=False)
