@@ -29,13 +29,19 @@ docs: $(VENV)/.docs  ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 DATA ?= ../data
-SEEDS ?= 3
-real: real-methods real-prunings  ## docs/methods.md on the model in runs/real-model; -j2 runs both recipes at once
+SEEDS ?= 0 1 2
+SEED_RUNS := $(SEEDS:%=real-seed-%)
+.PHONY: $(SEED_RUNS)
+real: real-prunings real-methods  ## docs/methods.md on the model in runs/real-model; -j2 for two runs at once
 
 real-data: $(VENV)/.run
 	$(BIN)/python scripts/make_real_benchmark.py runs/real-model --data $(DATA) --out runs/real-data \
-		--dtype bfloat16 --batch-size 64 --seeds $(SEEDS)
+		--dtype bfloat16 --batch-size 64 --seeds $(words $(SEEDS))
 
+$(SEED_RUNS): real-%: real-data
+	$(BIN)/regraft run recipes/real-methods.yaml --out runs/real-methods --only $*
+
+real-methods: $(SEED_RUNS)
 real-methods real-prunings: real-%: real-data
 	$(BIN)/regraft run recipes/real-$*.yaml --out runs/real-$*
 

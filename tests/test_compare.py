@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -675,17 +677,23 @@ def _pictures(world: Path) -> dict[str, str]:
     return pictures(run.dense.result.answers, run.images())
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_the_dense_model_answers_once(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[Path] = []
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders of evaluations that a test makes."""
+    found: list[Path] = []
     evaluate = stages.evaluate_target
 
     def watched(model: Any, out: Path, *rest: Any, **named: Any) -> Any:
         if not out.exists():
-            done.append(out.relative_to(world))
+            found.append(out)
         return evaluate(model, out, *rest, **named)
 
     monkeypatch.setattr(stages, "evaluate_target", watched)
+    return found
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_dense_model_answers_once(world: Path, done: list[Path]) -> None:
     recipe = read_recipe(world / "recipe.yaml")
     again = pipeline.run_recipe(recipe, world / "run")
     assert done == [], "a finished stage was repeated"
@@ -709,6 +717,53 @@ def test_the_dense_model_answers_once(world: Path, monkeypatch: pytest.MonkeyPat
     dense = [world / "half" / f"seed-{seed}" / "evaluation" / "dense" for seed in (0, 3)]
     for name in ("answers.jsonl", "results.json"):
         assert (dense[0] / name).read_bytes() == (dense[1] / name).read_bytes()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_of_a_study_can_be_made_alone(
+    world: Path, tmp_path: Path, done: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last seed first, in any order; the dense model still answers once."""
+    recipe, out = world / "recipe.yaml", tmp_path / "run"
+    assert exit_code("run", recipe, "--out", out, "--only", "seed-3") == 0
+    assert str(out / "seed-3" / "report" / "report.html") in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"recipe.yaml", "seed-3"}
+    message = refused(["report", out], capsys)
+    assert "not finished: seed-0 has not been run" in message
+    assert exit_code("run", recipe, "--out", out, "--only", "seed-0") == 0
+    assert len(done) == 1 + 2 * 2 * (1 + 3), "dense once; of 2 seeds and prunings all"
+    assert exit_code("run", recipe, "--out", out) == 0
+    assert len(done) == 1 + 2 * 2 * (1 + 3), "a finished stage was repeated"
+    whole, apart = (one / "report" / "report.json" for one in (world / "run", out))
+    assert json.loads(apart.read_text())["tables"] == json.loads(whole.read_text())["tables"]
+
+
+@pytest.mark.slow
+def test_the_runs_of_a_study_can_be_made_at_once(world: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "regraft.cli", "run", world / "recipe.yaml"]
+    command += ["--out", tmp_path / "run"]
+    both = [subprocess.Popen([*command, "--only", f"seed-{seed}"]) for seed in (0, 3)]
+    assert [one.wait() for one in both] == [0, 0]
+    subprocess.run(command, check=True)
+    whole, apart = (one / "report" / "report.json" for one in (world / "run", tmp_path / "run"))
+    assert json.loads(apart.read_text())["tables"] == json.loads(whole.read_text())["tables"]
+
+
+def test_only_names_a_run_of_the_recipe(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    message = refused(["run", world / "recipe.yaml", "--out", out, "--only", "seed-1"], capsys)
+    assert "no run 'seed-1'; --only takes one of seed-0, seed-3" in message
+    single = world / "run" / "seed-0" / "recipe.yaml"
+    message = refused(["run", single, "--out", out, "--only", "seed-0"], capsys)
+    assert "this one has a single run" in message
+    words = ("run", world / "recipe.yaml", "--out", out, "--only", "seed-3", "--dry-run")
+    assert exit_code(*words) == 0
+    shown = capsys.readouterr().out
+    assert "seed-3" in shown
+    assert "seed-0" not in shown
+    assert not out.exists()
 
 
 def synthetic(world: Path, out: Path) -> Path:

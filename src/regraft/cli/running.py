@@ -41,6 +41,7 @@ def run(
     recipe: Path | None = None,
     *,
     out: RunFolder | None = None,
+    only: str | None = None,
     dry_run: bool = False,
     template: bool = False,
 ) -> None:
@@ -55,6 +56,10 @@ def run(
     ----------
     recipe
         YAML file of the recipe.
+    only
+        Make one run of a recipe with `seeds` or `models`, by the name of its folder (`seed-0`,
+        `model-NAME`), so that several can be made at once, on a GPU or machine each. Afterwards run
+        the recipe without it for the report over all.
     dry_run
         Check everything and show the steps, which of them are done, and the estimated time of the
         others; write nothing.
@@ -75,10 +80,12 @@ def run(
     read = read_recipe(recipe)
     progress = live_progress()
     if dry_run:
-        for folder, plan in pipeline.plan_recipe(read, out, progress=progress).items():
+        plans = pipeline.plan_recipe(read, out, progress=progress, only=only)
+        for folder, plan in plans.items():
             show_preview(progress.console, folder, plan)
-    else:
-        show_page(progress, pipeline.run_recipe(read, out, progress), out / "report")
+        return
+    study = pipeline.run_recipe(read, out, progress, only)
+    show_page(progress, study, (out if only is None else out / only) / "report")
 
 
 def demo(*, out: RunFolder = Path("demo-run")) -> None:

@@ -6,7 +6,7 @@ The steps of a run are checked, made in order and resumed.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,15 @@ from regraft.runs.comparing import compare_runs
 from regraft.runs.passes import count_pass, has_passes
 from regraft.runs.plan import Planner
 from regraft.runs.reporting import open_run, read_run, report_run, run_folders
-from regraft.runs.run_dir import RunDir, folder_of_model, runs_of
+from regraft.runs.run_dir import RunDir, chosen_runs, folder_of_model, runs_of
 from regraft.stages.provenance import but_for_rounding, difference
 from regraft.stages.ranking import check_restorable
 from regraft.stages.steps import Planned, plan_steps
 
 
-def run_recipe(recipe: Recipe, folder: Path, progress: Progress = SILENT) -> Study:
+def run_recipe(
+    recipe: Recipe, folder: Path, progress: Progress = SILENT, only: str | None = None
+) -> Study:
     """Make the run of every seed or model in its own folder, then the report over all.
 
     All runs are checked before the first one starts, so that bad input does not stop them after
@@ -47,26 +49,26 @@ def run_recipe(recipe: Recipe, folder: Path, progress: Progress = SILENT) -> Stu
 
     Args:
         folder: A new folder, or that of an earlier run of the same recipe or a part of it.
+        only: Name of the only run to make, see `chosen_runs`; the report is then on it alone.
 
     Raises:
         RegraftError: bad input, or the folder holds something else.
     """
-    runs = runs_of(recipe, folder)
+    runs = chosen_runs(recipe, folder, only)
     if folder in runs:
         return run_one(recipe, folder, progress)
     cache = stages.EvaluationCache()
-    plan_recipe(recipe, folder, cache, progress)
+    plan_recipe(recipe, folder, cache, progress, only)
     claim(folder, recipe)
-    first = next(iter(runs))
     for run_folder, one in runs.items():
         progress.note(f"{run_folder.name}: {one.model}, calibration seed {one.calibration.seed}")
         claim(run_folder, one)
         if recipe.seeds:
-            _share_dense(first, run_folder)
-        run_one(one, run_folder, progress, cache)
+            _share_dense(runs_of(recipe, folder), run_folder)
+        study = run_one(one, run_folder, progress, cache)
         if recipe.models:
             cache.forget_prompts()
-    return report_recipe(folder)
+    return report_recipe(folder) if only is None else study
 
 
 def plan_recipe(
@@ -74,15 +76,18 @@ def plan_recipe(
     folder: Path,
     cache: stages.EvaluationCache | None = None,
     progress: Progress = SILENT,
+    only: str | None = None,
 ) -> dict[Path, Planned]:
     """Plan the runs of a recipe, by their folders, and check all that `run_recipe` checks.
+
+    `only` names the only run to plan.
 
     Raises:
         RegraftError: bad input, or the folder holds something else.
     """
     if recipe.published is not None:
         read_published(recipe.published)
-    runs, cache = runs_of(recipe, folder), cache or stages.EvaluationCache()
+    runs, cache = chosen_runs(recipe, folder, only), cache or stages.EvaluationCache()
     if distributed.first():  # it may write its recipe while the others are still here
         for path, one in {folder: recipe, **runs}.items():
             recipe_before(path, one)
@@ -110,11 +115,13 @@ def report_recipe(folder: Path) -> Study:
     return study
 
 
-def _share_dense(first: Path, run_folder: Path) -> None:
-    done, wanted = (RunDir(one).dense_evaluation for one in (first, run_folder))
-    if distributed.first() and done.exists() and not wanted.exists():
-        with atomic_folder(wanted) as copy:
-            shutil.copytree(done, copy, dirs_exist_ok=True)
+def _share_dense(runs: Iterable[Path], run_folder: Path) -> None:
+    wanted = RunDir(run_folder).dense_evaluation
+    if distributed.first() and not wanted.exists():
+        done = [one for run in runs if (one := RunDir(run).dense_evaluation).exists()]
+        if done:
+            with atomic_folder(wanted) as copy:
+                shutil.copytree(done[0], copy, dirs_exist_ok=True)
     distributed.barrier()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from regraft.errors import RegraftError
 from regraft.recipes.recipe import Recipe
 from regraft.stages.setup import ArtifactPaths
 
@@ -104,3 +105,22 @@ def runs_of(recipe: Recipe, folder: Path) -> dict[Path, Recipe]:
     if recipe.models:
         return {folder_of_model(folder, one.name): recipe.for_model(one) for one in recipe.models}
     return {folder: recipe}
+
+
+def chosen_runs(recipe: Recipe, folder: Path, only: str | None) -> dict[Path, Recipe]:
+    """The runs of a recipe by their folders; with `only`, that of the folder with this name.
+
+    Raises:
+        RegraftError: the recipe has no run of that name.
+    """
+    runs = runs_of(recipe, folder)
+    if only is None:
+        return runs
+    if folder in runs:
+        raise RegraftError(
+            f"--only {only} is for a recipe with `seeds` or `models`; this one has a single run."
+        )
+    if (one := folder / only) not in runs:
+        names = ", ".join(run.name for run in runs)
+        raise RegraftError(f"The recipe has no run {only!r}; --only takes one of {names}.")
+    return {one: runs[one]}
