@@ -22,6 +22,7 @@ from regraft.data.sources import DataSource
 from regraft.disk.parsing import read_json
 from regraft.errors import RegraftError
 from regraft.models.load import open_source
+from regraft.patch.format import Patch
 from regraft.restoration.ranking import load_ranking
 from regraft.runs import comparing
 from regraft.settings.data import CalibrationSettings
@@ -109,13 +110,13 @@ def test_what_is_held_out_is_of_the_file_of_the_seed() -> None:
 
 def test_bad_settings_are_named(root: Path, tmp_path: Path) -> None:
     dense = root / "dense"
-    with pytest.raises(RegraftError, match="no setting 'sparsty' here"):
+    with pytest.raises(RegraftError, match=r"no setting 'sparsty' here\. Did you mean 'sparsity'"):
         regraft.prune(dense, tmp_path / "x", sparsty=0.5)
     with pytest.raises(RegraftError, match="sparsity"):
         regraft.prune(dense, tmp_path / "x", sparsity=50)
     with pytest.raises(RegraftError, match=r"restoration method 'gian'; expected .*gain"):
         regraft.realign(dense, dense, tmp_path / "x", method="gian")
-    with pytest.raises(RegraftError, match="no setting 'top_heads' here"):
+    with pytest.raises(RegraftError, match=r"no setting 'top_heads' here\.$"):
         regraft.realign(dense, dense, tmp_path / "x", top_heads=3)
     for named in (Path("prompts#harmful"), "prompts.md"):
         with pytest.raises(RegraftError, match=r"Invalid data set:\n.*prompts"):
@@ -150,6 +151,14 @@ def test_bad_settings_are_named(root: Path, tmp_path: Path) -> None:
         ),
         (lambda model, out: regraft.check(model, {}, out), "A model is named by .* not by dict"),
         (lambda model, out: regraft.compare(None, out), "A path is .* not NoneType"),
+        (
+            lambda model, out: regraft.prune(model, out, progress=None),
+            "`progress` is True or False, not NoneType",
+        ),
+        (
+            lambda model, out: regraft.apply(model, "patch", Patch({}, {})),
+            "A path is .* not Patch",
+        ),
     ],
 )
 def test_an_argument_of_another_type_is_refused(
@@ -158,6 +167,16 @@ def test_an_argument_of_another_type_is_refused(
     with pytest.raises(RegraftError, match=message):
         act(open_source(root / "dense"), tmp_path / "out")
     assert not [*tmp_path.iterdir()]
+
+
+def test_progress_is_shown_on_request(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"method": "magnitude", "device": "cpu"}
+    regraft.prune(root / "dense", tmp_path / "silent", **given)
+    assert capsys.readouterr().out == ""
+    regraft.prune(root / "dense", tmp_path / "shown", progress=True, **given)
+    assert f"Writing {tmp_path / 'shown'}" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_one_method_to_compare_with_need_not_be_a_list(

@@ -22,8 +22,17 @@ ORDER = (
     *("loading", "restoration", "flags", "report", "recipes", "stages"),
     # a recipe's run, then the analyses of it, then all runs of a recipe
     *(f"runs.{name}" for name in ("run_dir", "passes", "reporting", "comparing")),
-    *("runs.publishing", "api", "runs.plan", "analysis", "runs.pipeline", "runs.sweep"),
-    *("runs.bundle", "runs.bundle_check", "console", "cli"),
+    *(
+        "runs.publishing",
+        "console",
+        "arguments",
+        "api",
+        "runs.plan",
+        "analysis",
+        "runs.pipeline",
+        "runs.sweep",
+    ),
+    *("runs.bundle", "runs.bundle_check", "cli"),
 )
 FREE = {
     *("regraft", "errors", "launcher", "disk", "registry", "progress", "distributed", "costs"),

@@ -3,9 +3,10 @@
 Models are folders, hub ids, "demo" for the bundled model, or a `Source` from `open_source`; patches
 are files, or a `Patch` that `realign` returned. Data sets are named as on the command line: a
 .jsonl file, or "NAME:PATH" with a reader's name. Every stage writes an artifact. Called again with
-the same arguments it reuses the artifact, and a killed stage resumes. All other settings have the
-names of the command line's flags, such as `batch_size`; a setting that would have no effect is
-refused. Bad input raises `RegraftError`.
+the same arguments it reuses the artifact, and a killed stage resumes. `progress=True` shows what
+the command line shows; otherwise nothing is printed. All other settings have the names of the
+command line's flags, such as `batch_size`; a setting that would have no effect is refused. Bad
+input raises `RegraftError`.
 
     import regraft
 
@@ -17,15 +18,27 @@ refused. Bad input raises `RegraftError`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from os import PathLike
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from regraft import stages
-from regraft.data.sources import DataSource
+from regraft.arguments import (
+    Model,
+    OnePatch,
+    Patches,
+    Runs,
+    Suites,
+    folder_of,
+    listed,
+    patch_of,
+    patches_of,
+    path_of,
+    path_or_none,
+    progress_of,
+    settings_of,
+    suites_of,
+)
 from regraft.errors import RegraftError
 from regraft.evaluation.gate import Check
 from regraft.evaluation.results import EvalResult
@@ -40,12 +53,10 @@ from regraft.heads.score import HeadScores, load_heads
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import Source
 from regraft.models.load import open_source as open_source  # exported
-from regraft.models.resolve import resolve
 from regraft.patch.format import Patch, load_patch
-from regraft.progress import SILENT, Progress
+from regraft.progress import Progress
 from regraft.pruning.base import PRUNERS
 from regraft.restoration.base import DEFAULT, METHODS
-from regraft.settings.base import Settings, explain
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings, PromptSettings
 from regraft.settings.evaluating import EndpointSettings, EvalSettings, Margins
@@ -61,19 +72,13 @@ from regraft.stages.steps import plan_steps
 if TYPE_CHECKING:
     from regraft.report.study import Study
 
-Model = str | Path | Source
-Patches = str | Path | Patch | Sequence[str | Path | Patch]
-Runs = str | Path | Sequence[str | Path]
-Suites = str | Path | DataSource | Sequence[str | Path | DataSource]
-_DATA = ("data", "validation")  # settings that name a data set
-
 
 def prune(
     model: Model,
     out: str | Path,
     *,
     method: str = "wanda",
-    progress: Progress = SILENT,
+    progress: bool | Progress = False,
     **settings: Any,
 ) -> Source:
     """Prune a model into the new folder `out`.
@@ -86,15 +91,15 @@ def prune(
             `samples`, `seed`) and of the compute (`device`, `dtype`, `batch_size`, `placement`).
     """
     blocks = PRUNERS.get(method).settings_type, CalibrationSettings, ComputeSettings
-    own, data, compute = _settings({"method": method, **settings}, *blocks)
+    own, data, compute = settings_of({"method": method, **settings}, *blocks)
     check_pruning(own, data)
-    setup = stages.Setup(compute.opened(model), data, compute, progress)
-    plan_steps(setup, [prune_step(setup, own, _file(out))]).carry_out()
-    return open_source(_file(out), trust_remote_code=setup.dense.trust_remote_code)
+    setup = stages.Setup(compute.opened(model), data, compute, progress_of(progress))
+    plan_steps(setup, [prune_step(setup, own, path_of(out))]).carry_out()
+    return open_source(path_of(out), trust_remote_code=setup.dense.trust_remote_code)
 
 
 def score_heads(
-    model: Model, out: str | Path, *, progress: Progress = SILENT, **settings: Any
+    model: Model, out: str | Path, *, progress: bool | Progress = False, **settings: Any
 ) -> HeadScores:
     """Score every attention head for safety by Ships and KL; write the scores to the file `out`.
 
@@ -103,10 +108,10 @@ def score_heads(
         out: The file of scores.
         settings: Settings of the scoring (`r_max`, `mode` ...), the calibration and the compute.
     """
-    own, data, compute = _settings(settings, HeadSettings, CalibrationSettings, ComputeSettings)
-    setup = stages.Setup(compute.opened(model), data, compute, progress, scoring=own)
-    plan_steps(setup, [heads_step(setup, _file(out))]).carry_out()
-    return load_heads(_file(out), setup.dense.architecture)
+    own, data, compute = settings_of(settings, HeadSettings, CalibrationSettings, ComputeSettings)
+    setup = stages.Setup(compute.opened(model), data, compute, progress_of(progress), scoring=own)
+    plan_steps(setup, [heads_step(setup, path_of(out))]).carry_out()
+    return load_heads(path_of(out), setup.dense.architecture)
 
 
 def realign(
@@ -119,7 +124,7 @@ def realign(
     max_new_tokens: int = DEFAULT_VALIDATION_TOKENS,
     heads_file: str | Path | None = None,
     statistics_file: str | Path | None = None,
-    progress: Progress = SILENT,
+    progress: bool | Progress = False,
     **settings: Any,
 ) -> Patch:
     """Restore pruned weights so that the model refuses as before; write them to the patch `out`.
@@ -141,23 +146,25 @@ def realign(
     # Only statistics are gathered over responses of the data.
     prompts = CalibrationSettings if needs.statistics else PromptSettings
     blocks = kind.settings_type, HeadSettings, prompts, ComputeSettings
-    own, scoring, data, compute = _settings({"method": method, **settings}, *blocks)
-    choice = None if search is None else _settings(search, SearchSettings)[0]
-    (answers,) = _settings({"max_new_tokens": max_new_tokens, "full_answers": False}, EvalSettings)
-    given = stages.Inputs(heads=_path(heads_file), statistics=_path(statistics_file))
+    own, scoring, data, compute = settings_of({"method": method, **settings}, *blocks)
+    choice = None if search is None else settings_of(search, SearchSettings)[0]
+    (answers,) = settings_of(
+        {"max_new_tokens": max_new_tokens, "full_answers": False}, EvalSettings
+    )
+    given = stages.Inputs(heads=path_or_none(heads_file), statistics=path_or_none(statistics_file))
     files, searched = (given.heads, given.statistics), search is not None
     check_realign(own, scoring, *files, search=searched, max_new_tokens=max_new_tokens)
     setup = stages.Setup(
         compute.opened(dense),
         data.with_responses(),
         compute,
-        progress,
+        progress_of(progress),
         scoring=scoring,
         evaluation=answers,
     )
-    paths = stages.ArtifactPaths.beside(_file(out), given)
+    paths = stages.ArtifactPaths.beside(path_of(out), given)
     plan_restoration(setup, compute.opened(pruned), own, paths, choice).carry_out()
-    return load_patch(_file(out))
+    return load_patch(path_of(out))
 
 
 def apply(pruned: Model, patches: Patches, out: str | Path) -> Path:
@@ -166,7 +173,8 @@ def apply(pruned: Model, patches: Patches, out: str | Path) -> Path:
     Raises:
         RegraftError: a patch is for another checkpoint, or patches disagree.
     """
-    return stages.patch_checkpoint("apply", _folder(pruned), _files(patches), _file(out))
+    files = patches_of(patches)
+    return stages.patch_checkpoint("apply", folder_of(pruned), files, path_of(out))
 
 
 def revert(realigned: Model, patches: Patches, out: str | Path) -> Path:
@@ -175,7 +183,9 @@ def revert(realigned: Model, patches: Patches, out: str | Path) -> Path:
     Raises:
         RegraftError: a patch is for another checkpoint, or patches disagree.
     """
-    return stages.patch_checkpoint("revert", _folder(realigned), _files(patches), _file(out))
+    return stages.patch_checkpoint(
+        "revert", folder_of(realigned), patches_of(patches), path_of(out)
+    )
 
 
 def export(pruned: Model, patches: Patches, out: str | Path, *, to: Tool) -> Path:
@@ -191,7 +201,7 @@ def export(pruned: Model, patches: Patches, out: str | Path, *, to: Tool) -> Pat
         RegraftError: a patch is for another checkpoint, patches disagree, or the tool cannot change
             these weights.
     """
-    return export_patches(_folder(pruned), _files(patches), _file(out), to)
+    return export_patches(folder_of(pruned), patches_of(patches), path_of(out), to)
 
 
 def evaluate(
@@ -199,11 +209,11 @@ def evaluate(
     suites: Suites,
     out: str | Path,
     *,
-    patch: str | Path | Patch | None = None,
+    patch: OnePatch | None = None,
     defence: str | Path | None = None,
     text: str | Path | None = None,
     dense: str | Path | None = None,
-    progress: Progress = SILENT,
+    progress: bool | Progress = False,
     **settings: Any,
 ) -> EvalResult:
     """Answer test suites greedily and judge the answers: ASR, over-refusal, utility, intervals.
@@ -219,14 +229,14 @@ def evaluate(
         settings: Settings of the evaluation (`max_new_tokens`, `judge`, `limit` ...), of the
             compute and of an endpoint (`concurrency`).
     """
-    own, compute, endpoint = _settings(settings, EvalSettings, ComputeSettings, EndpointSettings)
+    own, compute, endpoint = settings_of(settings, EvalSettings, ComputeSettings, EndpointSettings)
     check_endpoint([model], compute, endpoint)
     if dense is not None and text is None:
         raise RegraftError("--dense is for measuring KL on a text: name the text with --text.")
-    on_text = None if text is None else stages.OnText(_file(text), _path(dense))
-    put_on = _path(patch), _path(defence)
-    target = open_target(model, compute, endpoint, progress, *put_on, on_text)
-    return stages.evaluate_target(target, _file(out), _suites(suites), own).result
+    on_text = None if text is None else stages.OnText(path_of(text), path_or_none(dense))
+    put_on = None if patch is None else patch_of(patch), path_or_none(defence)
+    target = open_target(model, compute, endpoint, progress_of(progress), *put_on, on_text)
+    return stages.evaluate_target(target, path_of(out), suites_of(suites), own).result
 
 
 def check(
@@ -235,8 +245,8 @@ def check(
     out: str | Path,
     *,
     suites: Suites = (),
-    patch: str | Path | Patch | None = None,
-    progress: Progress = SILENT,
+    patch: OnePatch | None = None,
+    progress: bool | Progress = False,
     **settings: Any,
 ) -> Check:
     """Check whether a compressed model is as safe and as useful as the dense one, within margins.
@@ -252,19 +262,21 @@ def check(
     Raises:
         RegraftError: bad input, or the two evaluations differ in prompts or judge.
     """
-    margins, own, compute, endpoint = _settings(
+    margins, own, compute, endpoint = settings_of(
         settings, Margins, EvalSettings, ComputeSettings, EndpointSettings
     )
     check_endpoint([dense, compressed], compute, endpoint)
-    named = _suites(suites)
-    clear_check(_file(out))
+    named = suites_of(suites)
+    patch_file = None if patch is None else patch_of(patch)
+    shown = progress_of(progress)
+    clear_check(path_of(out))
     sides = (
-        open_side(dense, compute, endpoint, progress=progress),
-        open_side(compressed, compute, endpoint, _path(patch), progress),
+        open_side(dense, compute, endpoint, progress=shown),
+        open_side(compressed, compute, endpoint, patch_file, shown),
     )
     if all(isinstance(one, Path) or one.compute is None for one in sides):
         refuse_compute(compute, "Neither of the two models is run here")
-    return check_compressed(*sides, _file(out), named, own, margins)
+    return check_compressed(*sides, path_of(out), named, own, margins)
 
 
 def compare(runs: Runs, out: str | Path, *, against: str | Sequence[str] = ()) -> Study:
@@ -281,69 +293,4 @@ def compare(runs: Runs, out: str | Path, *, against: str | Sequence[str] = ()) -
     """
     from regraft.runs.comparing import compare_runs
 
-    return compare_runs(_files(runs), _file(out), _listed(against))
-
-
-def _settings(given: Mapping[str, Any], *blocks: type[Settings]) -> list[Any]:
-    """Sort settings by name into blocks.
-
-    Raises:
-        RegraftError: a setting is invalid, or belongs to no block.
-    """
-    if not isinstance(given, Mapping):
-        raise RegraftError(f"Settings are a mapping, not {type(given).__name__}.")
-    remaining = dict(given)
-    for name in _DATA:
-        if remaining.get(name) is not None:
-            remaining[name] = _data(remaining[name])
-    found = []
-    for block in blocks:
-        own = {name: remaining.pop(name) for name in block.model_fields if name in remaining}
-        try:
-            found.append(block.model_validate(own))
-        except ValidationError as error:
-            raise RegraftError(f"Invalid settings:\n{explain(error)}") from error
-    if remaining:
-        raise RegraftError(f"There is no setting {next(iter(remaining))!r} here.")
-    return found
-
-
-def _data(named: Any) -> DataSource:
-    try:
-        if isinstance(named, Path):
-            return DataSource(name="jsonl", path=named)
-        return DataSource.model_validate(named)
-    except ValidationError as error:
-        raise RegraftError(f"Invalid data set:\n{explain(error)}") from error
-
-
-def _suites(named: Suites) -> list[DataSource]:
-    return [_data(one) for one in _listed(named)]
-
-
-def _path(given: str | Path | Patch | None) -> Path | None:
-    return None if given is None else _file(given)
-
-
-def _folder(model: Model) -> Path:
-    return model.folder if isinstance(model, Source) else resolve(model)
-
-
-def _files(given: Patches) -> list[Path]:
-    return [_file(one) for one in _listed(given)]
-
-
-def _file(given: str | Path | Patch) -> Path:
-    if not isinstance(given, Patch):
-        if not isinstance(given, str | PathLike):
-            raise RegraftError(f"A path is a string or a pathlib.Path, not {type(given).__name__}.")
-        return Path(given)
-    if given.file is None:
-        raise RegraftError("A patch in memory has no file. Name the file that `realign` wrote.")
-    return given.file
-
-
-def _listed(given: Any) -> list[Any]:
-    """One item or several as a list."""
-    several = isinstance(given, Iterable) and not isinstance(given, str | DataSource)
-    return list(given) if several else [given]
+    return compare_runs([path_of(one) for one in listed(runs)], path_of(out), listed(against))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -22,6 +23,7 @@ from rich.progress import Task as RichTask
 from rich.table import Column, Table
 from rich.text import Text
 
+from regraft import distributed
 from regraft.disk.files import readable_size
 from regraft.evaluation.results import Estimate
 from regraft.evaluation.tradeoff import NOTE, Point, Searched, Tried, Tuned
@@ -89,6 +91,12 @@ class ConsoleProgress(Progress):
         self.note(f"{what} ..." if unit in ("", "bytes") else f"{what}: {total} {unit} ...")
         yield Task(advance, pace.expect)
         self.note(f"  done in {pace.elapsed:.1f} s")
+
+
+def live_progress() -> ConsoleProgress:
+    """Progress and notes on standard output; of several processes only the first one prints."""
+    width = None if sys.stdout.isatty() else 120
+    return ConsoleProgress(Console(width=width, quiet=not distributed.first(), emoji=False))
 
 
 class _Left(ProgressColumn):

@@ -21,10 +21,9 @@ from regraft.cli.options import (
     OutFolder,
     Trust,
     as_command,
-    live_progress,
 )
 from regraft.cli.running import compare
-from regraft.console import say, show_grid, show_preview, show_table
+from regraft.console import live_progress, say, show_grid, show_preview, show_table
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import open_source
 from regraft.pruning.statistics import StatisticsSettings

@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from regraft.cli.options import Model, Trust, live_progress
+from regraft.cli.options import Model, Trust
+from regraft.console import live_progress
 from regraft.disk.files import readable_size
 from regraft.models.architecture import Architecture, LayerArchitecture
 from regraft.models.load import Source, open_source

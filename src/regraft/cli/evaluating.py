@@ -10,8 +10,8 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from regraft.cli.exits import leave
-from regraft.cli.options import Answering, Compute, Flat, OutFolder, live_progress
-from regraft.console import say, show_grid, show_table
+from regraft.cli.options import Answering, Compute, Flat, OutFolder
+from regraft.console import live_progress, say, show_grid, show_table
 from regraft.evaluation.results import Estimate, EvalResult, Rates
 from regraft.report.formatting import degenerate, number_cell, on_text, rate_cell
 from regraft.settings.base import Settings

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 from rich.console import Console
 
-from regraft.cli.options import Compute, MaybeOutFile, MaybeOutFolder, live_progress
-from regraft.console import say, show_table
+from regraft.cli.options import Compute, MaybeOutFile, MaybeOutFolder
+from regraft.console import live_progress, say, show_table
 from regraft.evaluation.keywords import KEYWORD_JUDGES
 from regraft.report.formatting import kappa, p_value, points_cell
 from regraft.settings.compute import ComputeSettings

@@ -8,7 +8,8 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from regraft.cli.options import Compute, Model, OutFile, OutFolder, live_progress
+from regraft.cli.options import Compute, Model, OutFile, OutFolder
+from regraft.console import live_progress
 from regraft.models.load import open_answering
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import Prompts, TextPrompts

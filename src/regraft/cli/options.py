@@ -1,19 +1,15 @@
-"""Shared by the commands: types of flags, one command per method, and the console."""
+"""Shared by the commands: types of flags, and one command per method."""
 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import create_model
-from rich.console import Console
 
-from regraft import distributed
-from regraft.console import ConsoleProgress
 from regraft.settings.base import Settings
 from regraft.settings.compute import ComputeSettings
 from regraft.settings.data import CalibrationSettings
@@ -44,12 +40,6 @@ Trust = Annotated[bool, Parameter(help="Run the checkpoint's own Python code.")]
 DryRun = Annotated[bool, Parameter(help="Show the steps and an estimate; write nothing.")]
 Calibration = Annotated[CalibrationSettings, Flat]
 Compute = Annotated[ComputeSettings, Flat]
-
-
-def live_progress() -> ConsoleProgress:
-    """Progress and notes on standard output; of several processes only the first one prints."""
-    width = None if sys.stdout.isatty() else 120
-    return ConsoleProgress(Console(width=width, quiet=not distributed.first(), emoji=False))
 
 
 _create_model: Any = create_model

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
-from regraft.cli.options import OutFolder, Trust, live_progress
-from regraft.console import say, show_table
+from regraft.cli.options import OutFolder, Trust
+from regraft.console import live_progress, say, show_table
 from regraft.disk.paths import real
 from regraft.errors import RegraftError
 from regraft.patch.apply import Operation, Plan

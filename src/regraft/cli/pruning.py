@@ -13,9 +13,8 @@ from regraft.cli.options import (
     Flat,
     Model,
     OutFolder,
-    live_progress,
 )
-from regraft.console import show_preview
+from regraft.console import live_progress, show_preview
 from regraft.flags import check_pruning
 from regraft.pruning.base import PRUNERS, PruneSettings, all_settings, help_text
 from regraft.pruning.prune import zeros

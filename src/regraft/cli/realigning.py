@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Group, Parameter
 from pydantic import ValidationError
 
-from regraft.cli.options import DryRun, OutFile, OutFolder, as_command, live_progress
-from regraft.console import ConsoleProgress, show_preview, show_search, show_tuned
+from regraft.cli.options import DryRun, OutFile, OutFolder, as_command
+from regraft.console import ConsoleProgress, live_progress, show_preview, show_search, show_tuned
 from regraft.errors import RegraftError
 from regraft.evaluation.tradeoff import read_curve
 from regraft.flags import DEFAULT_VALIDATION_TOKENS, check_realign, check_tuning

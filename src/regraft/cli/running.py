@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from regraft.cli.options import OutFolder, live_progress
-from regraft.console import ConsoleProgress, show_preview, show_study
+from regraft.cli.options import OutFolder
+from regraft.console import ConsoleProgress, live_progress, show_preview, show_study
 from regraft.errors import RegraftError
 from regraft.recipes.file import read_recipe
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ _HUB_FILES = [f"*{suffix}" for suffix in (".safetensors", *SETTINGS_FILES)]
 
 def resolve(model: object) -> Path:
     """A model's folder, by its path, ORG/NAME[@REVISION] (downloaded once) or the word "demo"."""
-    if not isinstance(model, str | Path):
+    if not isinstance(model, str | PathLike):
         kind = type(model).__name__
         raise RegraftError(f"A model is named by its folder, a hub id or 'demo', not by {kind}.")
     folder = Path(model)
@@ -38,12 +39,12 @@ def resolve(model: object) -> Path:
     with suppress(OSError, ValueError):  # not a valid name of a folder
         if folder.exists():
             return folder
-    if isinstance(model, Path) or not MODEL_ID.fullmatch(str(model)):
+    if not isinstance(model, str) or not MODEL_ID.fullmatch(model):
         raise RegraftError(
             f"The model folder {model} does not exist. Give a folder that holds config.json and "
             "safetensors, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct."
         )
-    name, _, revision = str(model).partition("@")
+    name, _, revision = model.partition("@")
     return from_hub(name, revision or None, _HUB_FILES, _NOT_FROM_HUB)
 
 

@@ -252,20 +252,31 @@ def _tests_notes(study: Study) -> Iterator[str]:
         )
     if all(row.attacks is None and row.refusals is None for row in rows):
         return
-    if study.runs[0].unrelated:
-        which, holm = "each model with the first", "all tests of the same rate in a table"
-    else:
-        against = f" and with {', '.join(study.against)}" if study.against else ""
-        which = f"the pruned model with the dense one, each method with the pruned model{against}"
-        holm = "all methods' tests of the same rate in a table, without that of the pruned model"
+    which, family = _tested_pairs(study)
     seeds = "RSR by seed shows" if len(study.seeds) > 1 else "only several seeds can show"
+    holm = f"Holm: p corrected for {family}; " if family else ""
+    p = "a corrected p" if family else "p"
     yield (
         f"Tests compare {which}: do attacks succeed (are prompts refused) equally often on the "
         "same prompts? The test is an exact permutation test clustered by prompt, McNemar's for "
-        f'one model against one. Holm: p corrected for {holm}; "better" and "worse" mean a '
-        f"corrected p < {SIGNIFICANCE}. Read ASR together with over-refusal and utility: a model "
-        "that refuses everything has the lowest ASR. The tests say what to expect of these very "
-        f"models on new prompts; {seeds} how much models of other calibration seeds differ."
+        f'one model against one. {holm}"better" and "worse" mean {p} < {SIGNIFICANCE}. Read ASR '
+        "together with over-refusal and utility: a model that refuses everything has the lowest "
+        "ASR. The tests say what to expect of these very models on new prompts; "
+        f"{seeds} how much models of other calibration seeds differ."
+    )
+
+
+def _tested_pairs(study: Study) -> tuple[str, str]:
+    """(which models are compared, the tests that Holm's correction is over: "" without any)."""
+    if study.runs[0].unrelated:
+        return "each model with the first", "all tests of the same rate in a table"
+    which = "the pruned model with the dense one"
+    if not any(table.methods for table in study.tables):
+        return which, ""
+    against = f" and with {', '.join(study.against)}" if study.against else ""
+    return (
+        f"{which}, each method with the pruned model{against}",
+        "all methods' tests of the same rate in a table, without that of the pruned model",
     )
 
 
