@@ -29,6 +29,7 @@ docs: $(VENV)/.docs  ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 DATA ?= ../data
+# Calibration seeds, from 0 without gaps.
 SEEDS ?= 0 1 2
 SEED_RUNS := $(SEEDS:%=real-seed-%)
 .PHONY: $(SEED_RUNS)
@@ -42,8 +43,10 @@ $(SEED_RUNS): real-%: real-data
 	$(BIN)/regraft run recipes/real-methods.yaml --out runs/real-methods --only $*
 
 real-methods: $(SEED_RUNS)
-real-methods real-prunings: real-%: real-data
-	$(BIN)/regraft run recipes/real-$*.yaml --out runs/real-$*
+	$(BIN)/regraft report runs/real-methods
+
+real-prunings: real-data
+	$(BIN)/regraft run recipes/real-prunings.yaml --out runs/real-prunings
 
 clean:  ## remove everything that make creates
 	rm -rf $(VENV) demo-run site .cache

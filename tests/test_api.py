@@ -153,7 +153,14 @@ def test_bad_settings_are_named(root: Path, tmp_path: Path) -> None:
         (lambda model, out: regraft.compare(None, out), "A path is .* not NoneType"),
         (
             lambda model, out: regraft.prune(model, out, progress=None),
-            "`progress` is True or False, not NoneType",
+            "`progress` is True or False, not None",
+        ),
+        (lambda model, out: regraft.prune(model, out, method=[]), r"A pruner is a name, not \[\]"),
+        (lambda model, out: regraft.apply(b"pruned", "patch", out), "A model is .* not by bytes"),
+        (lambda model, out: regraft.apply(model, b"patch", out), "A path is .* not bytes"),
+        (
+            lambda model, out: regraft.evaluate(model, {"name": "nothing", "path": out}, out),
+            "unknown data set 'nothing'",
         ),
         (
             lambda model, out: regraft.apply(model, "patch", Patch({}, {})),

@@ -6,11 +6,10 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -21,6 +20,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+import forked
 import pico
 import quick
 from commands import exit_code
@@ -738,13 +738,65 @@ def test_a_run_of_a_study_can_be_made_alone(
     assert json.loads(apart.read_text())["tables"] == json.loads(whole.read_text())["tables"]
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_of_another_version_does_not_give_its_dense_answers(
+    world: Path, tmp_path: Path, done: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it stop the report, which loads no model."""
+    recipe, out = world / "recipe.yaml", tmp_path / "run"
+    shutil.copytree(world / "run" / "seed-3", out / "seed-3")
+    shutil.copy(world / "run" / "recipe.yaml", out)
+    monkeypatch.setattr("regraft.__version__", "0.1.1")
+    assert exit_code("run", recipe, "--out", out, "--only", "seed-0") == 0
+    assert out / "seed-0" / "evaluation" / "dense" in done
+    assert exit_code("report", out) == 0
+
+
+def test_a_run_of_an_earlier_recipe_has_to_be_continued(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "run", tmp_path / "run")
+    recipe = read_recipe(world / "recipe.yaml")
+    grown = Recipe.model_validate(
+        {**recipe.model_dump(), "realign": [*recipe.realign, {"name": "more", "method": "random"}]}
+    )
+    pipeline.claim(tmp_path / "run", grown)
+    pipeline.claim(tmp_path / "run" / "seed-0", grown.for_seed(0))
+    with pytest.raises(
+        RegraftError, match=r"not finished: seed-3 is of an earlier recipe \(realign"
+    ):
+        pipeline.report_recipe(tmp_path / "run")
+
+
+def test_many_may_claim_a_new_folder_at_once(world: Path, tmp_path: Path) -> None:
+    ready, folders = forked.CONTEXT.Barrier(4), [tmp_path / f"{i}" / "run" for i in range(20)]
+    given = world / "recipe.yaml", folders, ready
+    processes = [forked.CONTEXT.Process(target=_claimed, args=(i, *given)) for i in range(4)]
+    for one in processes:
+        one.start()
+    for one in processes:
+        one.join()
+    assert [one.exitcode for one in processes] == [0] * 4
+    wanted = {"recipe.yaml", *(f"seed-{i}" for i in range(4))}
+    assert all({one.name for one in folder.iterdir()} == wanted for folder in folders)
+
+
+def _claimed(number: int, file: Path, folders: Sequence[Path], ready: Barrier) -> None:
+    recipe = read_recipe(file)
+    for folder in folders:
+        ready.wait(20)
+        pipeline.recipe_before(folder, recipe)
+        pipeline.claim(folder, recipe)
+        assert pipeline.recipe_before(folder, recipe) == recipe
+        (folder / f"seed-{number}").mkdir()
+
+
 @pytest.mark.slow
 def test_the_runs_of_a_study_can_be_made_at_once(world: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "regraft.cli", "run", world / "recipe.yaml"]
-    command += ["--out", tmp_path / "run"]
-    both = [subprocess.Popen([*command, "--only", f"seed-{seed}"]) for seed in (0, 3)]
-    assert [one.wait() for one in both] == [0, 0]
-    subprocess.run(command, check=True)
+    words = ("run", world / "recipe.yaml", "--out", tmp_path / "run")
+    both = [forked.start(*words, "--only", f"seed-{seed}") for seed in (0, 3)]
+    for one in both:
+        one.join()
+    assert [one.exitcode for one in both] == [0, 0]
+    assert exit_code("report", tmp_path / "run") == 0
     whole, apart = (one / "report" / "report.json" for one in (world / "run", tmp_path / "run"))
     assert json.loads(apart.read_text())["tables"] == json.loads(whole.read_text())["tables"]
 

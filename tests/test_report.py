@@ -428,6 +428,14 @@ def test_of_what_was_not_asked_nothing_is_told() -> None:
     assert any("Holm: p corrected" in note for note in notes(study_of([asked])))
 
 
+def test_without_methods_their_tests_are_not_explained() -> None:
+    pruning = notes(study_of([replace(REPORT, variants=(DENSE, PRUNED))]))
+    (tests,) = (note for note in pruning if note.startswith("Tests compare"))
+    assert tests.startswith("Tests compare the pruned model with the dense one: ")
+    assert "mean p <" in tests
+    assert not any("Holm" in note or "each method" in note for note in pruning)
+
+
 def test_a_search_may_choose_to_restore_nothing() -> None:
     """Its number of weights is known: it is no defence, which restores none by nature."""
     none = replace(REALIGNED, name="none", restored=0, restored_by_module={})

@@ -3,10 +3,10 @@
 Models are folders, hub ids, "demo" for the bundled model, or a `Source` from `open_source`; patches
 are files, or a `Patch` that `realign` returned. Data sets are named as on the command line: a
 .jsonl file, or "NAME:PATH" with a reader's name. Every stage writes an artifact. Called again with
-the same arguments it reuses the artifact, and a killed stage resumes. `progress=True` shows what
-the command line shows; otherwise nothing is printed. All other settings have the names of the
-command line's flags, such as `batch_size`; a setting that would have no effect is refused. Bad
-input raises `RegraftError`.
+the same arguments it reuses the artifact, and a killed stage resumes. `progress=True` prints the
+command line's progress and notes; otherwise nothing is printed. All other settings have the names
+of the command line's flags, such as `batch_size`; a setting that would have no effect is refused.
+Bad input raises `RegraftError`.
 
     import regraft
 
@@ -167,28 +167,38 @@ def realign(
     return load_patch(path_of(out))
 
 
-def apply(pruned: Model, patches: Patches, out: str | Path) -> Path:
+def apply(
+    pruned: Model, patches: Patches, out: str | Path, *, progress: bool | Progress = False
+) -> Path:
     """Apply one or more patches to a pruned checkpoint; write the result to the new folder `out`.
 
     Raises:
         RegraftError: a patch is for another checkpoint, or patches disagree.
     """
-    files = patches_of(patches)
-    return stages.patch_checkpoint("apply", folder_of(pruned), files, path_of(out))
+    where = folder_of(pruned), patches_of(patches), path_of(out)
+    return stages.patch_checkpoint("apply", *where, progress_of(progress))
 
 
-def revert(realigned: Model, patches: Patches, out: str | Path) -> Path:
+def revert(
+    realigned: Model, patches: Patches, out: str | Path, *, progress: bool | Progress = False
+) -> Path:
     """Remove one or more patches from a realigned checkpoint, into the new folder `out`.
 
     Raises:
         RegraftError: a patch is for another checkpoint, or patches disagree.
     """
-    return stages.patch_checkpoint(
-        "revert", folder_of(realigned), patches_of(patches), path_of(out)
-    )
+    where = folder_of(realigned), patches_of(patches), path_of(out)
+    return stages.patch_checkpoint("revert", *where, progress_of(progress))
 
 
-def export(pruned: Model, patches: Patches, out: str | Path, *, to: Tool) -> Path:
+def export(
+    pruned: Model,
+    patches: Patches,
+    out: str | Path,
+    *,
+    to: Tool,
+    progress: bool | Progress = False,
+) -> Path:
     """Convert patches for another tool, into the new folder `out`, with the code that loads them.
 
     Args:
@@ -201,7 +211,8 @@ def export(pruned: Model, patches: Patches, out: str | Path, *, to: Tool) -> Pat
         RegraftError: a patch is for another checkpoint, patches disagree, or the tool cannot change
             these weights.
     """
-    return export_patches(folder_of(pruned), patches_of(patches), path_of(out), to)
+    where = folder_of(pruned), patches_of(patches), path_of(out)
+    return export_patches(*where, to, progress_of(progress))
 
 
 def evaluate(

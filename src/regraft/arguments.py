@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,8 @@ def settings_of(given: Mapping[str, Any], *blocks: type[Settings]) -> list[Any]:
 def data_of(named: Any) -> DataSource:
     """A data set by its path, NAME:PATH, or the fields of a recipe's."""
     try:
-        if isinstance(named, Path):
-            return DataSource(name="jsonl", path=named)
+        if isinstance(named, PathLike):
+            return DataSource(name="jsonl", path=path_of(named))
         return DataSource.model_validate(named)
     except ValidationError as error:
         raise RegraftError(f"Invalid data set:\n{explain(error)}") from error
@@ -78,9 +78,10 @@ def folder_of(model: Model) -> Path:
 
 def path_of(given: str | PathLike[str]) -> Path:
     """The path of a file or folder."""
-    if not isinstance(given, str | PathLike):
+    path = fspath(given) if isinstance(given, PathLike) else given
+    if not isinstance(path, str):
         raise RegraftError(f"A path is a string or a pathlib.Path, not {type(given).__name__}.")
-    return Path(given)
+    return Path(path)
 
 
 def path_or_none(given: str | PathLike[str] | None) -> Path | None:
@@ -104,8 +105,8 @@ def patches_of(given: Patches) -> list[Path]:
 
 def listed(given: Any) -> list[Any]:
     """One item or several as a list."""
-    several = isinstance(given, Iterable) and not isinstance(given, str | DataSource)
-    return list(given) if several else [given]
+    one = not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping | DataSource)
+    return [given] if one else list(given)
 
 
 def progress_of(given: bool | Progress) -> Progress:
@@ -117,7 +118,7 @@ def progress_of(given: bool | Progress) -> Progress:
     if isinstance(given, Progress):
         return given
     if not isinstance(given, bool):
-        raise RegraftError(f"`progress` is True or False, not {type(given).__name__}.")
+        raise RegraftError(f"`progress` is True or False, not {given!r}.")
     if not given:
         return SILENT
     from regraft.console import live_progress  # rich, which silent calls do not need

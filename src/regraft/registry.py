@@ -51,6 +51,8 @@ class Registry(Generic[Plugin]):
             RegraftError: the name is unknown (the message lists the known ones), or the plug-in of
                 an installed package cannot be imported, is of the wrong class or has another name.
         """
+        if not isinstance(name, str):
+            raise RegraftError(f"A {self.what} is a name, not {name!r}; {self.expected()}.")
         if module := _built_in(self.package).get(name):
             return cast(Plugin, import_module(module).PLUGIN)
         entry = next(iter(entry_points(group=self.group, name=name)), None)

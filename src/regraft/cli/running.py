@@ -57,9 +57,9 @@ def run(
     recipe
         YAML file of the recipe.
     only
-        Make one run of a recipe with `seeds` or `models`, by the name of its folder (`seed-0`,
-        `model-NAME`), so that several can be made at once, on a GPU or machine each. Afterwards run
-        the recipe without it for the report over all.
+        Make only this run of a recipe with `seeds` or `models`, named as its folder: `seed-0` or
+        `model-NAME`. Several can be made at once, each on a GPU or machine of its own;
+        `regraft report` then makes the report over all.
     dry_run
         Check everything and show the steps, which of them are done, and the estimated time of the
         others; write nothing.

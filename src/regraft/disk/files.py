@@ -33,6 +33,11 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.regraft-tmp")
 
 
+def lock_of(file: Path) -> Path:
+    """The lock for writing `file`, beside it."""
+    return file.with_name(f".{file.name}.regraft-lock")
+
+
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
     """Turn the operating system's errors about writing `target` into clear ones.
@@ -147,12 +152,15 @@ def discard_leftover(target: Path) -> Path:
 def require_empty(folder: Path, file: Path | None = None) -> None:
     """Raise unless `folder` is absent or empty, so that no output overwrites anything.
 
-    If `file` is to be written there, what a killed run left of it does not count.
+    With `file` it may also hold that file, with whatever belongs to it, or the beginnings of it:
+    what a killed run left, or what another process is writing.
     """
-    leftover = None if file is None else _temporary(file)
     if folder.is_file():
         raise PassingError(f"{folder} is a file; the output must be a new folder.")
-    if folder.is_dir() and any(one != leftover for one in folder.iterdir()):
+    inside = set(folder.iterdir()) if folder.is_dir() else set()
+    if file is not None and file not in inside:
+        inside -= {_temporary(file), lock_of(file)}
+    if inside and file not in inside:
         raise PassingError(
             f"The output folder {folder} is not empty. Choose a new folder or empty this one."
         )

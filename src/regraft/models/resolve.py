@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ _HUB_FILES = [f"*{suffix}" for suffix in (".safetensors", *SETTINGS_FILES)]
 
 def resolve(model: object) -> Path:
     """A model's folder, by its path, ORG/NAME[@REVISION] (downloaded once) or the word "demo"."""
-    if not isinstance(model, str | PathLike):
+    name = fspath(model) if isinstance(model, PathLike) else model
+    if not isinstance(name, str):
         kind = type(model).__name__
         raise RegraftError(f"A model is named by its folder, a hub id or 'demo', not by {kind}.")
-    folder = Path(model)
+    folder = Path(name)
     if model == "demo":
         # a data set's module, which importing a method must not load
         from regraft.data.readers.demo import demo_model

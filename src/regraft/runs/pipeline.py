@@ -14,7 +14,17 @@ from typing import Any
 from regraft import distributed, stages
 from regraft.analysis.relation import FEWEST, ModelPoint, correlate, model_points
 from regraft.costs import Ledger, Metered
-from regraft.disk.files import atomic_folder, require_empty, require_space, write_text
+from regraft.disk.descriptions import about_of
+from regraft.disk.files import (
+    atomic_folder,
+    disk_errors,
+    lock_of,
+    new_folders,
+    require_empty,
+    require_space,
+    write_text,
+)
+from regraft.disk.locks import in_turn
 from regraft.errors import RegraftError
 from regraft.heads.ships import HeadSettings
 from regraft.models.load import pick_device
@@ -31,9 +41,10 @@ from regraft.restoration.base import needs_of
 from regraft.runs.comparing import compare_runs
 from regraft.runs.passes import count_pass, has_passes
 from regraft.runs.plan import Planner
-from regraft.runs.reporting import open_run, read_run, report_run, run_folders
+from regraft.runs.reporting import not_finished, open_run, read_run, report_run, run_folders
 from regraft.runs.run_dir import RunDir, chosen_runs, folder_of_model, runs_of
-from regraft.stages.provenance import but_for_rounding, difference
+from regraft.settings.compute import ComputeSettings
+from regraft.stages.provenance import but_for_rounding, difference, made_alike
 from regraft.stages.ranking import check_restorable
 from regraft.stages.steps import Planned, plan_steps
 
@@ -44,8 +55,8 @@ def run_recipe(
     """Make the run of every seed or model in its own folder, then the report over all.
 
     All runs are checked before the first one starts, so that bad input does not stop them after
-    hours. The dense model answers once for all seeds, since they do not change it: later runs start
-    with a copy of its evaluation. Finished stages are not repeated.
+    hours. The dense model answers once for all seeds, since they do not change it: a run starts
+    with a copy of its evaluation if another one has finished it. Finished stages are not repeated.
 
     Args:
         folder: A new folder, or that of an earlier run of the same recipe or a part of it.
@@ -64,7 +75,7 @@ def run_recipe(
         progress.note(f"{run_folder.name}: {one.model}, calibration seed {one.calibration.seed}")
         claim(run_folder, one)
         if recipe.seeds:
-            _share_dense(runs_of(recipe, folder), run_folder)
+            _share_dense(runs_of(recipe, folder), run_folder, one.compute)
         study = run_one(one, run_folder, progress, cache)
         if recipe.models:
             cache.forget_prompts()
@@ -108,6 +119,10 @@ def report_recipe(folder: Path) -> Study:
     runs = run_folders(folder, recipe)
     if runs == [folder]:
         return report_run(folder)
+    for run, one in runs_of(recipe, folder).items():
+        if (older := _fixed(open_run(run)[1])) != (wanted := _fixed(one)):
+            why = f"{run.name} is of an earlier recipe ({difference(older, wanted)})"
+            raise not_finished(folder, why)
     if recipe.seeds:
         return compare_runs(runs, run_dir.report, recipe.against)
     study = _over_models(recipe, folder)
@@ -115,13 +130,15 @@ def report_recipe(folder: Path) -> Study:
     return study
 
 
-def _share_dense(runs: Iterable[Path], run_folder: Path) -> None:
+def _share_dense(runs: Iterable[Path], run_folder: Path, compute: ComputeSettings) -> None:
+    """Copy the dense model's evaluation from a run whose versions and kind of device were these."""
     wanted = RunDir(run_folder).dense_evaluation
     if distributed.first() and not wanted.exists():
-        done = [one for run in runs if (one := RunDir(run).dense_evaluation).exists()]
-        if done:
+        done = (RunDir(run).dense_evaluation / "results.json" for run in runs)
+        made = (one.parent for one in done if one.exists() and made_alike(about_of(one), compute))
+        if (found := next(made, None)) is not None:
             with atomic_folder(wanted) as copy:
-                shutil.copytree(done[0], copy, dirs_exist_ok=True)
+                shutil.copytree(found, copy, dirs_exist_ok=True)
     distributed.barrier()
 
 
@@ -227,8 +244,11 @@ def claim(folder: Path, recipe: Recipe) -> None:
         RegraftError: the folder holds something else.
     """
     file = RunDir(folder).recipe
-    if distributed.first() and recipe_before(folder, recipe) != recipe:
-        write_text(file, write_recipe(recipe))
+    if distributed.first():
+        # Runs of the recipe that are made at once all write it.
+        with new_folders(file), disk_errors(file), in_turn(lock_of(file), file):
+            if recipe_before(folder, recipe) != recipe:
+                write_text(file, write_recipe(recipe))
     distributed.barrier()
 
 
@@ -241,7 +261,8 @@ def recipe_before(folder: Path, recipe: Recipe) -> Recipe | None:
     file = RunDir(folder).recipe
     if not file.exists():
         require_empty(folder, file)
-        return None
+        if not file.exists():  # else another process has just written it
+            return None
     before = read_recipe(file)
     found, wanted = _fixed(before), _fixed(recipe)
     if found != (wanted := _without_additions(wanted, found)):

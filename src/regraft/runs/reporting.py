@@ -80,11 +80,16 @@ def run_folders(folder: Path, recipe: Recipe) -> list[Path]:
     """
     runs = list(runs_of(recipe, folder))
     if missing := [run.name for run in runs if not RunDir(run).recipe.exists()]:
-        raise RegraftError(
-            f"The run in {folder} is not finished: {missing[0]} has not been run. "
-            f"Continue it with `regraft run {folder / RECIPE_FILE} --out {folder}`."
-        )
+        raise not_finished(folder, f"{missing[0]} has not been run")
     return runs
+
+
+def not_finished(folder: Path, why: str) -> RegraftError:
+    """The error about a run that has to be continued."""
+    return RegraftError(
+        f"The run in {folder} is not finished: {why}. Continue it with "
+        f"`regraft run {folder / RECIPE_FILE} --out {folder}`."
+    )
 
 
 def read_run(folder: Path, name: str = "") -> Run:

@@ -140,6 +140,15 @@ def holds(
     return True
 
 
+def made_alike(about: Mapping[str, Any], compute: ComputeSettings) -> bool:
+    """Whether an artifact was made with these versions and settings, on this kind of device."""
+    now = describe("", {}, compute=compute)
+    return all(
+        but_for_rounding(about.get(part)) == but_for_rounding(now[part])
+        for part in ("versions", "compute")
+    )
+
+
 def require_same(out: Path, existing: Any, wanted: Any) -> None:
     """Raise unless the existing description of `out` is the wanted one."""
     if existing != wanted:
