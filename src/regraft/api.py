@@ -148,9 +148,8 @@ def realign(
     blocks = kind.settings_type, HeadSettings, prompts, ComputeSettings
     own, scoring, data, compute = settings_of({"method": method, **settings}, *blocks)
     choice = None if search is None else settings_of(search, SearchSettings)[0]
-    (answers,) = settings_of(
-        {"max_new_tokens": max_new_tokens, "full_answers": False}, EvalSettings
-    )
+    answering = {"max_new_tokens": max_new_tokens, "full_answers": False}
+    (answers,) = settings_of(answering, EvalSettings)
     given = stages.Inputs(heads=path_or_none(heads_file), statistics=path_or_none(statistics_file))
     files, searched = (given.heads, given.statistics), search is not None
     check_realign(own, scoring, *files, search=searched, max_new_tokens=max_new_tokens)

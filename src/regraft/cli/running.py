@@ -137,10 +137,8 @@ def report(
     if texts and bundle is None:
         raise RegraftError("--texts is for a bundle: name its file with --bundle.")
     if missing := [one for one in folder if not one.exists()]:
-        raise RegraftError(
-            f"{missing[0]} does not exist. Name the folder of a run, folders of evaluations, or a "
-            "bundle."
-        )
+        kinds = "the folder of a run, folders of evaluations, or a bundle"
+        raise RegraftError(f"{missing[0]} does not exist. Name {kinds}.")
     progress = live_progress()
     if folder and folder[0].suffix == ".zip":
         _check_bundles(progress, folder)

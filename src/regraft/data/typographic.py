@@ -136,17 +136,16 @@ def write_typographic(
         (folder / "images").mkdir()
         for example in reading.examples:
             done(1)
-            if missing_letters(example.instruction, face):
+            text, image = example.instruction, Path("images", f"{slug(example.id)}.png")
+            if missing_letters(text, face):
                 unwritten.append(example.id)
                 continue
             try:
-                drawn = draw_text(example.instruction, face)
+                draw_text(text, face).save(folder / image, optimize=True)
             except TooLongError:
                 left_out.append(example.id)
                 continue
-            image = Path("images", f"{slug(example.id)}.png")
-            drawn.save(folder / image, optimize=True)
-            shown = replace(example, instruction=FIGSTEP_PROMPT, request=example.instruction)
+            shown = replace(example, instruction=FIGSTEP_PROMPT, request=text)
             lines.append(jsonl_line(shown, image.as_posix()))
             images.append(out / image)
         if not images:
