@@ -33,6 +33,8 @@ DATA ?= ../data
 SEEDS ?= 0 1 2
 SEED_RUNS := $(SEEDS:%=real-seed-%)
 .PHONY: $(SEED_RUNS)
+# Threads that wait would spin, and two runs with as many threads as cores slow each other tenfold.
+real-data real-prunings real-methods $(SEED_RUNS): export OMP_WAIT_POLICY = passive
 real: real-prunings real-methods  ## docs/methods.md on the model in runs/real-model; -j2 for two runs at once
 
 real-data: $(VENV)/.run
