@@ -730,7 +730,8 @@ def _glm5() -> Parts:
     tokenizer, ids = _glm_tokens()
     own = _CHOSEN | {"qk_rope_head_dim": 0, "index_kpool": 4, "num_key_value_heads": 4}
     own |= {"linear_head_dim": 16, "linear_num_heads": 4}
-    own |= {"layer_types": ["linear_attention"] + ["indexed_attention"] * 3}
+    # The older name of indexed layers, which newer versions of transformers take too.
+    own |= {"layer_types": ["linear_attention"] + ["deepseek_sparse_attention"] * 3}
     own |= {"indexer_types": ["full", "full", "shared", "full"]}
     vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
     vision |= {"image_size": 56, "out_hidden_size": 64, "projection_intermediate_size": 48}

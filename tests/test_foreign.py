@@ -364,7 +364,11 @@ def test_tokens_without_an_embedding_are_named(model: Path, tmp_path: Path) -> N
     content["model"]["vocab"] |= dict.fromkeys("abcdefghijklmnopqrstuvwxyz", 10**6)
     (model / "tokenizer.json").write_text(json.dumps(content))
     source, prompts = open_answering(model), pico.write_examples(tmp_path, 1, images=False)
-    answerer = Answerer(load_processor(source), prompts, batch_size=1, judge=None)
+    try:
+        answerer = Answerer(load_processor(source), prompts, batch_size=1, judge=None)
+    except RegraftError as error:  # as in transformers 5.17
+        assert "out of vocabulary" in str(error)
+        return
     message = r"the token 1,000,000, but the model of .* has 473 embeddings"
     with pytest.raises(RegraftError, match=message):
         answerer.answers(load_model(source), max_new_tokens=1)

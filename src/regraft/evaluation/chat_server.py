@@ -134,7 +134,7 @@ class ChatServer:
         return self._with_retries(lambda: self._reply_without(messages, max_tokens))
 
     def described(self) -> dict[str, Any]:
-        """The stable fields of this model in the server's list of models; {} if it is not listed.
+        """The stable fields of this model in the server's list of models; {} if there is none.
 
         Raises:
             PassingError: the server cannot be reached.
@@ -146,7 +146,8 @@ class ChatServer:
             try:
                 return self._send(request, partial(_entry, model=self.model))
             except _Failed as failed:
-                if failed.code and failed.code not in _RETRIED:  # the server has no such list
+                # Transformers' server answers 500 where it has no cache of models to list.
+                if failed.code == 500 or (failed.code and failed.code not in _RETRIED):
                     return {}
                 raise
 
