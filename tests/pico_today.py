@@ -872,7 +872,7 @@ _NO_LLAMA4 = (
     _IMAGES in Llama4CausalLMOutputWithPast.__dataclass_fields__
     and _IMAGES not in MoeCausalLMOutputWithPast.__dataclass_fields__
 )
-_VERSION = tuple(map(int, T.__version__.split(".")[:2]))
-_NO_MINICPM = _VERSION < (5, 19)  # until then images of a batch must be of one size
+VERSION = tuple(map(int, T.__version__.split(".")[:2]))
+_NO_MINICPM = VERSION < (5, 19)  # until then images of a batch must be of one size
 UNRUNNABLE = (*(("llama4",) if _NO_LLAMA4 else ()), *(("minicpmv4_6",) if _NO_MINICPM else ()))
 """Families that this version of transformers loads and cannot run: only read and written."""

@@ -28,6 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import pico_today
 import regraft
 from chat_servers import (
     Response,
@@ -911,6 +912,6 @@ def test_transformers_serve_answers_as_the_model_in_memory(
     assert len(answers) == 15 and len(set(answers)) > 5
     assert sum(one.image is None for one in ours.answers) == 3
     assert any(one.refused for one in ours.answers)
-    served = theirs.about["inputs"].get("served")  # transformers 5.17 lists its cache alone
-    assert served is None or json.loads(served)["id"] == str(folder)
+    if pico_today.VERSION >= (5, 24):  # 5.17 lists its cache alone
+        assert json.loads(theirs.about["inputs"]["served"])["id"] == str(folder)
     assert (tmp_path / "log").stat().st_size and not _leaks(tmp_path)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pico
+import pico_today
 import regraft
 from regraft.data.collate import prompt_batch
 from regraft.data.example import Example
@@ -366,8 +367,8 @@ def test_tokens_without_an_embedding_are_named(model: Path, tmp_path: Path) -> N
     source, prompts = open_answering(model), pico.write_examples(tmp_path, 1, images=False)
     try:
         answerer = Answerer(load_processor(source), prompts, batch_size=1, judge=None)
-    except RegraftError as error:  # as in transformers 5.17
-        assert "out of vocabulary" in str(error)
+    except RegraftError as error:  # as in 5.17
+        assert pico_today.VERSION < (5, 24) and "out of vocabulary" in str(error)
         return
     message = r"the token 1,000,000, but the model of .* has 473 embeddings"
     with pytest.raises(RegraftError, match=message):
